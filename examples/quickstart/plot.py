@@ -1,0 +1,59 @@
+"""The quickstart's picture: accuracy, reward, masked share and effective delta_b over steps."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
+
+BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#8a8f98"
+
+
+def draw(steps, accuracy, path):
+    """Write the picture of ``steps``, a list of (step, metrics), to ``path`` and return the path."""
+
+    def series(name):
+        points = [(step, values[name]) for step, values in steps if name in values]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True, layout="constrained")
+    (validation, reward), (masked, budget) = axes
+
+    validation.plot(*series(accuracy), color=BLUE, marker="o", markersize=4)
+    validation.set(title="validation accuracy (Avg@16)", ylim=(0, 1))
+
+    x, y = series("critic/score/mean")
+    reward.plot(x, y, color=GREY, alpha=0.4, linewidth=1)
+    reward.plot(x, smooth(y), color=BLUE)
+    reward.set(title="training reward (line: mean of 10 steps)", ylim=(0, 1))
+
+    rows = [
+        (step, v["trust_region/masked_share"], v.get("trust_region/budget_rejected_share", 0))
+        for step, v in steps
+        if "trust_region/masked_share" in v
+    ]
+    x = [row[0] for row in rows]
+    by_budget = [share * part for _, share, part in rows]
+    by_token = [share * (1 - part) for _, share, part in rows]
+    masked.stackplot(x, by_budget, by_token, colors=[ORANGE, BLUE], labels=["prefix budget", "token threshold"])
+    masked.set(title="masked tokens, by what rejected them", xlabel="step")
+    masked.set_ylim(bottom=0)
+    masked.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    masked.legend(loc="upper right", frameon=False, reverse=True)
+
+    x, y = series("trust_region/delta_b")
+    budget.plot(x, y, color=GREY, alpha=0.4, linewidth=1)
+    budget.plot(x, smooth(y), color=BLUE)
+    budget.set(title="effective budget δ_b (mean over responses)", xlabel="step")
+
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def smooth(values, window=10):
+    """Mean of the last ``window`` values at each point."""
+    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]

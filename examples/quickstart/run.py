@@ -1,0 +1,152 @@
+"""The quickstart: data, a warmed-up tiny Qwen3, CPPO by verl's trainer, and a summary with a picture.
+
+    python examples/quickstart/run.py [--output FOLDER] [hydra overrides of verl's trainer]
+
+Each part is skipped if FOLDER already holds it; an interrupted training continues from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+
+import plot
+import warmup
+
+from cppo_verl.reasoning_gym import write_parquet
+
+HERE = Path(__file__).parent
+TASK = "number_sorting"
+TASK_SETTINGS = {
+    "min_numbers": 5,
+    "max_numbers": 5,
+    "min_decimals": 0,
+    "max_decimals": 0,
+    "min_value": 10,
+    "max_value": 99,
+}
+ACCURACY = f"val-core/reasoning_gym/{TASK}/acc/mean@16"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
+    args, overrides = parser.parse_known_args(argv)
+    output = args.output.resolve()
+    begin = time.time()
+
+    data = output / "data"
+    if not (data / "validation.parquet").exists():
+        write_parquet(TASK, data, train_size=4096, validation_size=64, seed=1, **TASK_SETTINGS)
+    warmup.warm_up(data / "train.parquet", data / "validation.parquet", output / "model", warmup.Settings())
+    code = train(output, overrides)
+    if code == 0:
+        summarise(output, time.time() - begin)
+    return code
+
+
+def train(output, overrides):
+    """Run verl's trainer to the end and show its progress; return its exit code."""
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # verl's file logger overwrites what it is given: an attempt that resumes gets a file of its own.
+    attempt = len(list(logs.glob("metrics-*.jsonl")))
+    metrics, log = logs / f"metrics-{attempt}.jsonl", logs / f"train-{attempt}.log"
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(HERE), "--config-name", "quickstart"]
+    environment = os.environ | {
+        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "TENSORBOARD_DIR": str(logs / "tensorboard"),
+        "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
+        "WANDB_DIR": str(logs),
+        # Each of verl's dozen processes would start a thread a core.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "HYDRA_FULL_ERROR": "1",
+    }
+    print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)
+    with log.open("w") as file:
+        # A session of its own: Ctrl-C reaches the trainer once, from here, and not Ray's processes past it.
+        trainer = subprocess.Popen(
+            [*command, f"output={output}", *overrides],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            follow(trainer, metrics)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
+            trainer.send_signal(signal.SIGINT)
+            trainer.wait()
+            return 130
+    if trainer.returncode:
+        print(f"\nthe trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
+        print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]), file=sys.stderr)
+    return trainer.returncode
+
+
+def follow(trainer, metrics):
+    """Print a line a step from the run's jsonl until the trainer ends."""
+    shown = 0
+    while trainer.poll() is None or shown < len(read(metrics)):
+        for step, values in read(metrics)[shown:]:
+            print(progress(step, values), flush=True)
+            shown += 1
+        time.sleep(0.5)
+
+
+def progress(step, values):
+    parts = [f"step {step:3d}"]
+    if "trust_region/masked_share" in values:
+        parts.append(f"reward {values['critic/score/mean']:.2f}")
+        parts.append(f"masked {values['trust_region/masked_share']:5.1%}")
+        parts.append(f"of which by the budget {values.get('trust_region/budget_rejected_share', 0):4.0%}")
+        parts.append(f"{values['timing_s/step']:.1f} s")
+    if ACCURACY in values:
+        parts.append(f"validation accuracy {values[ACCURACY]:.3f}")
+    return "  ".join(parts)
+
+
+def read(*paths):
+    """[(step, metrics)] of jsonl logs in step order; a later attempt's line replaces an earlier one's."""
+    steps = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that is being written
+            steps.setdefault(record["step"], {}).update(record["data"])
+    return sorted(steps.items())
+
+
+def summarise(output, seconds):
+    steps = read(*sorted((output / "logs").glob("metrics-*.jsonl")))
+    accuracy = [(step, values[ACCURACY]) for step, values in steps if ACCURACY in values]
+    rows = [values for _, values in steps if "trust_region/masked_share" in values]
+    masked = [values["trust_region/masked_share"] for values in rows]
+    by_budget = [
+        values["trust_region/masked_share"] * values.get("trust_region/budget_rejected_share", 0) for values in rows
+    ]
+    picture = plot.draw(steps, ACCURACY, output / "quickstart.png")
+    (first, before), (last, after) = accuracy[0], accuracy[-1]
+    print(
+        f"""
+validation accuracy (Avg@16)  {before:.3f} at step {first} -> {after:.3f} at step {last}
+tokens masked                 {fmean(masked):.1%}, of all tokens {fmean(by_budget):.1%} by the prefix budget
+time                          {seconds / 60:.1f} minutes
+checkpoints                   {output / "checkpoints"}
+metrics                       {output / "logs"}/metrics-*.jsonl
+TensorBoard                   tensorboard --logdir {output / "logs" / "tensorboard"}
+wandb, offline                wandb sync {output / "logs" / "wandb"}/offline-run-*
+picture                       {picture}"""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Build the quickstart's model: a tiny Qwen3 that half knows how to sort.
+
+    python examples/quickstart/warmup.py --train data/train.parquet --validation data/validation.parquet --output model
+
+Reads the files that ``cppo_verl.reasoning_gym.write_parquet`` wrote, makes a tokenizer of the pieces their
+texts are made of, and trains a randomly initialised model on noisy demonstrations, so that reinforcement
+learning starts from a policy that is sometimes right. A second run with the same settings and data does
+nothing. Nothing is downloaded.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<assistant>' }}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the warmed-up model depends on, with the data."""
+
+    hidden_size: int = 64
+    layers: int = 3
+    heads: int = 2  # of 32: the smallest head that vLLM's CPU attention has
+    steps: int = 600
+    batch_size: int = 64  # demonstrations
+    learning_rate: float = 2e-3  # the maximum; warmed up over a tenth of the steps, then down a cosine
+    noise: float = 0.12  # share of the digits of a demonstration's answer that are replaced at random
+    clean: float = 0.7  # share of the steps, at the start, that are without noise
+    seed: int = 0
+
+
+def build_tokenizer(questions, answers):
+    """A fast tokenizer with one token per digit and one per stretch of text between digits.
+
+    The instructions that every question ends with are one token, digits in them or not, so a question is
+    about as long as the numbers in it. Text made of other pieces becomes ``<unk>``.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tail = os.path.commonprefix([question[::-1] for question in questions])[::-1]
+    # ".0" stays with the text after it: the decimals of a whole number carry no information.
+    piece = (re.escape(tail) + "|" if tail else "") + r"[0-9]|(?:\.0)?[^0-9]+"
+    pieces = sorted({match for text in [*questions, *answers] for match in re.findall(piece, text)})
+    vocabulary = [PAD, EOS, USER, ASSISTANT, UNKNOWN, *pieces]
+    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def build_model(tokenizer, settings):
+    """A randomly initialised Qwen3 with the tokenizer's vocabulary."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        head_dim=32,
+        initializer_range=settings.hidden_size**-0.5,  # the default is for wide models and learns late here
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def noisy(answer, share, rng):
+    """``answer`` with each digit, outside of ".0", replaced by a random one with probability ``share``."""
+    return re.sub(r"(?<!\.)[0-9]", lambda digit: rng.choice("0123456789") if rng.random() < share else digit[0], answer)
+
+
+def encode(tokenizer, question, answer=None):
+    """Token ids of the chat; up to and with ``<assistant>`` where no answer is given."""
+    messages = [{"role": "user", "content": question}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, return_dict=False)
+
+
+def train(model, tokenizer, problems, settings):
+    """Supervised warm-up on noisy demonstrations; the loss is on the answer alone."""
+    rng = random.Random(settings.seed)
+    prompts = [encode(tokenizer, question) for question, _ in problems]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
+    )
+    start = time.monotonic()
+    for step in range(settings.steps):
+        # Sorting is learnt from clean demonstrations, sooner and more surely than from noisy ones.
+        noise = settings.noise if step >= settings.clean * settings.steps else 0.0
+        sequences, labels = [], []
+        for i in rng.sample(range(len(problems)), settings.batch_size):
+            answer = tokenizer.encode(noisy(problems[i][1], noise, rng)) + [tokenizer.eos_token_id]
+            sequences.append(torch.tensor(prompts[i] + answer))
+            labels.append(torch.tensor([-100] * len(prompts[i]) + answer))
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, L), padded right:
+        labels = pad(labels, batch_first=True, padding_value=-100)  # causal attention never sees the padding
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 19 or step + 1 == settings.steps:
+            progress(f"warm-up step {step + 1}/{settings.steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s")
+
+
+@torch.no_grad()
+def accuracy(model, tokenizer, frame, samples=4):
+    """Share of right answers on the rows of ``frame``, ``samples`` a row, at temperature 1."""
+    from cppo_verl.reasoning_gym import compute_score
+
+    questions = [prompt[0]["content"] for prompt in frame["prompt"]]
+    batch = tokenizer.pad({"input_ids": [encode(tokenizer, q) for q in questions for _ in range(samples)]}, return_tensors="pt")
+    output = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=32)
+    responses = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    rows = [row for _, row in frame.iterrows() for _ in range(samples)]
+    scores = [
+        compute_score(row["data_source"], response, row["reward_model"]["ground_truth"], row["extra_info"])["acc"]
+        for row, response in zip(rows, responses, strict=True)
+    ]
+    return sum(scores) / len(scores)
+
+
+def progress(text):
+    """Rewrite the current line of the terminal."""
+    sys.stdout.write(f"\r{text:<78}")
+    sys.stdout.flush()
+
+
+def warm_up(train_file, validation_file, output, settings):
+    """Write tokenizer and model to ``output`` unless it already holds what these settings give."""
+    import pandas
+
+    output = Path(output)
+    record = {"settings": asdict(settings), "data": hashlib.sha256(Path(train_file).read_bytes()).hexdigest()}
+    marker = output / "warmup.json"
+    if marker.exists() and (found := json.loads(marker.read_text()))["settings"] == record["settings"]:
+        if found["data"] == record["data"]:
+            print(f"{output}: already warmed up, sampled accuracy {found['accuracy']:.3f}")
+            return
+    if output.exists() and not marker.exists():
+        raise ValueError(f"{output} exists and was not written by this script: give another --output")
+
+    torch.set_num_threads(1)  # at this size threads wait for each other more than they compute
+    torch.manual_seed(settings.seed)
+    frame = pandas.read_parquet(train_file)
+    questions = [prompt[0]["content"] for prompt in frame["prompt"]]
+    answers = [reward["ground_truth"] for reward in frame["reward_model"]]
+    tokenizer = build_tokenizer(questions, answers)
+    model = build_model(tokenizer, settings)
+    train(model, tokenizer, list(zip(questions, answers, strict=True)), settings)
+    record["accuracy"] = accuracy(model, tokenizer, pandas.read_parquet(validation_file))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"\n{output}: {parameters:,} parameters, sampled accuracy {record['accuracy']:.3f}")
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "warmup.json").write_text(json.dumps(record, indent=2) + "\n")
+        if output.exists():
+            shutil.rmtree(output)
+        os.rename(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train", required=True, help="train.parquet")
+    parser.add_argument("--validation", required=True, help="validation.parquet")
+    parser.add_argument("--output", required=True, help="folder of the model")
+    for name, default in asdict(Settings()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    arguments = vars(parser.parse_args())
+    files = [arguments.pop(name) for name in ("train", "validation", "output")]
+    warm_up(*files, Settings(**arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+import os
+
+import pytest
+import torch
+
+# Unit tests are many small tensors: threads only get in each other's way.
+torch.set_num_threads(1)
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "/tmp/cppo_verl_hypothesis")
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """Compose a training command's config the way verl.trainer.main_ppo does."""
+    import verl  # noqa: F401  loads the plug-in
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    def run(*overrides: str, config_name: str = "ppo_trainer", module: str = "verl.trainer.config"):
+        with initialize_config_module(module, version_base=None):
+            return hydra_compose(config_name, overrides=list(overrides))
+
+    return run

