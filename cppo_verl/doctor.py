@@ -129,10 +129,11 @@ def _command(report: Report, overrides: list[str]) -> None:
     """Compose the training command's config as verl does and instantiate what the workers instantiate."""
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from verl.plugin.platform import get_platform
     from verl.utils.config import omega_conf_to_dataclass
+
+    from cppo_verl.plugin.config import missing_files
 
     try:
         with initialize_config_module("verl.trainer.config", version_base=None):
@@ -164,10 +165,5 @@ def _command(report: Report, overrides: list[str]) -> None:
         f"the rollout engine's own log-probabilities ({mu.logprobs_mode}, temperature {mu.temperature}, "
         f"top_p {mu.top_p}, top_k {mu.top_k})",
     )
-    for key in ("actor_rollout_ref.model.path", "data.train_files", "data.val_files"):
-        value = OmegaConf.select(config, key)
-        paths = [value] if isinstance(value, str) else list(value or [])
-        for path in map(os.path.expanduser, paths):
-            if not os.path.isabs(path) or os.path.exists(path):
-                continue
-            report.say("FAIL", key, f"{path} does not exist")
+    for missing in missing_files(config):
+        report.say("FAIL", "files", f"{missing} does not exist on this machine")

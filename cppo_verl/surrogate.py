@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from cppo_verl.divergence import as_float32
+
 # exp(20) is far beyond any ratio cap in use and far from overflow in fp32.
 MAX_LOG_RATIO = 20.0
 
@@ -22,10 +24,11 @@ def masked_surrogate(
         ratio_cap: upper bound of rho_t; None for exp(20), the numerical bound.
 
     Returns:
-        Loss per token, same shape, to be averaged by the caller.
+        Loss per token in fp32 (fp64 for fp64), same shape, to be averaged by the caller.
     """
+    log_pi, log_mu = as_float32(log_pi), as_float32(log_mu)
     log_ratio = (log_pi.detach() - log_mu).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp() if ratio_cap is None else log_ratio.exp().clamp_max(ratio_cap)
     weight = update_mask * ratio * advantages
     # 1 + log_pi - sg(log_pi) is one with gradient one: value and gradient without a second exp.
-    return -weight * (1 + log_pi - log_pi.detach())
+    return -weight * (1 + (log_pi - log_pi.detach()))

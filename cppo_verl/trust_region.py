@@ -24,13 +24,14 @@ class TrustRegion(NamedTuple):
     """Prefix-average threshold in force, [..., 1]; None without a prefix budget."""
 
 
-def position_weights(mask: Tensor, w_min: float) -> Tensor:
+def position_weights(mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9)."""
-    t = mask.cumsum(-1)
+    t = mask.cumsum(-1).to(dtype)
     steps = (t[..., -1:] - 1).clamp_min(1)
     return torch.where(mask, 1 - (1 - w_min) * ((t - 1) / steps), 0.0)
 
 
+@torch.no_grad()
 def adaptive_budget(divergence: Tensor, mask: Tensor, delta_b_min: float, upper: float = 2.0) -> Tensor:
     """delta_b(y) = clamp(P90(D_1..D_T), delta_b_min, upper * delta_b_min) per response (22).
 
@@ -40,6 +41,7 @@ def adaptive_budget(divergence: Tensor, mask: Tensor, delta_b_min: float, upper:
     return masked_quantile(divergence, mask, 0.9).clamp(delta_b_min, upper * delta_b_min)
 
 
+@torch.no_grad()
 def masked_quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
     """q-quantile over the valid tokens of each response, with linear interpolation between ranks.
 
@@ -75,7 +77,7 @@ def trust_region(
             prefix budget, which leaves c_t = delta.
         w_min: weight of the last token, in (0, 1].
     """
-    w = position_weights(mask, w_min).to(divergence.dtype)
+    w = position_weights(mask, w_min, divergence.dtype)
     wd = torch.where(mask, w * divergence, 0.0)
     if delta_b is None:
         return TrustRegion(wd, w, torch.full_like(wd, delta), None)

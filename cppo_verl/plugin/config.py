@@ -4,9 +4,11 @@
 touches Ray, and again in each worker: what ``__post_init__`` refuses here never reaches a GPU.
 """
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
+from omegaconf import DictConfig, OmegaConf
 from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
 
@@ -170,3 +172,19 @@ class CPPOLossConfig(PolicyLossConfig):
 
 def _number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def missing_files(config: DictConfig) -> list[str]:
+    """The run's model and data that name a place on this machine and are not there, as "key=path".
+
+    A path without a leading "/", "." or "~" may be a model on the hub, one with "://" is remote: these
+    are verl's to find.
+    """
+    missing = []
+    for key in ("actor_rollout_ref.model.path", "data.train_files", "data.val_files"):
+        paths = OmegaConf.select(config, key)
+        for path in [paths] if isinstance(paths, str) else paths or []:
+            local = path.startswith(("/", "./", "../", "~"))
+            if local and not os.path.exists(os.path.expanduser(path)):
+                missing.append(f"{key}={path}")
+    return missing

@@ -1,12 +1,14 @@
 """verl's v1 trainers with the trust region's metrics, as trainer.v1.trainer_mode=cppo_<verl's mode>."""
 
+import socket
+
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from cppo_verl.diagnostics import GROUPS, shares
-from cppo_verl.plugin.config import TRAINER_MODE_PREFIX
+from cppo_verl.plugin.config import TRAINER_MODE_PREFIX, missing_files
 from cppo_verl.plugin.losses import METRIC_PREFIX
 
 
@@ -14,6 +16,9 @@ class TrustRegionTrainer:
     """Mixin over one of verl's trainers."""
 
     def __init__(self, config):
+        missing = missing_files(config)
+        if missing:
+            raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
         # Everything in verl that asks for the mode means verl's own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
         super().__init__(config)
@@ -47,6 +52,10 @@ def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
         infix = "" if group == "all" else f"{group}/"
         if sums[group]:
             result |= {f"trust_region/{infix}{name}": value for name, value in shares(sums[group]).items()}
+    if sums["all"].get("tokens"):
+        # What verl's own losses report, under verl's names.
+        result["actor/ppo_kl"] = -sums["all"]["log_ratio"] / sums["all"]["tokens"]
+        result["actor/pg_clipfrac"] = result["trust_region/masked_share"]
     return result
 
 

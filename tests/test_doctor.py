@@ -1,0 +1,56 @@
+import pytest
+
+from cppo_verl.__main__ import main
+
+COMMAND = [
+    "+method=cppo",
+    "+platform=cpu",
+    "data.train_files=train.parquet",
+    "data.val_files=test.parquet",
+    "actor_rollout_ref.model.path=Qwen/Qwen3-0.6B",
+]
+
+
+@pytest.fixture
+def doctor(capsys):
+    def run(*arguments):
+        code = main(["doctor", "--no-ray", *arguments])
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_a_sound_environment_and_command(doctor):
+    code, out = doctor(*COMMAND)
+    assert code == 0, out
+    assert "registered: policy loss cppo, trainer cppo_sync, hydra groups, platform cpu, FSDP2 engine on cpu" in out
+    assert "cppo delta=0.15 delta_b=0.02 budget=adaptive w_min=0.8" in out
+    assert "the rollout engine's own log-probabilities (processed_logprobs, temperature 1.0, top_p 1, top_k -1)" in out
+    assert "FAIL" not in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "finding"),
+    [
+        (["algorithm.rollout_correction.bypass_mode=false"], "set algorithm.rollout_correction.bypass_mode=true"),
+        (["actor_rollout_ref.actor.policy_loss.w_min=2"], "w_min=2 is not permitted: a number in (0, 1]"),
+        (["data.train_files=/nowhere/train.parquet"], "data.train_files=/nowhere/train.parquet does not exist"),
+        (["actor_rollout_ref.model.pth=x"], "Could not override 'actor_rollout_ref.model.pth'"),
+        (["trainer.device=cuda"], "cuda, but this environment runs on cpu: add +platform=cpu to the command"),
+    ],
+)
+def test_what_would_break_a_run_is_found(doctor, overrides, finding):
+    code, out = doctor(*COMMAND, *overrides)
+    assert code == 1
+    assert finding in out
+
+
+def test_a_command_without_the_method_is_not_cppo(doctor):
+    code, out = doctor("+platform=cpu")
+    assert code == 1
+    assert "add +method=cppo to the command" in out
+
+
+def test_a_ray_worker_is_asked_too(capsys):
+    assert main(["doctor"]) == 0
+    assert "a Ray worker" in capsys.readouterr().out

@@ -1,0 +1,184 @@
+"""The whole job in verl's real trainer: Ray, FSDP2 on gloo, vLLM. Each run costs a minute or two of start-up,
+so that they share one folder and each test reads what they left behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.trainer
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart" / "run.py"
+MARK = "CPPO_VERL_TEST_RUN"
+SHORT = [
+    "trainer.total_training_steps=6",
+    "trainer.test_freq=3",
+    "trainer.save_freq=3",
+    "actor_rollout_ref.rollout.val_kwargs.n=16",
+    "data.val_max_samples=16",
+]
+
+
+class Run:
+    """One attempt of the quickstart, with every process it starts findable by an environment variable."""
+
+    def __init__(self, output, *overrides):
+        self.mark = uuid.uuid4().hex
+        self.output = output
+        self.process = subprocess.Popen(
+            [sys.executable, str(QUICKSTART), "--output", str(output), *overrides],
+            env=os.environ | {MARK: self.mark, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.text = ""
+
+    def read_until(self, pattern):
+        for line in self.process.stdout:
+            self.text += line
+            if re.search(pattern, line):
+                return self
+        raise AssertionError(f"{pattern!r} never came:\n{self.text}")
+
+    def finish(self):
+        self.text += self.process.stdout.read()
+        self.code = self.process.wait()
+        return self
+
+    def survivors(self, patience=20):
+        """Processes of this run that are still alive after ``patience`` seconds."""
+        deadline = time.time() + patience
+        while True:
+            alive = []
+            for process in psutil.process_iter():
+                try:
+                    if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                        alive.append(process.cmdline())
+                except psutil.Error:
+                    continue
+            if not alive or time.time() > deadline:
+                return alive
+            time.sleep(0.5)
+
+
+def metrics(output, attempt):
+    lines = (output / "logs" / f"metrics-{attempt}.jsonl").read_text().splitlines()
+    return {record["step"]: record["data"] for record in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """Six steps on one rank: four updates a rollout batch."""
+    return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()
+
+
+@pytest.fixture(scope="module")
+def interrupted(first):
+    """Continued to step 12 from the checkpoint of step 6, stopped by Ctrl-C after step 9's checkpoint."""
+    run = Run(first.output, *SHORT, "trainer.total_training_steps=12").read_until(r"^step +10 ")
+    run.process.send_signal(signal.SIGINT)
+    return run.finish()
+
+
+@pytest.fixture(scope="module")
+def resumed(interrupted):
+    """The same command again, now on two ranks' worth of settings that only a fresh folder could change."""
+    return Run(interrupted.output, *SHORT, "trainer.total_training_steps=12").finish()
+
+
+@pytest.fixture(scope="module")
+def on_policy(first, tmp_path_factory):
+    """Two ranks, a KL reference, and a single update a rollout batch, so that pi is still mu."""
+    output = tmp_path_factory.mktemp("two_ranks")
+    for name in ("data", "model"):
+        (output / name).symlink_to(first.output / name)
+    return Run(
+        output,
+        *SHORT,
+        "trainer.total_training_steps=2",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+        "trainer.n_gpus_per_node=2",
+        "ray_kwargs.ray_init.num_gpus=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=32",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
+        "trainer.logger=[console,file]",
+    ).finish()
+
+
+def test_the_job_ends_well_and_leaves_nothing_running(first):
+    assert first.code == 0, first.text
+    assert first.survivors() == []
+
+
+def test_the_summary_names_files_that_are_there(first):
+    assert re.search(r"validation accuracy \(Avg@16\) +0\.\d+ at step 0 -> 0\.\d+ at step 6", first.text)
+    assert re.search(r"tokens masked +\d+\.\d% of", first.text) or re.search(r"tokens masked +\d+\.\d%,", first.text)
+    output = first.output
+    assert (output / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "6"
+    assert list((output / "logs" / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((output / "logs" / "wandb").glob("offline-run-*/*.wandb"))
+    with Image.open(output / "quickstart.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_every_step_reports_the_trust_region(first):
+    steps = metrics(first.output, 0)
+    assert sorted(steps) == list(range(7))
+    for step in range(1, 7):
+        values = steps[step]
+        assert 0 <= values["trust_region/masked_share"] < 0.5
+        assert 0 < values["trust_region/divergence"] < values["trust_region/divergence_p90"] < 1
+        assert 0.03 <= values["trust_region/delta_b"] <= 0.06 + 1e-6
+        assert values["actor/grad_norm"] > 0
+        assert not [key for key in values if key.startswith("actor/trust_region")]
+    assert any(values.get("trust_region/masked_share", 0) > 0 for values in steps.values())
+    assert "val-core/reasoning_gym/number_sorting/acc/mean@16" in steps[3]
+
+
+def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(interrupted):
+    assert interrupted.code == 130, interrupted.text
+    assert "the same command continues from the last checkpoint" in interrupted.text
+    assert interrupted.survivors() == []
+
+
+def test_an_interrupted_run_continues_from_its_checkpoint_and_overwrites_no_log(resumed):
+    assert resumed.code == 0, resumed.text
+    assert sorted(metrics(resumed.output, 0)) == list(range(7))
+    assert max(metrics(resumed.output, 1)) in (10, 11)
+    # verl validates once more where it resumes, step 9, and trains on from there
+    assert sorted(metrics(resumed.output, 2)) == [9, 10, 11, 12]
+    assert "at step 0 -> " in resumed.text
+    assert " at step 12" in resumed.text
+
+
+def test_before_the_first_update_pi_is_mu_on_every_rank(on_policy):
+    assert on_policy.code == 0, on_policy.text
+    values = metrics(on_policy.output, 0)
+    assert values[1]["trust_region/divergence_p90"] < 1e-5
+    assert values[1]["trust_region/masked_share"] == 0
+    assert values[1]["actor/kl_loss"] < 1e-6  # the reference is the model itself
+    # after it, the rollout engine has the new weights
+    assert values[2]["trust_region/divergence_p90"] < 1e-5
+    assert values[2]["actor/kl_loss"] > values[1]["actor/kl_loss"]
+
+
+def test_a_missing_model_stops_the_trainer_with_its_path(first, tmp_path):
+    run = Run(first.output, *SHORT, "trainer.total_training_steps=20", "actor_rollout_ref.model.path=/nowhere/model")
+    run.finish()
+    assert run.code == 1
+    assert "no actor_rollout_ref.model.path=/nowhere/model" in run.text
+    assert run.survivors() == []
