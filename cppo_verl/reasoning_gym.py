@@ -53,7 +53,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
     extra_info = extra_info or {}
     if "entry" not in extra_info or "task_kwargs" not in extra_info:
-        raise ValueError(f"extra_info must hold 'entry' and 'task_kwargs' (see write_parquet), got {sorted(extra_info)}")
+        raise ValueError(
+            f"extra_info must hold 'entry' and 'task_kwargs' (see write_parquet), got {sorted(extra_info)}"
+        )
     dataset = _dataset(data_source, extra_info["task_kwargs"])
     tagged = extract_answer(solution_str)
     answer = solution_str.strip() if tagged is None else tagged
@@ -88,7 +90,12 @@ def _rows(task, task_kwargs, split, size, seed):
     for index, entry in enumerate(reasoning_gym.create_dataset(task, size=size, seed=seed, **task_kwargs)):
         # verl hands extra_info to the reward through Arrow, which merges the fields of nested dicts of
         # different rows: a JSON string comes back as it went in.
-        extra_info = {"split": split, "index": index, "task_kwargs": kwargs_json, "entry": json.dumps(entry, default=str)}
+        extra_info = {
+            "split": split,
+            "index": index,
+            "task_kwargs": kwargs_json,
+            "entry": json.dumps(entry, default=str),
+        }
         answer = entry["answer"]
         if answer is not None and compute_score(PREFIX + task, answer, answer, extra_info)["acc"] != 1.0:
             raise ValueError(f"problem {index} of {task!r} does not verify its own answer after JSON: {answer!r}")

@@ -119,10 +119,11 @@ def test_half_precision_input_is_masked_as_its_fp32_value():
     assert losses[0].dtype == torch.float32 and torch.equal(*losses)
 
 
-def test_a_batch_without_a_valid_token_has_loss_and_gradient_zero():
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_a_batch_without_a_valid_token_has_loss_and_gradient_zero(tokens):
     data = batch()
     data["response_mask"] = torch.zeros_like(data["response_mask"])
-    loss, metrics = call(data, actor_config(tokens=100, sequences=12))
+    loss, metrics = call(data, actor_config(tokens=tokens, sequences=12))
     loss.backward()
     assert loss.item() == 0 and not data["log_prob"].grad.any()
     assert pop_shares(metrics) == {}

@@ -30,7 +30,17 @@ def test_right_answers(problem):
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "[]", "sorted", "['1', '2', '3']", "['a', 'b', 'c']", "[" * 100_000, "9" * 100_000, "\x00\ud800", "<answer></answer>"],
+    [
+        "",
+        "[]",
+        "sorted",
+        "['1', '2', '3']",
+        "['a', 'b', 'c']",
+        "[" * 100_000,
+        "9" * 100_000,
+        "\x00\ud800",
+        "<answer></answer>",
+    ],
     ids=["empty", "no numbers", "words", "wrong", "letters", "nested", "huge", "odd characters", "empty tag"],
 )
 def test_wrong_answers_score_zero(problem, answer):
@@ -81,7 +91,9 @@ def test_validation_is_held_out_and_reproducible(tmp_path):
     narrow = dict(SORT, min_numbers=2, max_numbers=2, max_value=21)
     questions = {}
     for folder in ("a", "b"):
-        paths = rg.write_parquet("number_sorting", tmp_path / folder, train_size=400, validation_size=100, seed=3, **narrow)
+        paths = rg.write_parquet(
+            "number_sorting", tmp_path / folder, train_size=400, validation_size=100, seed=3, **narrow
+        )
         questions[folder] = [[p[0]["content"] for p in pandas.read_parquet(path)["prompt"]] for path in paths]
     train, validation = questions["a"]
     assert questions["a"] == questions["b"]

@@ -88,7 +88,14 @@ def compute_policy_loss_cppo(
             raise ValueError(_describe(name, x, mask, int(count)))
 
     loss_mat = masked_surrogate(log_pi, log_mu, advantages, keep, rule.ratio_cap)
-    loss = agg_loss(loss_mat=loss_mat, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+    n_tokens = sums[0]
+    if n_tokens:
+        loss = agg_loss(
+            loss_mat=loss_mat, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
+        )
+    else:
+        # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
+        loss = loss_mat.sum()
     names = [f"{METRIC_PREFIX}{group}/{name}" for group in GROUPS for name in TOKEN_SUMS + RESPONSE_SUMS]
     return loss, dict(zip(names, sums, strict=True))
 

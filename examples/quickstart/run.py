@@ -42,7 +42,7 @@ def main(argv=None):
 
     data = output / "data"
     if not (data / "validation.parquet").exists():
-        write_parquet(TASK, data, train_size=4096, validation_size=64, seed=1, **TASK_SETTINGS)
+        write_parquet(TASK, data, train_size=8192, validation_size=48, seed=1, **TASK_SETTINGS)
     warmup.warm_up(data / "train.parquet", data / "validation.parquet", output / "model", warmup.Settings())
     code = train(output, overrides)
     if code == 0:
