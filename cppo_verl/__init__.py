@@ -5,12 +5,14 @@ loads through its entry point.
 """
 
 from cppo_verl.divergence import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
-from cppo_verl.surrogate import masked_surrogate
+from cppo_verl.surrogate import clipped_surrogate, masked_surrogate, mean_prefix_ratio, minimum_prefix_ratio
 from cppo_verl.trust_region import (
     TrustRegion,
     adaptive_budget,
     masked_quantile,
     position_weights,
+    response_mask_by_divergence,
+    shuffled_weights,
     trust_region,
     update_mask,
     violation,
@@ -22,11 +24,16 @@ __all__ = [
     "TrustRegion",
     "adaptive_budget",
     "binary_divergence",
+    "clipped_surrogate",
     "exact_divergence",
     "masked_quantile",
     "masked_surrogate",
+    "mean_prefix_ratio",
+    "minimum_prefix_ratio",
     "partition_divergence",
     "position_weights",
+    "response_mask_by_divergence",
+    "shuffled_weights",
     "top_k_divergence",
     "trust_region",
     "update_mask",

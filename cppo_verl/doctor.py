@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -61,10 +62,12 @@ def registered() -> dict[str, bool]:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
+    from cppo_verl.plugin.config import TRAINER_MODES
+
     search_paths = Plugins.instance().discover(SearchPathPlugin)
     found = {
-        "policy loss cppo": "cppo" in POLICY_LOSS_REGISTRY,
-        "trainer cppo_sync": "cppo_sync" in TRAINER_REGISTRY,
+        "policy losses": {"cppo", "trm", "prefix_ratio"} <= POLICY_LOSS_REGISTRY.keys(),
+        "trainers": set(TRAINER_MODES) <= TRAINER_REGISTRY.keys(),
         "hydra groups": any(plugin.__module__.startswith("cppo_verl") for plugin in search_paths),
         "platform cpu": PlatformRegistry.get("cpu") is not None,
     }
@@ -132,6 +135,7 @@ def _command(report: Report, overrides: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
     from verl.plugin.platform import get_platform
     from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config import PolicyLossConfig
 
     from cppo_verl.plugin.config import missing_files
 
@@ -156,8 +160,11 @@ def _command(report: Report, overrides: list[str]) -> None:
     except Exception as error:
         report.say("FAIL", "method", str(error.__cause__ or error))
         return
-    settings = {f: policy_loss[f] for f in ("delta", "delta_b", "budget", "w_min", "divergence", "gate", "ratio_cap")}
-    report.say("ok", "method", " ".join([policy_loss.loss_mode, *(f"{k}={v}" for k, v in settings.items())]))
+    own = [
+        f.name for f in fields(policy_loss) if f.name not in {g.name for g in fields(PolicyLossConfig)} - {"loss_mode"}
+    ]
+    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name != "mu")
+    report.say("ok", "method", settings)
     mu = policy_loss.mu
     report.say(
         "ok",

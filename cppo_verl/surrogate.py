@@ -1,5 +1,6 @@
-"""The ratio-advantage surrogate that every masked method shares."""
+"""The ratio-advantage surrogate that every masked method shares, and the clipped one of prefix ratios."""
 
+import torch
 from torch import Tensor
 
 from cppo_verl.divergence import as_float32
@@ -32,3 +33,41 @@ def masked_surrogate(
     weight = update_mask * ratio * advantages
     # 1 + log_pi - sg(log_pi) is one with gradient one: value and gradient without a second exp.
     return -weight * (1 + (log_pi - log_pi.detach()))
+
+
+def clipped_surrogate(log_pi: Tensor, ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Per-token loss -sg(clip(ratio, 1 - low, 1 + high)) A_t log pi_t, as CISPO has it, with value
+    -clip(ratio) A_t.
+
+    Args:
+        ratio: any importance ratio without gradient, e.g. of the functions below.
+        low, high: clip-higher bounds, high >= low.
+    """
+    log_pi = as_float32(log_pi)
+    weight = ratio.detach().clamp(1 - low, 1 + high) * advantages
+    return -weight * (1 + (log_pi - log_pi.detach()))
+
+
+@torch.no_grad()
+def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """rho_t min_{j<t} rho_j, and rho_1 at t = 1: MinPRO's (arXiv 2601.22718) surrogate for the prefix
+    ratio prod_{j<=t} rho_j.
+
+    The paper's abstract gives the ratio. Ours is what it leaves open: the minimum runs over the
+    response's valid tokens before t and is not bounded by one, and the ratio is clipped without
+    gradient (`clipped_surrogate`).
+    """
+    log_ratio = torch.where(mask, log_ratio, torch.inf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    before = torch.nn.functional.pad(log_ratio.cummin(-1).values[..., :-1], (1, 0), value=MAX_LOG_RATIO)
+    has_prefix = mask.cumsum(-1) > 1
+    return torch.where(mask, (log_ratio + torch.where(has_prefix, before, 0.0)).exp(), 1.0)
+
+
+@torch.no_grad()
+def mean_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """(prod_{j<=t} rho_j)^(1/t), the geometric mean of the prefix's ratios, PNPO's (arXiv 2608.01418).
+
+    The source was not at hand beyond this definition; the clipping is `clipped_surrogate`'s.
+    """
+    log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (log_ratio.cumsum(-1) / mask.cumsum(-1).clamp_min(1)).exp()

@@ -5,10 +5,12 @@ that is true on the T valid tokens of a response. Tokens outside the mask (paddi
 have w = D = 0 and do not advance t, wherever they stand. Nothing here carries a gradient.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+Gate = Literal["hard", "soft", "sapo", "penalty"]
 
 
 class TrustRegion(NamedTuple):
@@ -24,11 +26,28 @@ class TrustRegion(NamedTuple):
     """Prefix-average threshold in force, [..., 1]; None without a prefix budget."""
 
 
-def position_weights(mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9)."""
+def position_weights(
+    mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32, horizon: int | None = None
+) -> Tensor:
+    """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9).
+
+    T is the response's own number of valid tokens, or ``horizon`` for all responses alike; tokens beyond
+    it keep w_min.
+    """
     t = mask.cumsum(-1).to(dtype)
-    steps = (t[..., -1:] - 1).clamp_min(1)
-    return torch.where(mask, 1 - (1 - w_min) * ((t - 1) / steps), 0.0)
+    last = t[..., -1:] if horizon is None else torch.full_like(t[..., -1:], horizon)
+    return torch.where(mask, 1 - (1 - w_min) * ((t - 1) / (last - 1).clamp_min(1)).clamp_max(1), 0.0)
+
+
+def shuffled_weights(
+    mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
+) -> Tensor:
+    """The weights of (9), randomly reassigned to positions within each response (the paper's ablation)."""
+    keys = torch.rand(mask.shape, device=mask.device, generator=generator)
+    order = torch.where(mask, keys, torch.inf).argsort(-1)
+    t = torch.empty_like(order).scatter_(-1, order, torch.arange(mask.shape[-1], device=mask.device).expand_as(order))
+    steps = (mask.sum(-1, keepdim=True) - 1).clamp_min(1)
+    return torch.where(mask, 1 - (1 - w_min) * (t.to(dtype) / steps), 0.0)
 
 
 @torch.no_grad()
@@ -63,7 +82,8 @@ def trust_region(
     *,
     delta: float,
     delta_b: Tensor | float | None,
-    w_min: float,
+    w_min: float = 1.0,
+    weights: Tensor | None = None,
 ) -> TrustRegion:
     """Effective threshold c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1}) (8).
 
@@ -76,8 +96,9 @@ def trust_region(
         delta_b: prefix-average threshold, one number or one per response [..., 1]; None for no
             prefix budget, which leaves c_t = delta.
         w_min: weight of the last token, in (0, 1].
+        weights: w_t in place of those that (9) makes of ``w_min``; zero outside the mask.
     """
-    w = position_weights(mask, w_min, divergence.dtype)
+    w = position_weights(mask, w_min, divergence.dtype) if weights is None else weights.to(divergence.dtype)
     wd = torch.where(mask, w * divergence, 0.0)
     if delta_b is None:
         return TrustRegion(wd, w, torch.full_like(wd, delta), None)
@@ -106,26 +127,65 @@ def update_mask(
     advantages: Tensor,
     *,
     delta: float,
-    gate: Literal["hard", "soft"] = "hard",
+    gate: Gate = "hard",
+    tau: float = 1.0,
 ) -> Tensor:
     """M_t (10): 1 where the update moves rho_t towards one, else the gate of the constraints.
 
     Args:
         log_ratio: log rho_t.
         advantages: A_t.
-        gate: "hard" is I_t = (w_t D_t <= c_t); "soft" is g(x_t) = min(1, 1/x_t) (20).
+        gate: of the violation x_t (19).
+            "hard" is I_t = (w_t D_t <= c_t), the same as x_t <= 1.
+            "soft" is g(x_t) = min(1, 1/x_t) (20).
+            "sapo" is 4 s(tau x_t) (1 - s(tau x_t)), s the logistic function: SAPO's gate
+            (arXiv 2511.20347) with x_t where that has rho_t - 1. It is below 1 inside the region too.
+            "penalty" is 1 - x_t, and 1 + x_t towards one: the gradient of DRPO's quadratic penalty
+            (arXiv 2606.09821), which pulls back beyond the boundary. DRPO itself has x_t = D_t / delta,
+            which is w_min = 1, delta_b = None and binary TV.
+        tau: sharpness of "sapo".
 
     Returns:
-        M_t in [0, 1], shape and dtype of the divergence.
+        M_t, shape and dtype of the divergence; in [0, 1] but for "penalty", which is unbounded below.
     """
     towards_one = advantages * log_ratio <= 0
     if gate == "hard":
         kept = (region.weighted_divergence <= region.threshold).to(region.threshold.dtype)
     elif gate == "soft":
         kept = violation(region, delta).clamp_min(1).reciprocal()
+    elif gate == "sapo":
+        s = torch.sigmoid(tau * violation(region, delta))
+        kept = 4 * s * (1 - s)
+    elif gate == "penalty":
+        x = violation(region, delta)
+        return torch.where(towards_one, 1 + x, 1 - x)
     else:
-        raise ValueError(f"gate must be 'hard' or 'soft', got {gate!r}")
+        raise ValueError(f"gate must be one of {get_args(Gate)}, got {gate!r}")
     return torch.where(towards_one, 1.0, kept)
+
+
+@torch.no_grad()
+def response_mask_by_divergence(
+    divergence: Tensor, mask: Tensor, *, delta: float | None, delta_avg: float | None
+) -> Tensor:
+    """TRM (arXiv 2512.23075): a response is kept or dropped whole, whatever the direction of its updates.
+
+    Args:
+        delta: TRM-Max keeps it if max_t D_t <= delta; None leaves this out.
+        delta_avg: TRM-Avg keeps it if the mean of D_t <= delta_avg; None leaves this out.
+
+    Returns:
+        M_t in {0, 1}, the same for all tokens of a response, shape and dtype of the divergence.
+    """
+    if delta is None and delta_avg is None:
+        raise ValueError("TRM needs a threshold: delta on the maximum, delta_avg on the mean, or both")
+    divergence = torch.where(mask, divergence, 0.0)
+    kept = torch.ones_like(mask[..., :1])
+    if delta is not None:
+        kept = kept & (divergence.amax(-1, keepdim=True) <= delta)
+    if delta_avg is not None:
+        kept = kept & (divergence.sum(-1, keepdim=True) <= delta_avg * mask.sum(-1, keepdim=True))
+    return kept.expand_as(mask).to(divergence.dtype)
 
 
 def exclusive_cumsum(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from cppo_verl.plugin.config import CPPOLossConfig
-from cppo_verl.plugin.losses import compute_policy_loss_cppo
+from cppo_verl.plugin.losses import cppo as cppo_rule
 
 CONFIG = Path(__file__).parents[1] / "cppo_verl" / "config"
 RULE = "actor_rollout_ref.actor.policy_loss."
@@ -75,13 +75,14 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
     start_up(after)
     rule = omega_conf_to_dataclass(after.actor_rollout_ref.actor).policy_loss
     assert isinstance(rule, CPPOLossConfig)
-    assert get_policy_loss_fn(rule.loss_mode) is compute_policy_loss_cppo
+    assert get_policy_loss_fn(rule.loss_mode).args == (cppo_rule, CPPOLossConfig)
     assert get_trainer_cls(after.trainer.v1.trainer_mode).__mro__[2] is get_trainer_cls(before.trainer.v1.trainer_mode)
     assert changed(before, after) == {
         "algorithm.rollout_correction.bypass_mode",
         "trainer.v1.trainer_mode",
-        *(RULE + key for key in ("_target_", "loss_mode", "delta", "delta_b", "budget", "w_min", "divergence", "gate")),
-        *(RULE + key for key in ("ratio_cap", "mu")),
+        *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "mu", "delta", "delta_b", "budget")),
+        *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),
+        RULE + "ratio_cap",
     }
 
 
@@ -111,8 +112,11 @@ def test_no_shipped_group_shadows_one_of_verls():
         ("w_min=0", r"w_min=0 is not permitted: a number in \(0, 1\]"),
         ("w_min=1.01", r"w_min=1.01 is not permitted: a number in \(0, 1\]"),
         ("budget=adaptiv", r"budget='adaptiv' is not permitted: one of \('adaptive', 'fixed', 'none'\)"),
-        ("gate=sharp", r"gate='sharp' is not permitted: one of \('hard', 'soft'\)"),
+        ("gate=sharp", r"gate='sharp' is not permitted: one of \('hard', 'soft', 'sapo', 'penalty'\)"),
         ("divergence=top_k_tv", r"divergence='top_k_tv' is not permitted: one of \('binary_tv', 'binary_kl'\)"),
+        ("mask_std_0=maybe", r"mask_std_0='maybe' is not permitted: true or false"),
+        ("weights=random", r"weights='random' is not permitted: one of \('linear', 'shuffled'\)"),
+        ("budget_clamp=0.5", r"budget_clamp=0.5 is not permitted: a number >= 1"),
         ("ratio_cap=0.5", r"ratio_cap=0.5 is not permitted: a number >= 1, or null"),
     ],
 )

@@ -23,8 +23,8 @@ def doctor(capsys):
 def test_a_sound_environment_and_command(doctor):
     code, out = doctor(*COMMAND)
     assert code == 0, out
-    assert "registered: policy loss cppo, trainer cppo_sync, hydra groups, platform cpu, FSDP2 engine on cpu" in out
-    assert "cppo delta=0.15 delta_b=0.02 budget=adaptive w_min=0.8" in out
+    assert "registered: policy losses, trainers, hydra groups, platform cpu, FSDP2 engine on cpu" in out
+    assert "divergence=binary_tv ratio_cap=20.0 delta=0.15 delta_b=0.02 budget=adaptive" in out
     assert "the rollout engine's own log-probabilities (processed_logprobs, temperature 1.0, top_p 1, top_k -1)" in out
     assert "FAIL" not in out
 

@@ -93,7 +93,7 @@ def interrupted(first):
 
 @pytest.fixture(scope="module")
 def resumed(interrupted):
-    """The same command again, now on two ranks' worth of settings that only a fresh folder could change."""
+    """The same command again."""
     return Run(interrupted.output, *SHORT, "trainer.total_training_steps=12").finish()
 
 

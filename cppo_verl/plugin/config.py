@@ -4,20 +4,24 @@
 touches Ray, and again in each worker: what ``__post_init__`` refuses here never reaches a GPU.
 """
 
+import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
 
+from cppo_verl.trust_region import Gate
+
 TRAINER_MODE_PREFIX = "cppo_"
 TRAINER_MODES = tuple(TRAINER_MODE_PREFIX + mode for mode in ("sync", "colocate_async", "separate_async"))
 
 Divergence = Literal["binary_tv", "binary_kl"]
 Budget = Literal["adaptive", "fixed", "none"]
-Gate = Literal["hard", "soft"]
+Weights = Literal["linear", "shuffled"]
+PrefixRatio = Literal["minimum", "mean"]
 
 
 @dataclass(kw_only=True)
@@ -121,29 +125,17 @@ class RolloutPolicy(BaseConfig):
 
 
 @dataclass
-class CPPOLossConfig(PolicyLossConfig):
-    """Hydra config of the policy loss ``cppo``.
+class MethodConfig(PolicyLossConfig):
+    """Hydra config of a method of the harness; as it stands, of those whose loss is verl's own.
 
     Args:
-        delta: token-level threshold on w_t D_t, > 0 and for TV at most 1.
-        delta_b: prefix-average threshold, > 0; the lower clamp of the adaptive budget.
-        budget: "adaptive" is (22) per response, "fixed" takes delta_b as it is, "none" leaves only
-            the token threshold.
-        w_min: position weight of a response's last token, in (0, 1]; 1 weighs all tokens alike.
-        divergence: D_t; "binary_tv" is |pi - mu| of the sampled token, "binary_kl" its KL(mu || pi).
-        gate: "hard" (10) or "soft" (20).
-        ratio_cap: upper bound of the importance ratio in the surrogate, >= 1; null for none.
+        mask_std_0: leave prompts whose responses all have the same reward out of the update and of the
+            loss's denominators, without refilling.
+        mu: where old_log_prob will come from.
     """
 
-    loss_mode: str = "cppo"
-    delta: float = 0.15
-    delta_b: float = 0.02
-    budget: str = "adaptive"
-    w_min: float = 0.8
-    divergence: str = "binary_tv"
-    gate: str = "hard"
-    ratio_cap: float | None = 20.0
-    mu: RolloutPolicy | None = field(default=None)
+    mask_std_0: bool = True
+    mu: RolloutPolicy | None = None
 
     def __new__(cls, *args, **kwargs):
         known = {f.name for f in fields(cls)}
@@ -152,26 +144,127 @@ class CPPOLossConfig(PolicyLossConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
-        def require(ok: bool, name: str, permitted: str) -> None:
-            if not ok:
-                raise ValueError(f"policy_loss.{name}={getattr(self, name)!r} is not permitted: {permitted}")
+        self.require(isinstance(self.mask_std_0, bool), "mask_std_0", "true or false")
 
-        upper = 1 if self.divergence == "binary_tv" else float("inf")
-        require(self.divergence in get_args(Divergence), "divergence", f"one of {get_args(Divergence)}")
-        require(self.budget in get_args(Budget), "budget", f"one of {get_args(Budget)}")
-        require(self.gate in get_args(Gate), "gate", f"one of {get_args(Gate)}")
-        require(_number(self.delta) and 0 < self.delta <= upper, "delta", f"a number in (0, {upper}]")
-        require(_number(self.delta_b) and 0 < self.delta_b <= upper, "delta_b", f"a number in (0, {upper}]")
-        require(_number(self.w_min) and 0 < self.w_min <= 1, "w_min", "a number in (0, 1]")
-        require(
-            self.ratio_cap is None or (_number(self.ratio_cap) and self.ratio_cap >= 1),
-            "ratio_cap",
-            "a number >= 1, or null for no cap",
+    def require(self, ok: bool, name: str, permitted: str) -> None:
+        if not ok:
+            raise ValueError(f"policy_loss.{name}={getattr(self, name)!r} is not permitted: {permitted}")
+
+    def require_number(self, name: str, low: float, high: float = math.inf, optional: bool = False) -> None:
+        """``name`` must be a number in (low, high], or null where that has a meaning."""
+        value = getattr(self, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        permitted = f"a number in ({low}, {high}]" + (", or null" if optional else "")
+        self.require((optional and value is None) or (is_number and low < value <= high), name, permitted)
+
+    def require_choice(self, name: str, choices) -> None:
+        self.require(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}")
+
+
+@dataclass
+class MaskedLossConfig(MethodConfig):
+    """What the masked methods share: the divergence and the surrogate.
+
+    Args:
+        divergence: D_t; "binary_tv" is |pi - mu| of the sampled token, "binary_kl" its KL(mu || pi).
+        ratio_cap: upper bound of the importance ratio in the surrogate, >= 1; null for none.
+    """
+
+    divergence: str = "binary_tv"
+    ratio_cap: float | None = 20.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_choice("divergence", Divergence)
+        cap = self.ratio_cap
+        is_number = isinstance(cap, int | float) and not isinstance(cap, bool)
+        self.require(cap is None or (is_number and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
+
+    @property
+    def largest_divergence(self) -> float:
+        return 1 if self.divergence == "binary_tv" else math.inf
+
+
+@dataclass
+class CPPOLossConfig(MaskedLossConfig):
+    """Hydra config of the policy loss ``cppo``; DPPO and the paper's ablations are values of it.
+
+    Args:
+        delta: token-level threshold on w_t D_t, > 0 and for TV at most 1.
+        delta_b: prefix-average threshold, > 0; the lower clamp of the adaptive budget.
+        budget: "adaptive" is (22) per response, "fixed" takes delta_b as it is, "none" leaves only
+            the token threshold.
+        budget_clamp: upper clamp of the adaptive budget, in units of delta_b, >= 1; the paper's is 2.
+        w_min: position weight of a response's last token, in (0, 1]; 1 weighs all tokens alike.
+        weights: "linear" (9), or "shuffled" within each response.
+        horizon: T of (9) for all responses alike; null for each one's own length.
+        gate: "hard" (10), "soft" (20), "sapo" or "penalty", see `cppo_verl.update_mask`.
+        tau: sharpness of the gate "sapo".
+    """
+
+    loss_mode: str = "cppo"
+    delta: float = 0.15
+    delta_b: float = 0.02
+    budget: str = "adaptive"
+    budget_clamp: float = 2.0
+    w_min: float = 0.8
+    weights: str = "linear"
+    horizon: int | None = None
+    gate: str = "hard"
+    tau: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_choice("budget", Budget)
+        self.require_choice("weights", Weights)
+        self.require_choice("gate", Gate)
+        self.require_number("delta", 0, self.largest_divergence)
+        self.require_number("delta_b", 0, self.largest_divergence)
+        self.require_number("w_min", 0, 1)
+        self.require_number("tau", 0)
+        self.require_number("horizon", 0, optional=True)
+        self.require_number("budget_clamp", 0)
+        self.require(self.budget_clamp >= 1, "budget_clamp", "a number >= 1, the upper clamp over the lower")
+        self.require(
+            self.horizon is None or self.weights == "linear", "horizon", "null with weights=shuffled, which has no T"
         )
 
 
-def _number(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
+@dataclass
+class TRMLossConfig(MaskedLossConfig):
+    """Hydra config of the policy loss ``trm``: whole responses are kept or dropped.
+
+    Args:
+        delta: threshold on max_t D_t, > 0; null leaves TRM-Max out.
+        delta_avg: threshold on the mean of D_t, > 0; null leaves TRM-Avg out.
+    """
+
+    loss_mode: str = "trm"
+    divergence: str = "binary_kl"
+    delta: float | None = 0.1
+    delta_avg: float | None = 0.002
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_number("delta", 0, self.largest_divergence, optional=True)
+        self.require_number("delta_avg", 0, self.largest_divergence, optional=True)
+        self.require(self.delta is not None or self.delta_avg is not None, "delta", "a number where delta_avg is null")
+
+
+@dataclass
+class PrefixRatioLossConfig(MethodConfig):
+    """Hydra config of the policy loss ``prefix_ratio``; its bounds are the actor's clip_ratio_low and _high.
+
+    Args:
+        ratio: "minimum" is MinPRO's, "mean" is PNPO's.
+    """
+
+    loss_mode: str = "prefix_ratio"
+    ratio: str = "minimum"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_choice("ratio", PrefixRatio)
 
 
 def missing_files(config: DictConfig) -> list[str]:

@@ -1,5 +1,9 @@
 """The policy losses, as verl calls them: keyword arguments, padded tensors [B, L], (loss, metrics) back."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
@@ -7,17 +11,104 @@ from verl.workers.config import ActorConfig
 
 from cppo_verl.diagnostics import GROUPS, RESPONSE_SUMS, TOKEN_SUMS, mask_sums
 from cppo_verl.divergence import as_float32, binary_divergence
-from cppo_verl.plugin.config import CPPOLossConfig
-from cppo_verl.surrogate import masked_surrogate
-from cppo_verl.trust_region import adaptive_budget, trust_region, update_mask
+from cppo_verl.plugin.config import CPPOLossConfig, MaskedLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.surrogate import clipped_surrogate, masked_surrogate, mean_prefix_ratio, minimum_prefix_ratio
+from cppo_verl.trust_region import (
+    TrustRegion,
+    adaptive_budget,
+    position_weights,
+    response_mask_by_divergence,
+    shuffled_weights,
+    trust_region,
+    update_mask,
+)
 
 METRIC_PREFIX = "actor/trust_region/"
 # Log-probabilities are sums of rounded terms; more than this above zero is no rounding.
 LOG_PROB_TOLERANCE = 1e-3
 
 
-@register_policy_loss("cppo")
-def compute_policy_loss_cppo(
+class Tokens(NamedTuple):
+    """A micro-batch as the rules see it: fp32, [B, L], zero outside the mask."""
+
+    log_pi: Tensor
+    """Carries the gradient."""
+    log_mu: Tensor
+    log_ratio: Tensor
+    """log rho_t, without gradient."""
+    advantages: Tensor
+    mask: Tensor
+
+
+class Decision(NamedTuple):
+    """What a rule makes of a micro-batch."""
+
+    loss: Callable[[], Tensor]
+    """Per-token loss [B, L]; called after the input has been checked."""
+    update_mask: Tensor
+    """M_t, for the metrics and in the masked methods for the loss."""
+    region: TrustRegion
+    divergence: Tensor
+    delta: float
+    """Token threshold that tells apart, in the metrics, what rejected a token."""
+
+
+Rule = Callable[[MethodConfig, ActorConfig, Tokens], Decision]
+
+
+def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
+    """CPPO, and as values of its config DPPO and the ablations."""
+    divergence = _divergence(method, tokens)
+    weights = (
+        shuffled_weights(tokens.mask, method.w_min)
+        if method.weights == "shuffled"
+        else position_weights(tokens.mask, method.w_min, horizon=method.horizon)
+    )
+    delta_b = {"fixed": method.delta_b, "none": None}.get(method.budget)
+    if method.budget == "adaptive":
+        delta_b = adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp)
+    region = trust_region(divergence, tokens.mask, delta=method.delta, delta_b=delta_b, weights=weights)
+    keep = update_mask(
+        region, tokens.log_ratio, tokens.advantages, delta=method.delta, gate=method.gate, tau=method.tau
+    )
+    return Decision(_masked(method, tokens, keep), keep, region, divergence, method.delta)
+
+
+def trm(method: TRMLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
+    """TRM-Max, TRM-Avg and both."""
+    divergence = _divergence(method, tokens)
+    keep = response_mask_by_divergence(divergence, tokens.mask, delta=method.delta, delta_avg=method.delta_avg)
+    delta = torch.inf if method.delta is None else method.delta
+    region = trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
+    return Decision(_masked(method, tokens, keep), keep, region, divergence, delta)
+
+
+def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
+    """MinPRO and PNPO; a token counts as masked where its ratio is clipped."""
+    ratio = {"minimum": minimum_prefix_ratio, "mean": mean_prefix_ratio}[method.ratio](tokens.log_ratio, tokens.mask)
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    inside = ((ratio >= 1 - low) & (ratio <= 1 + high)).to(ratio.dtype)
+    divergence = binary_divergence(tokens.log_pi.detach(), tokens.log_mu)
+    region = trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
+
+    def loss():
+        return clipped_surrogate(tokens.log_pi, ratio, tokens.advantages, low, high)
+
+    return Decision(loss, inside, region, divergence, torch.inf)
+
+
+def _divergence(method: MaskedLossConfig, tokens: Tokens) -> Tensor:
+    return binary_divergence(tokens.log_pi.detach(), tokens.log_mu, method.divergence.removeprefix("binary_"))
+
+
+def _masked(method: MaskedLossConfig, tokens: Tokens, keep: Tensor) -> Callable[[], Tensor]:
+    """The one surrogate of all masked methods: two of them differ in the mask alone."""
+    return lambda: masked_surrogate(tokens.log_pi, tokens.log_mu, tokens.advantages, keep, method.ratio_cap)
+
+
+def policy_loss(
+    rule: Rule,
+    config_type: type[MethodConfig],
     old_log_prob: Tensor,
     log_prob: Tensor,
     advantages: Tensor,
@@ -26,15 +117,17 @@ def compute_policy_loss_cppo(
     config: ActorConfig | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """CPPO's masked ratio-advantage surrogate, -(11) averaged by verl's ``agg_loss``.
+    """A rule as a policy loss of verl: averaged by verl's ``agg_loss``.
 
     Args:
+        rule: one of this module's.
+        config_type: what the actor's ``policy_loss`` must be for it.
         old_log_prob: log mu(y_t | s_t), the rollout engine's own, [B, L].
         log_prob: log pi(y_t | s_t), carries the gradient, [B, L].
         advantages: A_t, [B, L].
         response_mask: valid tokens, [B, L]; whatever stands outside of it is ignored.
         loss_agg_mode: verl's; "token-mean" is the paper's.
-        config: the actor's config; its ``policy_loss`` must be a `CPPOLossConfig`.
+        config: the actor's config.
         rollout_is_weights: must be None, the ratio to mu is already in the surrogate.
 
     Returns:
@@ -45,11 +138,11 @@ def compute_policy_loss_cppo(
             zero, on valid tokens; tensors of unequal shapes; importance weights.
         TypeError: a config that is not the method's own.
     """
-    rule = getattr(config, "policy_loss", None)
-    if not isinstance(rule, CPPOLossConfig):
+    method = getattr(config, "policy_loss", None)
+    if not isinstance(method, config_type):
         raise TypeError(
-            f"loss_mode=cppo needs its own config, but policy_loss is {type(rule).__name__}: add +method=cppo to the "
-            "command instead of setting actor_rollout_ref.actor.policy_loss.loss_mode"
+            f"loss_mode={rule.__name__} needs its own config, but policy_loss is {type(method).__name__}: choose a "
+            "method, e.g. +method=cppo, instead of setting actor_rollout_ref.actor.policy_loss.loss_mode"
         )
     if rollout_is_weights is not None:
         raise ValueError(
@@ -67,14 +160,17 @@ def compute_policy_loss_cppo(
     log_pi, log_mu, advantages = (torch.where(mask, as_float32(x), 0.0) for x in (log_prob, old_log_prob, advantages))
     log_mu, advantages = log_mu.detach(), advantages.detach()
     with torch.no_grad():
-        log_ratio = log_pi - log_mu
-        divergence = binary_divergence(log_pi, log_mu, "tv" if rule.divergence == "binary_tv" else "kl")
-        delta_b = {"fixed": rule.delta_b, "none": None}.get(rule.budget)
-        if rule.budget == "adaptive":
-            delta_b = adaptive_budget(divergence, mask, rule.delta_b)
-        region = trust_region(divergence, mask, delta=rule.delta, delta_b=delta_b, w_min=rule.w_min)
-        keep = update_mask(region, log_ratio, advantages, delta=rule.delta, gate=rule.gate)
-        sums = mask_sums(region, keep, divergence, log_ratio, advantages, mask, rule.delta)
+        tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask)
+        decision = rule(method, config, tokens)
+        sums = mask_sums(
+            decision.region,
+            decision.update_mask,
+            decision.divergence,
+            tokens.log_ratio,
+            advantages,
+            mask,
+            decision.delta,
+        )
         faults = torch.stack([_faults(log_pi), _faults(log_mu), (~advantages.isfinite()).sum()])
         # One transfer to the host for everything.
         *sums, n_pi, n_mu, n_advantages = torch.cat([sums.flatten(), faults]).tolist()
@@ -87,7 +183,7 @@ def compute_policy_loss_cppo(
         if count:
             raise ValueError(_describe(name, x, mask, int(count)))
 
-    loss_mat = masked_surrogate(log_pi, log_mu, advantages, keep, rule.ratio_cap)
+    loss_mat = decision.loss()
     n_tokens = sums[0]
     if n_tokens:
         loss = agg_loss(
@@ -98,6 +194,10 @@ def compute_policy_loss_cppo(
         loss = loss_mat.sum()
     names = [f"{METRIC_PREFIX}{group}/{name}" for group in GROUPS for name in TOKEN_SUMS + RESPONSE_SUMS]
     return loss, dict(zip(names, sums, strict=True))
+
+
+for _rule, _config_type in ((cppo, CPPOLossConfig), (trm, TRMLossConfig), (prefix_ratio, PrefixRatioLossConfig)):
+    register_policy_loss(_rule.__name__)(partial(policy_loss, _rule, _config_type))
 
 
 def _faults(log_prob: Tensor) -> Tensor:

@@ -1,7 +1,13 @@
-"""verl's v1 trainers with the trust region's metrics, as trainer.v1.trainer_mode=cppo_<verl's mode>."""
+"""verl's v1 trainers with the trust region's metrics and the advantage hook mask_std_0, as
+trainer.v1.trainer_mode=cppo_<verl's mode>."""
 
 import socket
+from collections import defaultdict
 
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
@@ -31,9 +37,94 @@ class TrustRegionTrainer:
         return replay_buffer
 
     def _update_actor(self, batch, metrics):
+        actor = self.config.actor_rollout_ref.actor
+        if not actor.policy_loss.get("mask_std_0", False):
+            batch = super()._update_actor(batch, metrics)
+            metrics.update(pop_shares(metrics))
+            return batch
+
+        fields = ["uid", "rm_scores", "response_mask", "loss_mask", "advantages"]
+        if self.config.algorithm.use_kl_in_reward:
+            fields.append("token_level_rewards")
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
+        padding = [tag.get("is_padding", False) for tag in batch.tags]
+        kept, share = rows_with_spread(data["uid"].tolist(), rewards.tolist(), padding)
+        metrics["trust_region/left_out_prompt_share"] = share
+        mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        mini_batches = mini_batch_of_row(
+            len(batch), max(self.actor_rollout_wg._dispatch_info["actor"]) + 1, mini_batch_size
+        )
+        masked = leave_out(data, kept, mini_batches, seq_mean=actor.loss_agg_mode.startswith("seq-mean"))
+        self._put(batch, masked)
         batch = super()._update_actor(batch, metrics)
+        # The step's other metrics are about all responses.
+        self._put(batch, data.select(*masked.keys()))
         metrics.update(pop_shares(metrics))
         return batch
+
+    @staticmethod
+    def _put(batch: KVBatchMeta, fields: TensorDict) -> None:
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+
+def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool]) -> tuple[torch.Tensor, float]:
+    """Which rows belong to a prompt whose responses' rewards differ.
+
+    A prompt with a single response has no standard deviation and is kept; so are verl's padding rows,
+    which count for nothing.
+
+    Returns:
+        Boolean [rows], and the share of prompts left out.
+    """
+    groups = defaultdict(list)
+    for row, uid in enumerate(uids):
+        if not padding[row]:
+            groups[uid].append(row)
+    kept = torch.ones(len(uids), dtype=torch.bool)
+    left_out = [rows for rows in groups.values() if len(rows) > 1 and len({rewards[row] for row in rows}) == 1]
+    for rows in left_out:
+        kept[rows] = False
+    return kept, len(left_out) / len(groups)
+
+
+def mini_batch_of_row(rows: int, dp_size: int, mini_batch_size: int) -> torch.Tensor:
+    """Index of the mini-batch that each row falls into: verl hands each rank a contiguous part of the
+    batch, and each rank cuts its part into contiguous mini-batches."""
+    return (torch.arange(rows) % (rows // dp_size)) // (mini_batch_size // dp_size)
+
+
+def leave_out(data: TensorDict, kept: torch.Tensor, mini_batches: torch.Tensor, seq_mean: bool) -> TensorDict:
+    """response_mask, loss_mask and advantages of a batch without the rows that are not ``kept``.
+
+    A row without valid tokens has no loss, and verl counts ``loss_mask`` for the token denominator. Its
+    sequence denominator is the configured mini-batch size: in the seq-mean modes the advantages of the
+    other rows are scaled up to make up for it, which no mask sees, as they keep their sign.
+    """
+    lengths = data["response_mask"].offsets().diff()
+    keep_token = kept.repeat_interleave(lengths)
+    response_mask = _like(data["response_mask"], keep_token)
+    loss_mask = _like(data["loss_mask"], keep_token)
+    advantages = data["advantages"]
+    if seq_mean:
+        rows = torch.bincount(mini_batches)
+        scale = rows / torch.bincount(mini_batches, weights=kept.double()).clamp_min(1)
+        advantages = _like(advantages, scale[mini_batches].repeat_interleave(lengths))
+    # A mini-batch with nothing left would divide by zero tokens: one token in the denominator alone.
+    first = data["loss_mask"].offsets()[:-1]
+    for mini_batch in mini_batches.unique():
+        rows = (mini_batches == mini_batch).nonzero().flatten()
+        if not kept[rows].any():
+            loss_mask.values()[first[rows[0]]] = 1
+    return TensorDict(
+        {"response_mask": response_mask, "loss_mask": loss_mask, "advantages": advantages}, batch_size=len(kept)
+    )
+
+
+def _like(nested: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``nested`` times a factor per token, a new tensor of its dtype."""
+    values = (nested.values() * factor).to(nested.dtype)
+    return torch.nested.nested_tensor_from_jagged(values, nested.offsets())
 
 
 def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
