@@ -23,38 +23,31 @@ def mask_sums(
     """Sums over the batch, shape [3, 9]: groups GROUPS by advantage sign, columns TOKEN_SUMS + RESPONSE_SUMS.
 
     A token belongs to the sign of its advantage, a response to the sign of its advantages' sum; those
-    of advantage zero count in "all" only. All per-token tensors have shape [B, L].
+    of advantage zero count in "all" only. All per-token tensors have shape [B, L]; divergence, log_ratio
+    and advantages are zero outside the mask.
     """
-    masked = 1 - update_mask
+    valid = mask.to(divergence.dtype)
+    masked = (1 - update_mask).clamp_(0, 1).mul_(valid)
     # The token threshold comes first: what w_t D_t <= delta would have let pass, the budget rejected.
     budget_rejected = masked * (region.weighted_divergence <= delta)
-    per_token = torch.stack([torch.ones_like(masked), masked, budget_rejected, divergence, log_ratio], dim=-1)
+    token_sums = _sums_by_sign((valid, masked, budget_rejected, divergence, log_ratio), advantages.sign())
 
     weight = region.weights.sum(-1)
-    delta_b = torch.zeros_like(weight) if region.delta_b is None else region.delta_b.squeeze(-1)
-    per_response = torch.stack(
-        [
-            torch.ones_like(weight),
-            delta_b,
-            masked_quantile(divergence, mask, 0.9).squeeze(-1),
-            region.weighted_divergence.sum(-1) / weight.clamp_min(torch.finfo(weight.dtype).tiny),
-        ],
-        dim=-1,
-    )
-    response_sign = torch.where(mask, advantages, 0.0).sum(-1)
-    rows = []
-    for select in (torch.ones_like, lambda a: a > 0, lambda a: a < 0):
-        tokens = mask & select(advantages).bool()
-        responses = mask.any(-1) & select(response_sign).bool()
-        rows.append(
-            torch.cat(
-                [
-                    torch.where(tokens.unsqueeze(-1), per_token, 0.0).flatten(0, -2).sum(0),
-                    torch.where(responses.unsqueeze(-1), per_response, 0.0).flatten(0, -2).sum(0),
-                ]
-            )
-        )
-    return torch.stack(rows)
+    responses = mask.any(-1).to(weight.dtype)
+    delta_b = torch.zeros_like(weight) if region.delta_b is None else region.delta_b.squeeze(-1) * responses
+    p90 = masked_quantile(divergence, mask, 0.9).squeeze(-1)
+    prefix_average = region.weighted_divergence.sum(-1) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    response_sums = _sums_by_sign((responses, delta_b, p90, prefix_average), advantages.sum(-1).sign())
+    return torch.cat([token_sums, response_sums], dim=1)
+
+
+def _sums_by_sign(columns: tuple[Tensor, ...], sign: Tensor) -> Tensor:
+    """Sum of each column over everything, over sign = 1 and over sign = -1: [3, columns]."""
+    sign, nonzero = sign.flatten(), sign.abs().flatten()
+    total = torch.stack([x.sum() for x in columns])
+    signed = torch.stack([torch.dot(x.flatten(), sign) for x in columns])
+    unsigned = torch.stack([torch.dot(x.flatten(), nonzero) for x in columns])
+    return torch.stack([total, (unsigned + signed) / 2, (unsigned - signed) / 2])
 
 
 def shares(sums: dict[str, float]) -> dict[str, float]:

@@ -49,7 +49,7 @@ class TrustRegionTrainer:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
         padding = [tag.get("is_padding", False) for tag in batch.tags]
-        kept, share = rows_with_spread(data["uid"].tolist(), rewards.tolist(), padding)
+        kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding)
         metrics["trust_region/left_out_prompt_share"] = share
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         mini_batches = mini_batch_of_row(

@@ -134,10 +134,10 @@ def summarise(output, seconds):
         values["trust_region/masked_share"] * values.get("trust_region/budget_rejected_share", 0) for values in rows
     ]
     picture = plot.draw(steps, ACCURACY, output / "quickstart.png")
-    (first, before), (last, after) = accuracy[0], accuracy[-1]
+    scores = " -> ".join(f"{accuracy[i][1]:.3f} at step {accuracy[i][0]}" for i in (0, -1)) if accuracy else "not run"
     print(
         f"""
-validation accuracy (Avg@16)  {before:.3f} at step {first} -> {after:.3f} at step {last}
+validation accuracy (Avg@16)  {scores}
 tokens masked                 {fmean(masked):.1%}, of all tokens {fmean(by_budget):.1%} by the prefix budget
 time                          {seconds / 60:.1f} minutes
 checkpoints                   {output / "checkpoints"}
