@@ -23,7 +23,7 @@ setup(
     package_dir={"": "."},
     packages=find_packages(include=["cppo_verl", "cppo_verl.*"]),
     package_data={"cppo_verl": ["config/**/*.yaml"]},
-    install_requires=["torch>=2.6", "wrapt>=1.16"],
+    install_requires=["torch>=2.6", "numpy>=2.0", "wrapt>=1.16"],
     extras_require={
         "gpu": pinned("gpu.txt"),
         "cpu": pinned("cpu.txt"),
@@ -31,6 +31,6 @@ setup(
     },
     entry_points={
         "verl.plugins": ["cppo_verl = cppo_verl.plugin.register"],
-        "vllm.general_plugins": ["cppo_verl = cppo_verl.plugin.cpu.vllm:keep_plain_weights"],
+        "vllm.general_plugins": ["cppo_verl = cppo_verl.vllm_cpu:keep_plain_weights"],
     },
 )

@@ -5,7 +5,13 @@ loads through its entry point.
 """
 
 from cppo_verl.divergence import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
-from cppo_verl.surrogate import clipped_surrogate, masked_surrogate, mean_prefix_ratio, minimum_prefix_ratio
+from cppo_verl.surrogate import (
+    clipped_weight,
+    masked_surrogate,
+    mean_prefix_ratio,
+    minimum_prefix_ratio,
+    surrogate_weight,
+)
 from cppo_verl.trust_region import (
     TrustRegion,
     adaptive_budget,
@@ -24,7 +30,7 @@ __all__ = [
     "TrustRegion",
     "adaptive_budget",
     "binary_divergence",
-    "clipped_surrogate",
+    "clipped_weight",
     "exact_divergence",
     "masked_quantile",
     "masked_surrogate",
@@ -34,6 +40,7 @@ __all__ = [
     "position_weights",
     "response_mask_by_divergence",
     "shuffled_weights",
+    "surrogate_weight",
     "top_k_divergence",
     "trust_region",
     "update_mask",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cppo_verl.trust_region import TrustRegion, masked_quantile
+from cppo_verl.trust_region import TrustRegion
 
 GROUPS = ("all", "positive", "negative")
 TOKEN_SUMS = ("tokens", "masked", "budget_rejected", "divergence", "log_ratio")
@@ -17,27 +17,27 @@ def mask_sums(
     divergence: Tensor,
     log_ratio: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    valid: Tensor,
     delta: float,
+    p90: Tensor,
 ) -> Tensor:
     """Sums over the batch, shape [3, 9]: groups GROUPS by advantage sign, columns TOKEN_SUMS + RESPONSE_SUMS.
 
     A token belongs to the sign of its advantage, a response to the sign of its advantages' sum; those
     of advantage zero count in "all" only. All per-token tensors have shape [B, L]; divergence, log_ratio
-    and advantages are zero outside the mask.
+    and advantages are zero outside the mask, valid is the mask as 0 and 1 in their dtype; p90 is the
+    0.9-quantile of D_t per response, [B, 1].
     """
-    valid = mask.to(divergence.dtype)
-    masked = (1 - update_mask).clamp_(0, 1).mul_(valid)
+    masked = torch.sub(1, update_mask).clamp_(0, 1).mul_(valid)
     # The token threshold comes first: what w_t D_t <= delta would have let pass, the budget rejected.
-    budget_rejected = masked * (region.weighted_divergence <= delta)
+    budget_rejected = (region.weighted_divergence <= delta).to(masked.dtype).mul_(masked)
     token_sums = _sums_by_sign((valid, masked, budget_rejected, divergence, log_ratio), advantages.sign())
 
     weight = region.weights.sum(-1)
-    responses = mask.any(-1).to(weight.dtype)
+    responses = valid.sum(-1).clamp_max_(1)
     delta_b = torch.zeros_like(weight) if region.delta_b is None else region.delta_b.squeeze(-1) * responses
-    p90 = masked_quantile(divergence, mask, 0.9).squeeze(-1)
     prefix_average = region.weighted_divergence.sum(-1) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
-    response_sums = _sums_by_sign((responses, delta_b, p90, prefix_average), advantages.sum(-1).sign())
+    response_sums = _sums_by_sign((responses, delta_b, p90.squeeze(-1), prefix_average), advantages.sum(-1).sign())
     return torch.cat([token_sums, response_sums], dim=1)
 
 

@@ -6,8 +6,6 @@ import warnings
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from packaging.requirements import Requirement
-
 # The distributions whose versions decide whether a run works, in the order they are reported.
 STACK = ("torch", "verl", "vllm", "ray", "transformers", "tensordict", "TransferQueue", "flash-attn", "wandb")
 
@@ -55,12 +53,16 @@ def diagnose(overrides: list[str], with_ray: bool = True) -> int:
 
 def registered() -> dict[str, bool]:
     """Which of the plug-in's parts verl knows in this process."""
-    import verl  # noqa: F401  loads the plug-in
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
-    from verl.plugin.platform import PlatformRegistry, get_platform
-    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    with warnings.catch_warnings():
+        # verl warns of each engine whose framework is not installed.
+        warnings.simplefilter("ignore")
+        import verl  # noqa: F401  loads the plug-in
+        from hydra.core.plugins import Plugins
+        from hydra.plugins.search_path_plugin import SearchPathPlugin
+        from verl.plugin.platform import PlatformRegistry, get_platform
+        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+        from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+        from verl.workers.engine import EngineRegistry
 
     from cppo_verl.plugin.config import TRAINER_MODES
 
@@ -72,11 +74,6 @@ def registered() -> dict[str, bool]:
         "platform cpu": PlatformRegistry.get("cpu") is not None,
     }
     if get_platform().device_name == "cpu":
-        with warnings.catch_warnings():
-            # verl warns of each engine whose framework is not installed.
-            warnings.simplefilter("ignore")
-            from verl.workers.engine import EngineRegistry
-
         try:
             engine = EngineRegistry.get_engine_cls("language_model", "fsdp2").__module__
         except ValueError:
@@ -95,6 +92,8 @@ def _device(platform) -> str:
 
 
 def _versions(report: Report, extra: str) -> None:
+    from packaging.requirements import Requirement
+
     supported = {}
     for line in requires("cppo-verl") or []:
         requirement = Requirement(line)

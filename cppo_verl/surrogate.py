@@ -1,4 +1,4 @@
-"""The ratio-advantage surrogate that every masked method shares, and the clipped one of prefix ratios."""
+"""The ratio-advantage surrogate that every masked method shares, and the weights of prefix ratios."""
 
 import torch
 from torch import Tensor
@@ -9,43 +9,61 @@ from cppo_verl.divergence import as_float32
 MAX_LOG_RATIO = 20.0
 
 
+@torch.no_grad()
+def surrogate_weight(
+    log_pi: Tensor, log_mu: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
+) -> Tensor:
+    """M_t min(rho_t, ratio_cap) A_t, what grad log pi_t is multiplied by in the surrogate (11).
+
+    Args:
+        log_pi, log_mu: log-probability of the sampled token under the current and the rollout policy.
+        advantages: A_t.
+        update_mask: M_t.
+        ratio_cap: upper bound of rho_t, which truncates the importance ratio without stopping the
+            gradient, as DPPO does; None for exp(20), the numerical bound.
+
+    Returns:
+        Same shape, in fp32 (fp64 for fp64).
+    """
+    log_ratio = (as_float32(log_pi) - as_float32(log_mu)).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp_() if ratio_cap is None else log_ratio.exp_().clamp_max_(ratio_cap)
+    return ratio.mul_(advantages).mul_(update_mask)
+
+
+@torch.no_grad()
+def clipped_weight(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """clip(ratio, 1 - low, 1 + high) A_t, an importance weight clipped without gradient as CISPO has it."""
+    return ratio.clamp(1 - low, 1 + high) * advantages
+
+
+class WeightedLogProb(torch.autograd.Function):
+    """Per-token loss -weight_t whose gradient with respect to log_pi is -weight_t too.
+
+    That of -weight_t rho_t / sg(rho_t), without the exponential and what it would store. Its negative sum
+    is the surrogate (11), sum_t M_t rho_t A_t, for `surrogate_weight` without a cap.
+    """
+
+    @staticmethod
+    def forward(ctx, log_pi: Tensor, weight: Tensor) -> Tensor:
+        loss = -weight
+        ctx.save_for_backward(loss)
+        ctx.dtype = log_pi.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        return (grad * loss).to(ctx.dtype), None
+
+
 def masked_surrogate(
     log_pi: Tensor, log_mu: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
 ) -> Tensor:
-    """Per-token loss whose negative sum over tokens is the surrogate (11), sum_t M_t rho_t A_t.
+    """Per-token loss whose negative sum is the surrogate (11); arguments as for `surrogate_weight`.
 
-    Its gradient with respect to log_pi is -M_t min(rho_t, ratio_cap) A_t: the cap truncates the
-    importance ratio without stopping the gradient, as DPPO does.
-
-    Args:
-        log_pi: log-probability of the sampled token under the current policy; carries the gradient.
-        log_mu: the same under the rollout policy.
-        advantages: A_t.
-        update_mask: M_t in [0, 1], no gradient.
-        ratio_cap: upper bound of rho_t; None for exp(20), the numerical bound.
-
-    Returns:
-        Loss per token in fp32 (fp64 for fp64), same shape, to be averaged by the caller.
+    log_pi carries the gradient, -M_t min(rho_t, ratio_cap) A_t.
     """
-    log_pi, log_mu = as_float32(log_pi), as_float32(log_mu)
-    log_ratio = (log_pi.detach() - log_mu).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp() if ratio_cap is None else log_ratio.exp().clamp_max(ratio_cap)
-    weight = update_mask * ratio * advantages
-    # 1 + log_pi - sg(log_pi) is one with gradient one: value and gradient without a second exp.
-    return -weight * (1 + (log_pi - log_pi.detach()))
-
-
-def clipped_surrogate(log_pi: Tensor, ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Per-token loss -sg(clip(ratio, 1 - low, 1 + high)) A_t log pi_t, as CISPO has it, with value
-    -clip(ratio) A_t.
-
-    Args:
-        ratio: any importance ratio without gradient, e.g. of the functions below.
-        low, high: clip-higher bounds, high >= low.
-    """
-    log_pi = as_float32(log_pi)
-    weight = ratio.detach().clamp(1 - low, 1 + high) * advantages
-    return -weight * (1 + (log_pi - log_pi.detach()))
+    return WeightedLogProb.apply(log_pi, surrogate_weight(log_pi, log_mu, advantages, update_mask, ratio_cap))
 
 
 @torch.no_grad()
@@ -55,7 +73,7 @@ def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
     The paper's abstract gives the ratio. Ours is what it leaves open: the minimum runs over the
     response's valid tokens before t and is not bounded by one, and the ratio is clipped without
-    gradient (`clipped_surrogate`).
+    gradient (`clipped_weight`).
     """
     log_ratio = torch.where(mask, log_ratio, torch.inf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     before = torch.nn.functional.pad(log_ratio.cummin(-1).values[..., :-1], (1, 0), value=MAX_LOG_RATIO)
@@ -67,7 +85,7 @@ def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 def mean_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """(prod_{j<=t} rho_j)^(1/t), the geometric mean of the prefix's ratios, PNPO's (arXiv 2608.01418).
 
-    The source was not at hand beyond this definition; the clipping is `clipped_surrogate`'s.
+    The source was not at hand beyond this definition; the clipping is `clipped_weight`'s.
     """
     log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio.cumsum(-1) / mask.cumsum(-1).clamp_min(1)).exp()

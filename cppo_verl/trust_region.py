@@ -7,7 +7,6 @@ have w = D = 0 and do not advance t, wherever they stand. Nothing here carries a
 
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ def position_weights(
     """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9).
 
     T is the response's own number of valid tokens, or ``horizon`` for all responses alike; tokens beyond
-    it keep w_min.
+    it keep w_min. The mask may also come as 0 and 1 in ``dtype``.
     """
     valid = mask.to(dtype)
     elapsed = valid.cumsum(-1).sub_(1)
@@ -56,13 +55,19 @@ def shuffled_weights(
 
 
 @torch.no_grad()
-def adaptive_budget(divergence: Tensor, mask: Tensor, delta_b_min: float, upper: float = 2.0) -> Tensor:
+def adaptive_budget(
+    divergence: Tensor, mask: Tensor, delta_b_min: float, upper: float = 2.0, p90: Tensor | None = None
+) -> Tensor:
     """delta_b(y) = clamp(P90(D_1..D_T), delta_b_min, upper * delta_b_min) per response (22).
+
+    Args:
+        p90: ``masked_quantile(divergence, mask, 0.9)`` where the caller has it already.
 
     Returns:
         Shape [..., 1]; delta_b_min for an empty response.
     """
-    return masked_quantile(divergence, mask, 0.9).clamp(delta_b_min, upper * delta_b_min)
+    p90 = masked_quantile(divergence, mask, 0.9) if p90 is None else p90
+    return p90.clamp(delta_b_min, upper * delta_b_min)
 
 
 @torch.no_grad()
@@ -73,11 +78,12 @@ def masked_quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
         Shape [..., 1]; 0 for an empty response.
     """
     ordered = _sort(torch.where(mask, x, torch.inf))
-    rank = q * (mask.sum(-1, keepdim=True) - 1).clamp_min(0).to(torch.float64)
+    length = mask.sum(-1, keepdim=True)
+    rank = q * (length - 1).clamp_min(0).to(torch.float64)
     low, high = (ordered.gather(-1, r.long()) for r in (rank.floor(), rank.ceil()))
     # lerp of two infinities is nan; equal neighbours need no interpolation.
     value = torch.where(low == high, low, low.lerp(high, (rank - rank.floor()).to(x.dtype)))
-    return torch.where(mask.any(-1, keepdim=True), value, 0.0)
+    return torch.where(length > 0, value, 0.0)
 
 
 @torch.no_grad()
@@ -110,8 +116,8 @@ def trust_region(
     delta_b = torch.as_tensor(delta_b, dtype=wd.dtype, device=wd.device).expand(*wd.shape[:-1], 1)
     # S_{t-1} - delta_b W_{t-1} as one sum of centred terms: the difference of two long sums would
     # lose the digits that decide at 64k tokens.
-    drift = exclusive_cumsum(wd - delta_b * w)
-    return TrustRegion(wd, w, delta - drift.clamp_min(0), delta_b)
+    drift = exclusive_cumsum(torch.addcmul(wd, delta_b, w, value=-1))
+    return TrustRegion(wd, w, drift.clamp_min_(0).neg_().add_(delta), delta_b)
 
 
 @torch.no_grad()
@@ -155,7 +161,7 @@ def update_mask(
     """
     towards_one = advantages * log_ratio <= 0
     if gate == "hard":
-        kept = (region.weighted_divergence <= region.threshold).to(region.threshold.dtype)
+        return (towards_one | (region.weighted_divergence <= region.threshold)).to(region.threshold.dtype)
     elif gate == "soft":
         kept = violation(region, delta).clamp_min(1).reciprocal()
     elif gate == "sapo":
@@ -195,11 +201,15 @@ def response_mask_by_divergence(
 
 def exclusive_cumsum(x: Tensor) -> Tensor:
     """Sum over j < t along the last dimension; 0 at t = 1."""
-    return torch.nn.functional.pad(x.cumsum(-1)[..., :-1], (1, 0))
+    sums = torch.zeros_like(x)
+    torch.cumsum(x[..., :-1], -1, out=sums[..., 1:])
+    return sums
 
 
 def _sort(x: Tensor) -> Tensor:
-    # On a CPU with vector instructions numpy sorts twenty times as fast as torch does.
     if x.device.type == "cpu":
+        # With vector instructions numpy sorts twenty times as fast as torch does.
+        import numpy as np
+
         return torch.from_numpy(np.sort(x.numpy(), axis=-1))
     return x.sort(-1).values

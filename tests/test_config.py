@@ -168,6 +168,7 @@ def test_a_temperature_that_both_sides_apply_is_right_and_one_that_mu_lacks_is_r
         start_up(cppo(hot, raw))
 
 
+@pytest.mark.trainer
 def test_verls_command_stops_before_ray_and_says_what_to_change():
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *GRPO, "+method=cppo"]
     result = subprocess.run(

@@ -51,6 +51,7 @@ def test_a_command_without_the_method_is_not_cppo(doctor):
     assert "add +method=cppo to the command" in out
 
 
+@pytest.mark.trainer
 def test_a_ray_worker_is_asked_too(capsys):
     assert main(["doctor"]) == 0
     assert "a Ray worker" in capsys.readouterr().out

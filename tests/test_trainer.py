@@ -182,3 +182,19 @@ def test_a_missing_model_stops_the_trainer_with_its_path(first, tmp_path):
     assert run.code == 1
     assert "no actor_rollout_ref.model.path=/nowhere/model" in run.text
     assert run.survivors() == []
+
+
+@pytest.mark.parametrize("method", ["grpo", "cispo", "trm_max_avg", "minpro", "drpo"])
+def test_every_kind_of_loss_trains(first, method, tmp_path):
+    for name in ("data", "model"):
+        (tmp_path / name).symlink_to(first.output / name)
+    # The config file has chosen a method: no plus sign.
+    command = [f"method={method}", "trainer.total_training_steps=2", "trainer.test_freq=-1", "trainer.save_freq=-1"]
+    command += ["trainer.val_before_train=false", "trainer.logger=[console,file]", "data.train_batch_size=16"]
+    run = Run(tmp_path, *command).finish()
+    assert run.code == 0, run.text
+    steps = metrics(tmp_path, 0)
+    assert [steps[step]["actor/grad_norm"] > 0 for step in (1, 2)] == [True, True]
+    assert 0 <= steps[1]["trust_region/left_out_prompt_share"] < 1
+    assert ("trust_region/masked_share" in steps[1]) == (method not in ("grpo", "cispo"))
+    assert run.survivors() == []

@@ -1,1 +1,6 @@
-"""All contact with verl, vLLM and hydra. ``register`` is what verl's entry point imports."""
+"""All contact with verl and hydra. ``register`` is what verl's entry point imports.
+
+verl comes first: importing it loads ``register``, which needs this package's modules whole.
+"""
+
+import verl  # noqa: F401

@@ -1,5 +1,6 @@
 """The policy losses, as verl calls them: keyword arguments, padded tensors [B, L], (loss, metrics) back."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -12,10 +13,17 @@ from verl.workers.config import ActorConfig
 from cppo_verl.diagnostics import GROUPS, RESPONSE_SUMS, TOKEN_SUMS, mask_sums
 from cppo_verl.divergence import as_float32, binary_divergence
 from cppo_verl.plugin.config import CPPOLossConfig, MaskedLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
-from cppo_verl.surrogate import clipped_surrogate, masked_surrogate, mean_prefix_ratio, minimum_prefix_ratio
+from cppo_verl.surrogate import (
+    WeightedLogProb,
+    clipped_weight,
+    mean_prefix_ratio,
+    minimum_prefix_ratio,
+    surrogate_weight,
+)
 from cppo_verl.trust_region import (
     TrustRegion,
     adaptive_budget,
+    masked_quantile,
     position_weights,
     response_mask_by_divergence,
     shuffled_weights,
@@ -29,28 +37,31 @@ LOG_PROB_TOLERANCE = 1e-3
 
 
 class Tokens(NamedTuple):
-    """A micro-batch as the rules see it: fp32, [B, L], zero outside the mask."""
+    """A micro-batch as the rules see it: fp32, [B, L], zero outside the mask, without gradient."""
 
     log_pi: Tensor
-    """Carries the gradient."""
     log_mu: Tensor
     log_ratio: Tensor
-    """log rho_t, without gradient."""
     advantages: Tensor
     mask: Tensor
+    """True on valid tokens."""
+    valid: Tensor
+    """The mask in fp32: conversions cost as much as the arithmetic does."""
 
 
 class Decision(NamedTuple):
     """What a rule makes of a micro-batch."""
 
-    loss: Callable[[], Tensor]
-    """Per-token loss [B, L]; called after the input has been checked."""
+    weight: Tensor
+    """What grad log pi_t is multiplied by, [B, L]; zero outside the mask."""
     update_mask: Tensor
-    """M_t, for the metrics and in the masked methods for the loss."""
+    """M_t, for the metrics."""
     region: TrustRegion
     divergence: Tensor
     delta: float
     """Token threshold that tells apart, in the metrics, what rejected a token."""
+    p90: Tensor
+    """0.9-quantile of D_t per response, [B, 1]."""
 
 
 Rule = Callable[[MethodConfig, ActorConfig, Tokens], Decision]
@@ -58,29 +69,29 @@ Rule = Callable[[MethodConfig, ActorConfig, Tokens], Decision]
 
 def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     """CPPO, and as values of its config DPPO and the ablations."""
-    divergence = _divergence(method, tokens)
+    divergence, p90 = _divergence(method.divergence, tokens)
     weights = (
         shuffled_weights(tokens.mask, method.w_min)
         if method.weights == "shuffled"
-        else position_weights(tokens.mask, method.w_min, horizon=method.horizon)
+        else position_weights(tokens.valid, method.w_min, horizon=method.horizon)
     )
     delta_b = {"fixed": method.delta_b, "none": None}.get(method.budget)
     if method.budget == "adaptive":
-        delta_b = adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp)
+        delta_b = adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp, p90)
     region = trust_region(divergence, tokens.mask, delta=method.delta, delta_b=delta_b, weights=weights)
     keep = update_mask(
         region, tokens.log_ratio, tokens.advantages, delta=method.delta, gate=method.gate, tau=method.tau
     )
-    return Decision(_masked(method, tokens, keep), keep, region, divergence, method.delta)
+    return Decision(_masked(method, tokens, keep), keep, region, divergence, method.delta, p90)
 
 
 def trm(method: TRMLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     """TRM-Max, TRM-Avg and both."""
-    divergence = _divergence(method, tokens)
+    divergence, p90 = _divergence(method.divergence, tokens)
     keep = response_mask_by_divergence(divergence, tokens.mask, delta=method.delta, delta_avg=method.delta_avg)
     delta = torch.inf if method.delta is None else method.delta
     region = trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
-    return Decision(_masked(method, tokens, keep), keep, region, divergence, delta)
+    return Decision(_masked(method, tokens, keep), keep, region, divergence, delta, p90)
 
 
 def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
@@ -88,22 +99,22 @@ def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tok
     ratio = {"minimum": minimum_prefix_ratio, "mean": mean_prefix_ratio}[method.ratio](tokens.log_ratio, tokens.mask)
     low, high = config.clip_ratio_low, config.clip_ratio_high
     inside = ((ratio >= 1 - low) & (ratio <= 1 + high)).to(ratio.dtype)
-    divergence = binary_divergence(tokens.log_pi.detach(), tokens.log_mu)
+    divergence, p90 = _divergence("tv", tokens)
     region = trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
 
-    def loss():
-        return clipped_surrogate(tokens.log_pi, ratio, tokens.advantages, low, high)
-
-    return Decision(loss, inside, region, divergence, torch.inf)
+    weight = clipped_weight(ratio, tokens.advantages, low, high)
+    return Decision(weight, inside, region, divergence, torch.inf, p90)
 
 
-def _divergence(method: MaskedLossConfig, tokens: Tokens) -> Tensor:
-    return binary_divergence(tokens.log_pi.detach(), tokens.log_mu, method.divergence.removeprefix("binary_"))
+def _divergence(kind: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """D_t [B, L] and its 0.9-quantile per response [B, 1]."""
+    divergence = binary_divergence(tokens.log_pi, tokens.log_mu, kind.removeprefix("binary_"))
+    return divergence, masked_quantile(divergence, tokens.mask, 0.9)
 
 
-def _masked(method: MaskedLossConfig, tokens: Tokens, keep: Tensor) -> Callable[[], Tensor]:
+def _masked(method: MaskedLossConfig, tokens: Tokens, keep: Tensor) -> Tensor:
     """The one surrogate of all masked methods: two of them differ in the mask alone."""
-    return lambda: masked_surrogate(tokens.log_pi, tokens.log_mu, tokens.advantages, keep, method.ratio_cap)
+    return surrogate_weight(tokens.log_pi, tokens.log_mu, tokens.advantages, keep, method.ratio_cap)
 
 
 def policy_loss(
@@ -157,10 +168,12 @@ def policy_loss(
         )
 
     mask = response_mask.bool()
-    log_pi, log_mu, advantages = (torch.where(mask, as_float32(x), 0.0) for x in (log_prob, old_log_prob, advantages))
-    log_mu, advantages = log_mu.detach(), advantages.detach()
     with torch.no_grad():
-        tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask)
+        inputs = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
+        valid = mask.to(torch.float32)
+        # Zero outside the mask, whatever stands there; nan_to_num hides no fault, see below.
+        log_pi, log_mu, advantages = (as_float32(x).nan_to_num(0, 0, 0).mul_(valid) for x in inputs.values())
+        tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask, valid)
         decision = rule(method, config, tokens)
         sums = mask_sums(
             decision.region,
@@ -168,27 +181,24 @@ def policy_loss(
             decision.divergence,
             tokens.log_ratio,
             advantages,
-            mask,
+            valid,
             decision.delta,
+            decision.p90,
         )
-        faults = torch.stack([_faults(log_pi), _faults(log_mu), (~advantages.isfinite()).sum()])
+        extremes = torch.stack([extreme.float() for x in inputs.values() for extreme in x.aminmax()])
         # One transfer to the host for everything.
-        *sums, n_pi, n_mu, n_advantages = torch.cat([sums.flatten(), faults]).tolist()
+        *sums, pi_min, pi_max, mu_min, mu_max, a_min, a_max = torch.cat([sums.flatten(), extremes]).tolist()
 
-    for name, x, count in (
-        ("log_prob", log_pi, n_pi),
-        ("old_log_prob", log_mu, n_mu),
-        ("advantages", advantages, n_advantages),
-    ):
-        if count:
-            raise ValueError(_describe(name, x, mask, int(count)))
+    if not (
+        all(map(math.isfinite, (pi_min, mu_min, a_min, a_max))) and max(pi_max, mu_max) <= LOG_PROB_TOLERANCE
+    ):  # somewhere, perhaps in the padding only
+        for name, x in inputs.items():
+            check_values(name, x, mask)
 
-    loss_mat = decision.loss()
+    loss_mat = WeightedLogProb.apply(log_prob, decision.weight)
     n_tokens = sums[0]
     if n_tokens:
-        loss = agg_loss(
-            loss_mat=loss_mat, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
-        )
+        loss = agg_loss(loss_mat=loss_mat, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     else:
         # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
         loss = loss_mat.sum()
@@ -200,13 +210,12 @@ for _rule, _config_type in ((cppo, CPPOLossConfig), (trm, TRMLossConfig), (prefi
     register_policy_loss(_rule.__name__)(partial(policy_loss, _rule, _config_type))
 
 
-def _faults(log_prob: Tensor) -> Tensor:
-    # "not <=" is true for nan as well
-    return (~(log_prob <= LOG_PROB_TOLERANCE) | log_prob.isinf()).sum()
-
-
-def _describe(name: str, x: Tensor, mask: Tensor, count: int) -> str:
+def check_values(name: str, x: Tensor, mask: Tensor) -> None:
+    """Raise ValueError if a valid token's value is not finite or, of a log-probability, above zero."""
     bad = ~x.isfinite() if name == "advantages" else ~(x <= LOG_PROB_TOLERANCE) | x.isinf()
+    bad &= mask
+    if not bad.any():
+        return
     row, column = bad.nonzero()[0].tolist()
     source = {
         "log_prob": "the trainer's forward pass",
@@ -214,7 +223,7 @@ def _describe(name: str, x: Tensor, mask: Tensor, count: int) -> str:
         "advantages": "the advantage estimator or the reward",
     }[name]
     wanted = "finite" if name == "advantages" else "finite and not above zero"
-    return (
-        f"{name} must be {wanted}: {count} of {int(mask.sum())} valid tokens of this micro-batch are not, the first "
-        f"{x[row, column].item()} at response {row}, column {column}; look at {source}"
+    raise ValueError(
+        f"{name} must be {wanted}: {int(bad.sum())} of {int(mask.sum())} valid tokens of this micro-batch are not, the "
+        f"first {x[row, column].item()} at response {row}, column {column}; look at {source}"
     )

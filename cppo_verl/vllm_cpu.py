@@ -1,7 +1,7 @@
 """The one place in vLLM 0.28.0's CPU build that keeps verl from updating its weights.
 
-Loaded by vLLM in each of its processes through the entry point group "vllm.general_plugins"; it
-does nothing where vLLM does not run on the CPU.
+Loaded by vLLM in each of its processes through the entry point group "vllm.general_plugins", so that
+it stands apart from ``plugin`` and imports no verl; it does nothing where vLLM does not run on the CPU.
 """
 
 
