@@ -80,7 +80,7 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
     assert changed(before, after) == {
         "algorithm.rollout_correction.bypass_mode",
         "trainer.v1.trainer_mode",
-        *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "mu", "delta", "delta_b", "budget")),
+        *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "shuffle", "mu", "delta", "delta_b", "budget")),
         *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),
         RULE + "ratio_cap",
     }
@@ -123,6 +123,17 @@ def test_no_shipped_group_shadows_one_of_verls():
 def test_impossible_values_are_refused_with_the_permitted_range(cppo, override, message):
     with pytest.raises(InstantiationException, match=message):
         start_up(cppo(RULE + override))
+
+
+def test_impossible_combinations_are_refused_by_name(compose, cppo):
+    with pytest.raises(InstantiationException, match="mask_std_0=True is not permitted: false with actor.shuffle=true"):
+        start_up(cppo("actor_rollout_ref.actor.shuffle=true"))
+    with pytest.raises(InstantiationException, match=r"no key 'gate' \(got gate='soft'\)"):
+        start_up(compose(*GRPO, "+method=trm_max", "+" + RULE + "gate=soft"))
+    with pytest.raises(InstantiationException, match="delta=None is not permitted: a number where delta_avg is null"):
+        start_up(compose(*GRPO, "+method=trm_max", RULE + "delta=null"))
+    with pytest.raises(InstantiationException, match="horizon=8 is not permitted: null with weights=shuffled"):
+        start_up(cppo(RULE + "horizon=8", RULE + "weights=shuffled"))
 
 
 def test_unknown_keys_are_refused(compose):

@@ -29,8 +29,8 @@ class RolloutPolicy(BaseConfig):
     """Where old_log_prob will come from. D_t and rho_t are measured against the policy that generated
     the tokens, so old_log_prob must be the rollout engine's own log-probability of them.
 
-    The shipped method configs fill each field by interpolation from the setting of the run that its
-    name in `SETTINGS` says; the fields are not meant to be set by hand.
+    The shipped method configs fill each field by interpolation from the setting of the run of that
+    name; the fields are not meant to be set by hand.
     """
 
     use_v1: bool
@@ -131,10 +131,12 @@ class MethodConfig(PolicyLossConfig):
     Args:
         mask_std_0: leave prompts whose responses all have the same reward out of the update and of the
             loss's denominators, without refilling.
-        mu: where old_log_prob will come from.
+        shuffle: the actor's setting, filled by interpolation.
+        mu: where old_log_prob will come from, filled by interpolation.
     """
 
     mask_std_0: bool = True
+    shuffle: bool = False
     mu: RolloutPolicy | None = None
 
     def __new__(cls, *args, **kwargs):
@@ -145,6 +147,8 @@ class MethodConfig(PolicyLossConfig):
 
     def __post_init__(self):
         self.require(isinstance(self.mask_std_0, bool), "mask_std_0", "true or false")
+        # Which rows share a mini-batch, and so a denominator, is drawn in the workers then.
+        self.require(not (self.mask_std_0 and self.shuffle), "mask_std_0", "false with actor.shuffle=true")
 
     def require(self, ok: bool, name: str, permitted: str) -> None:
         if not ok:

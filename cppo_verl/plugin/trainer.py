@@ -37,12 +37,19 @@ class TrustRegionTrainer:
         return replay_buffer
 
     def _update_actor(self, batch, metrics):
+        original = self._leave_out(batch, metrics)
+        batch = super()._update_actor(batch, metrics)
+        if original is not None:
+            # The step's other metrics are about all responses.
+            self._put(batch, original)
+        metrics.update(pop_shares(metrics))
+        return batch
+
+    def _leave_out(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
+        """Apply mask_std_0 to the stored batch; return the fields to put back after the update, if any."""
         actor = self.config.actor_rollout_ref.actor
         if not actor.policy_loss.get("mask_std_0", False):
-            batch = super()._update_actor(batch, metrics)
-            metrics.update(pop_shares(metrics))
-            return batch
-
+            return None
         fields = ["uid", "rm_scores", "response_mask", "loss_mask", "advantages"]
         if self.config.algorithm.use_kl_in_reward:
             fields.append("token_level_rewards")
@@ -51,17 +58,14 @@ class TrustRegionTrainer:
         padding = [tag.get("is_padding", False) for tag in batch.tags]
         kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding)
         metrics["trust_region/left_out_prompt_share"] = share
+        if kept.all():
+            return None
+        dp_size = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
-        mini_batches = mini_batch_of_row(
-            len(batch), max(self.actor_rollout_wg._dispatch_info["actor"]) + 1, mini_batch_size
-        )
+        mini_batches = mini_batch_of_row(len(batch), dp_size, mini_batch_size)
         masked = leave_out(data, kept, mini_batches, seq_mean=actor.loss_agg_mode.startswith("seq-mean"))
         self._put(batch, masked)
-        batch = super()._update_actor(batch, metrics)
-        # The step's other metrics are about all responses.
-        self._put(batch, data.select(*masked.keys()))
-        metrics.update(pop_shares(metrics))
-        return batch
+        return data.select(*masked.keys())
 
     @staticmethod
     def _put(batch: KVBatchMeta, fields: TensorDict) -> None:
@@ -95,30 +99,26 @@ def mini_batch_of_row(rows: int, dp_size: int, mini_batch_size: int) -> torch.Te
 
 
 def leave_out(data: TensorDict, kept: torch.Tensor, mini_batches: torch.Tensor, seq_mean: bool) -> TensorDict:
-    """response_mask, loss_mask and advantages of a batch without the rows that are not ``kept``.
+    """response_mask and loss_mask of a batch without the rows that are not ``kept``.
 
     A row without valid tokens has no loss, and verl counts ``loss_mask`` for the token denominator. Its
     sequence denominator is the configured mini-batch size: in the seq-mean modes the advantages of the
-    other rows are scaled up to make up for it, which no mask sees, as they keep their sign.
+    other rows come too, scaled up to make up for it, which no mask sees, as they keep their sign.
     """
     lengths = data["response_mask"].offsets().diff()
     keep_token = kept.repeat_interleave(lengths)
-    response_mask = _like(data["response_mask"], keep_token)
-    loss_mask = _like(data["loss_mask"], keep_token)
-    advantages = data["advantages"]
+    fields = {name: _like(data[name], keep_token) for name in ("response_mask", "loss_mask")}
     if seq_mean:
         rows = torch.bincount(mini_batches)
         scale = rows / torch.bincount(mini_batches, weights=kept.double()).clamp_min(1)
-        advantages = _like(advantages, scale[mini_batches].repeat_interleave(lengths))
+        fields["advantages"] = _like(data["advantages"], scale[mini_batches].repeat_interleave(lengths))
     # A mini-batch with nothing left would divide by zero tokens: one token in the denominator alone.
     first = data["loss_mask"].offsets()[:-1]
     for mini_batch in mini_batches.unique():
-        rows = (mini_batches == mini_batch).nonzero().flatten()
-        if not kept[rows].any():
-            loss_mask.values()[first[rows[0]]] = 1
-    return TensorDict(
-        {"response_mask": response_mask, "loss_mask": loss_mask, "advantages": advantages}, batch_size=len(kept)
-    )
+        rows = ((mini_batches == mini_batch) & (lengths > 0)).nonzero().flatten()
+        if len(rows) and not kept[rows].any():
+            fields["loss_mask"].values()[first[rows[0]]] = 1
+    return TensorDict(fields, batch_size=len(kept))
 
 
 def _like(nested: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
