@@ -102,10 +102,12 @@ def follow(trainer, metrics):
 
 def progress(step, values):
     parts = [f"step {step:3d}"]
-    if "trust_region/masked_share" in values:
+    if "critic/score/mean" in values:
         parts.append(f"reward {values['critic/score/mean']:.2f}")
+    if "trust_region/masked_share" in values:
         parts.append(f"masked {values['trust_region/masked_share']:5.1%}")
         parts.append(f"of which by the budget {values.get('trust_region/budget_rejected_share', 0):4.0%}")
+    if "timing_s/step" in values:
         parts.append(f"{values['timing_s/step']:.1f} s")
     if ACCURACY in values:
         parts.append(f"validation accuracy {values[ACCURACY]:.3f}")
@@ -126,26 +128,31 @@ def read(*paths):
 
 
 def summarise(output, seconds):
-    steps = read(*sorted((output / "logs").glob("metrics-*.jsonl")))
+    attempts = sorted((output / "logs").glob("metrics-*.jsonl"), key=lambda path: int(path.stem.split("-")[1]))
+    steps = read(*attempts)
     accuracy = [(step, values[ACCURACY]) for step, values in steps if ACCURACY in values]
-    rows = [values for _, values in steps if "trust_region/masked_share" in values]
-    masked = [values["trust_region/masked_share"] for values in rows]
-    by_budget = [
-        values["trust_region/masked_share"] * values.get("trust_region/budget_rejected_share", 0) for values in rows
-    ]
-    picture = plot.draw(steps, ACCURACY, output / "quickstart.png")
     scores = " -> ".join(f"{accuracy[i][1]:.3f} at step {accuracy[i][0]}" for i in (0, -1)) if accuracy else "not run"
+    # verl's own losses have no mask to report.
+    rows = [values for _, values in steps if "trust_region/masked_share" in values]
+    masked = [row["trust_region/masked_share"] for row in rows]
+    by_budget = [row["trust_region/masked_share"] * row.get("trust_region/budget_rejected_share", 0) for row in rows]
+    shares = f"{fmean(masked):.1%}, of all tokens {fmean(by_budget):.1%} by the prefix budget" if rows else "none"
+    picture = plot.draw(steps, ACCURACY, output / "quickstart.png")
     print(
         f"""
 validation accuracy (Avg@16)  {scores}
-tokens masked                 {fmean(masked):.1%}, of all tokens {fmean(by_budget):.1%} by the prefix budget
+tokens masked                 {shares}
 time                          {seconds / 60:.1f} minutes
-checkpoints                   {output / "checkpoints"}
-metrics                       {output / "logs"}/metrics-*.jsonl
-TensorBoard                   tensorboard --logdir {output / "logs" / "tensorboard"}
-wandb, offline                wandb sync {output / "logs" / "wandb"}/offline-run-*
-picture                       {picture}"""
+checkpoints                   {relative(output / "checkpoints")}
+metrics                       {relative(output / "logs")}/metrics-*.jsonl
+TensorBoard                   tensorboard --logdir {relative(output / "logs" / "tensorboard")}
+wandb, offline                wandb sync {relative(output / "logs" / "wandb")}/offline-run-*
+picture                       {relative(picture)}"""
     )
+
+
+def relative(path):
+    return os.path.relpath(path)
 
 
 if __name__ == "__main__":
