@@ -1,6 +1,7 @@
 """The whole job in verl's real trainer: Ray, FSDP2 on gloo, vLLM. Each run costs a minute or two of start-up,
 so that they share one folder and each test reads what they left behind."""
 
+import atexit
 import json
 import os
 import re
@@ -43,6 +44,8 @@ class Run:
             text=True,
         )
         self.text = ""
+        # An interrupted test session must not leave a trainer behind.
+        atexit.register(self.process.send_signal, signal.SIGINT)
 
     def read_until(self, pattern):
         for line in self.process.stdout:
