@@ -77,17 +77,28 @@ def train(output, overrides):
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        interrupted = False
         try:
             follow(trainer, metrics)
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
-            trainer.send_signal(signal.SIGINT)
-            trainer.wait()
-            return 130
+            interrupted = True
+        finally:
+            stop(trainer)
+    if interrupted:
+        print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
+        return 130
     if trainer.returncode:
         print(f"\nthe trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
         print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]), file=sys.stderr)
     return trainer.returncode
+
+
+def stop(trainer):
+    """Let the trainer end Ray and everything Ray started; nothing to do if it has ended by itself."""
+    if trainer.poll() is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave Ray behind
+        trainer.send_signal(signal.SIGINT)
+    trainer.wait()
 
 
 def follow(trainer, metrics):
