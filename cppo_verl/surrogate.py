@@ -1,5 +1,7 @@
 """The ratio-advantage surrogate that every masked method shares, and the weights of prefix ratios."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,23 +13,22 @@ MAX_LOG_RATIO = 20.0
 
 @torch.no_grad()
 def surrogate_weight(
-    log_pi: Tensor, log_mu: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
+    log_ratio: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
 ) -> Tensor:
     """M_t min(rho_t, ratio_cap) A_t, what grad log pi_t is multiplied by in the surrogate (11).
 
     Args:
-        log_pi, log_mu: log-probability of the sampled token under the current and the rollout policy.
+        log_ratio: log rho_t = log pi(y_t | s_t) - log mu(y_t | s_t), fp32 or fp64.
         advantages: A_t.
         update_mask: M_t.
         ratio_cap: upper bound of rho_t, which truncates the importance ratio without stopping the
             gradient, as DPPO does; None for exp(20), the numerical bound.
 
     Returns:
-        Same shape, in fp32 (fp64 for fp64).
+        Same shape and dtype.
     """
-    log_ratio = (as_float32(log_pi) - as_float32(log_mu)).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp_() if ratio_cap is None else log_ratio.exp_().clamp_max_(ratio_cap)
-    return ratio.mul_(advantages).mul_(update_mask)
+    upper = MAX_LOG_RATIO if ratio_cap is None else min(math.log(ratio_cap), MAX_LOG_RATIO)
+    return log_ratio.clamp(-MAX_LOG_RATIO, upper).exp_().mul_(advantages).mul_(update_mask)
 
 
 @torch.no_grad()
@@ -61,9 +62,10 @@ def masked_surrogate(
 ) -> Tensor:
     """Per-token loss whose negative sum is the surrogate (11); arguments as for `surrogate_weight`.
 
-    log_pi carries the gradient, -M_t min(rho_t, ratio_cap) A_t.
+    log_pi carries the gradient, -M_t min(rho_t, ratio_cap) A_t. The loss is in fp32 (fp64 for fp64).
     """
-    return WeightedLogProb.apply(log_pi, surrogate_weight(log_pi, log_mu, advantages, update_mask, ratio_cap))
+    log_ratio = as_float32(log_pi.detach()) - as_float32(log_mu)
+    return WeightedLogProb.apply(log_pi, surrogate_weight(log_ratio, advantages, update_mask, ratio_cap))
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def position_weights(
     valid = mask.to(dtype)
     elapsed = valid.cumsum(-1).sub_(1)
     steps = elapsed[..., -1:].clone() if horizon is None else torch.full_like(elapsed[..., -1:], horizon - 1)
-    w = elapsed.mul_((w_min - 1) / steps.clamp_min_(1)).add_(1)
+    w = torch.addcmul(elapsed.new_ones(()), elapsed, (w_min - 1) / steps.clamp_min_(1))
     if horizon is not None:
         w.clamp_min_(w_min)
     return w.mul_(valid)

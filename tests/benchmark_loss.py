@@ -1,6 +1,6 @@
 """The CPPO loss beside verl's dppo_tv on the same tensors, in one process each run and in turn.
 
-    python tests/benchmark_loss.py [--tokens 524288] [--repeats 15] [--threads 1]
+    python tests/benchmark_loss.py [--tokens 524288] [--repeats 41] [--threads 1]
 
 Prints, for response lengths from 1k to 64k at a fixed number of tokens, the median time of forward and backward of
 both, their ratio, and CPPO's time per token; then peak extra memory of both, each in a process of its own.
@@ -65,7 +65,7 @@ def peak_memory(loss_mode, rows, length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=524288)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -114,7 +114,7 @@ def _divergence(kind: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 def _masked(method: MaskedLossConfig, tokens: Tokens, keep: Tensor) -> Tensor:
     """The one surrogate of all masked methods: two of them differ in the mask alone."""
-    return surrogate_weight(tokens.log_pi, tokens.log_mu, tokens.advantages, keep, method.ratio_cap)
+    return surrogate_weight(tokens.log_ratio, tokens.advantages, keep, method.ratio_cap)
 
 
 def policy_loss(
@@ -185,13 +185,13 @@ def policy_loss(
             decision.delta,
             decision.p90,
         )
-        extremes = torch.stack([extreme.float() for x in inputs.values() for extreme in x.aminmax()])
+        # The largest value shows nan, +inf and what is above zero, the sum -inf.
+        extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
         # One transfer to the host for everything.
-        *sums, pi_min, pi_max, mu_min, mu_max, a_min, a_max = torch.cat([sums.flatten(), extremes]).tolist()
+        *sums, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = torch.cat([sums.flatten(), extremes]).tolist()
 
-    if not (
-        all(map(math.isfinite, (pi_min, mu_min, a_min, a_max))) and max(pi_max, mu_max) <= LOG_PROB_TOLERANCE
-    ):  # somewhere, perhaps in the padding only
+    sound = all(map(math.isfinite, (pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum)))
+    if not sound or max(pi_max, mu_max) > LOG_PROB_TOLERANCE:  # perhaps in the padding only
         for name, x in inputs.items():
             check_values(name, x, mask)
 

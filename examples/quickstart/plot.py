@@ -27,17 +27,13 @@ def draw(steps, accuracy, path):
     reward.plot(x, smooth(y), color=BLUE)
     reward.set(title="training reward (line: mean of 10 steps)", ylim=(0, 1))
 
-    rows = [
-        (step, v["trust_region/masked_share"], v.get("trust_region/budget_rejected_share", 0))
-        for step, v in steps
-        if "trust_region/masked_share" in v
-    ]
-    x = [row[0] for row in rows]
-    by_budget = [share * part for _, share, part in rows]
-    by_token = [share * (1 - part) for _, share, part in rows]
+    x, shares = series("trust_region/masked_share")
+    budget_part = dict(zip(*series("trust_region/budget_rejected_share"), strict=True))
+    by_budget = [share * budget_part.get(step, 0) for step, share in zip(x, shares, strict=True)]
+    by_token = [share - part for share, part in zip(shares, by_budget, strict=True)]
     masked.stackplot(x, by_budget, by_token, colors=[ORANGE, BLUE], labels=["prefix budget", "token threshold"])
     masked.set(title="masked tokens, by what rejected them", xlabel="step")
-    masked.set_ylim(bottom=0)
+    masked.set_ylim(0, 1.3 * max(shares, default=1))  # room for the legend
     masked.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     masked.legend(loc="upper right", frameon=False, reverse=True)
 
