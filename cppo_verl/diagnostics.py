@@ -69,7 +69,8 @@ def shares(sums: dict[str, float]) -> dict[str, float]:
         metrics["divergence"] = sums["divergence"] / sums["tokens"]
     if sums["masked"] > 0:
         metrics["budget_rejected_share"] = sums["budget_rejected"] / sums["masked"]
-        metrics["token_rejected_share"] = 1 - metrics["budget_rejected_share"]
+        # Sums of fractions (soft gates) round: no share below zero by that.
+        metrics["token_rejected_share"] = max(0.0, 1 - metrics["budget_rejected_share"])
     if sums["responses"] > 0:
         for name in RESPONSE_SUMS[1:]:
             metrics[name] = sums[name] / sums["responses"]

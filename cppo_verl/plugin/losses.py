@@ -55,7 +55,7 @@ class Decision(NamedTuple):
     weight: Tensor
     """What grad log pi_t is multiplied by, [B, L]; zero outside the mask."""
     update_mask: Tensor
-    """M_t, for the metrics."""
+    """M_t in [0, 1], for the metrics."""
     region: TrustRegion
     divergence: Tensor
     delta: float
@@ -82,7 +82,9 @@ def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decisio
     keep = update_mask(
         region, tokens.log_ratio, tokens.advantages, delta=method.delta, gate=method.gate, tau=method.tau
     )
-    return Decision(_masked(method, tokens, keep), keep, region, divergence, method.delta, p90)
+    # The penalty's weights leave [0, 1]; what it rejects is what it takes away, down to nothing.
+    reported = keep.clamp(0, 1) if method.gate == "penalty" else keep
+    return Decision(_masked(method, tokens, keep), reported, region, divergence, method.delta, p90)
 
 
 def trm(method: TRMLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
