@@ -63,7 +63,7 @@ def batch():
     )
 
 
-def run(engine, actor_config, data, micro_batch_size, global_batch_size, seq_mean):
+def run(engine, actor_config, data, micro_batch_size, global_batch_size):
     tu.assign_non_tensor(
         data,
         temperature=1.0,
@@ -121,7 +121,7 @@ def main(model, output, *methods):
             mine = tu.index_select_tensor_dict(data, rows[rank * share : (rank + 1) * share])
             size = min(micro_batch_size, share)
             size = size if share % size == 0 else 1
-            results[name, case] = run(engine, actor_config, mine, size, len(rows), seq_mean)
+            results[name, case] = run(engine, actor_config, mine, size, len(rows))
     if rank == 0:
         torch.save(results, output)
     torch.distributed.destroy_process_group()
