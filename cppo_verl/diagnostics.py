@@ -8,6 +8,8 @@ from cppo_verl.trust_region import TrustRegion
 GROUPS = ("all", "positive", "negative")
 TOKEN_SUMS = ("tokens", "masked", "budget_rejected", "divergence", "log_ratio")
 RESPONSE_SUMS = ("responses", "delta_b", "divergence_p90", "prefix_average")
+POSITION_BINS = 8
+POSITION_SUMS = ("tokens", "divergence")
 
 
 @torch.no_grad()
@@ -43,6 +45,26 @@ def mask_sums(
         (responses, delta_b, p90.squeeze(-1), prefix_average), responses, advantages.sum(-1).sign()
     )
     return torch.stack([*token_sums, *response_sums], dim=1)
+
+
+@torch.no_grad()
+def position_sums(divergence: Tensor, valid: Tensor) -> Tensor:
+    """Tokens and sum of D_t by position in the response, shape [2, POSITION_BINS].
+
+    Bin b holds the valid tokens t = 1..T of a response with b T < POSITION_BINS t <= (b + 1) T.
+
+    Args:
+        divergence: [B, L], zero outside the mask.
+        valid: the mask as 0 and 1, [B, L], floating.
+    """
+    count = valid.cumsum(-1)
+    share = torch.arange(1, POSITION_BINS + 1, device=valid.device) / POSITION_BINS
+    last = (count[:, -1:] * share).floor()
+    # Where the last token of each bin stands; a response without tokens has sums of zero anywhere.
+    column = torch.searchsorted(count, last).clamp_max_(valid.shape[-1] - 1)
+    upto = divergence.cumsum(-1).gather(-1, column).where(last > 0, 0)
+    zero = upto.new_zeros((len(upto), 1))
+    return torch.stack([last.diff(dim=-1, prepend=zero).sum(0), upto.diff(dim=-1, prepend=zero).sum(0)])
 
 
 def _sums_by_sign(columns: tuple[Tensor, ...], valid: Tensor, sign: Tensor) -> Tensor:

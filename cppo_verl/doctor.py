@@ -63,13 +63,15 @@ def registered() -> dict[str, bool]:
         from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
         from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
         from verl.workers.engine import EngineRegistry
+        from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    from cppo_verl.plugin.config import TRAINER_MODES
+    from cppo_verl.plugin.config import TOP_K_ROLLOUT, TRAINER_MODES
 
     search_paths = Plugins.instance().discover(SearchPathPlugin)
     found = {
         "policy losses": {"cppo", "trm", "prefix_ratio"} <= POLICY_LOSS_REGISTRY.keys(),
         "trainers": set(TRAINER_MODES) <= TRAINER_REGISTRY.keys(),
+        "top-K rollout": TOP_K_ROLLOUT in RolloutReplicaRegistry._registry,
         "hydra groups": any(plugin.__module__.startswith("cppo_verl") for plugin in search_paths),
         "platform cpu": PlatformRegistry.get("cpu") is not None,
     }
@@ -136,7 +138,7 @@ def _command(report: Report, overrides: list[str]) -> None:
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import PolicyLossConfig
 
-    from cppo_verl.plugin.config import missing_files
+    from cppo_verl.plugin.config import captured_bytes, missing_files
 
     try:
         with initialize_config_module("verl.trainer.config", version_base=None):
@@ -171,5 +173,7 @@ def _command(report: Report, overrides: list[str]) -> None:
         f"the rollout engine's own log-probabilities ({mu.logprobs_mode}, temperature {mu.temperature}, "
         f"top_p {mu.top_p}, top_k {mu.top_k})",
     )
+    if getattr(policy_loss, "captures", False):
+        report.say("ok", "top-K", captured_bytes(config))
     for missing in missing_files(config):
         report.say("FAIL", "files", f"{missing} does not exist on this machine")

@@ -82,16 +82,68 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
         "trainer.v1.trainer_mode",
         *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "shuffle", "mu", "delta", "delta_b", "budget")),
         *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),
-        RULE + "ratio_cap",
+        *(RULE + key for key in ("top_k", "ratio_cap")),
     }
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_shipped_group_composes_and_passes_verls_checks(compose, path):
-    overrides = [*GRPO, f"+{path.parent.name}={path.stem}"]
+    # A method brings the group divergence with it.
+    plus = "" if path.parent.name == "divergence" else "+"
+    overrides = [*GRPO, f"{plus}{path.parent.name}={path.stem}"]
     if path.parent.name != "method":
         overrides.append("+method=cppo")
     start_up(compose(*overrides))
+
+
+MASKED = [
+    path.stem
+    for path in sorted((CONFIG / "method").glob("*.yaml"))
+    if path.stem not in ("_harness", "grpo", "cispo", "minpro", "pnpo")
+]
+
+
+@pytest.mark.parametrize("method", MASKED)
+def test_every_masked_method_takes_a_top_k_divergence_by_one_override(compose, method):
+    divergence = "topk_kl" if method == "cppo_kl" or method.startswith("trm") else "topk_tv"
+    config = compose(*GRPO, f"+method={method}", f"divergence={divergence}")
+    rule = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    assert (rule.divergence, rule.top_k, rule.captures) == (divergence, 20, True)
+
+
+@pytest.mark.parametrize("method", ["grpo", "minpro"])
+def test_a_method_without_a_divergence_refuses_one(compose, method):
+    with pytest.raises(ConfigCompositionException, match="Could not override 'divergence'"):
+        compose(*GRPO, f"+method={method}", "divergence=topk_tv")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "way_out"),
+    [
+        (["actor_rollout_ref.rollout.name=sglang"], "actor_rollout_ref.rollout.name=vllm"),
+        (["actor_rollout_ref.model.use_fused_kernels=true"], "actor_rollout_ref.model.use_fused_kernels=false"),
+        (
+            ["actor_rollout_ref.actor.fsdp_config.pad_to_length=true"],
+            "actor_rollout_ref.actor.fsdp_config.pad_to_length=false",
+        ),
+        (["distillation.enabled=true"], "distillation.enabled=false"),
+        ([RULE + "top_k=50"], "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"),
+        (
+            ["+actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=5"],
+            "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=20",
+        ),
+    ],
+)
+def test_what_keeps_mus_likeliest_tokens_away_is_refused_with_the_override_that_mends_it(compose, overrides, way_out):
+    command = [*GRPO, "+method=cppo", "divergence=topk_tv", *overrides]
+    setting = re.escape(way_out.lstrip("+").split("=")[0])
+    with pytest.raises(InstantiationException, match=rf"{setting}=.*; set {re.escape(way_out)}"):
+        omega_conf_to_dataclass(compose(*command).actor_rollout_ref.actor.policy_loss)
+    omega_conf_to_dataclass(compose(*command, way_out).actor_rollout_ref.actor.policy_loss)
+
+
+def test_the_binary_divergences_ask_for_none_of_it(cppo):
+    start_up(cppo("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.model.use_fused_kernels=true"))
 
 
 def test_no_shipped_group_shadows_one_of_verls():
@@ -113,7 +165,9 @@ def test_no_shipped_group_shadows_one_of_verls():
         ("w_min=1.01", r"w_min=1.01 is not permitted: a number in \(0, 1\]"),
         ("budget=adaptiv", r"budget='adaptiv' is not permitted: one of \('adaptive', 'fixed', 'none'\)"),
         ("gate=sharp", r"gate='sharp' is not permitted: one of \('hard', 'soft', 'sapo', 'penalty'\)"),
-        ("divergence=top_k_tv", r"divergence='top_k_tv' is not permitted: one of \('binary_tv', 'binary_kl'\)"),
+        ("divergence=top_k_tv", r"divergence='top_k_tv' is not permitted: one of \('binary_tv', 'binary_kl', 'topk_"),
+        ("top_k=0", r"top_k=0 is not permitted: an integer >= 1"),
+        ("top_k=2.5", r"top_k=2.5 is not permitted: an integer >= 1"),
         ("mask_std_0=maybe", r"mask_std_0='maybe' is not permitted: true or false"),
         ("weights=random", r"weights='random' is not permitted: one of \('linear', 'shuffled'\)"),
         ("budget_clamp=0.5", r"budget_clamp=0.5 is not permitted: a number >= 1"),

@@ -23,10 +23,17 @@ def doctor(capsys):
 def test_a_sound_environment_and_command(doctor):
     code, out = doctor(*COMMAND)
     assert code == 0, out
-    assert "registered: policy losses, trainers, hydra groups, platform cpu, FSDP2 engine on cpu" in out
-    assert "divergence=binary_tv ratio_cap=20.0 delta=0.15 delta_b=0.02 budget=adaptive" in out
+    assert "registered: policy losses, trainers, top-K rollout, hydra groups, platform cpu, FSDP2 engine on cpu" in out
+    assert "divergence=binary_tv top_k=20 ratio_cap=20.0 delta=0.15 delta_b=0.02 budget=adaptive" in out
     assert "the rollout engine's own log-probabilities (processed_logprobs, temperature 1.0, top_p 1, top_k -1)" in out
     assert "FAIL" not in out
+
+
+def test_what_the_top_k_capture_costs(doctor):
+    code, out = doctor(*COMMAND, "divergence=topk_tv", "data.train_batch_size=64", "actor_rollout_ref.rollout.n=8")
+    assert code == 0, out
+    # 64 x 8 x 512 x 120 bytes
+    assert "mu's 20 most likely tokens: 120 bytes a response token, at most 31.5 MB a step of 512 responses" in out
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,24 @@ touches Ray, and again in each worker: what ``__post_init__`` refuses here never
 import math
 import os
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
 
+from cppo_verl.candidates import bytes_per_token
 from cppo_verl.trust_region import Gate
 
 TRAINER_MODE_PREFIX = "cppo_"
 TRAINER_MODES = tuple(TRAINER_MODE_PREFIX + mode for mode in ("sync", "colocate_async", "separate_async"))
 
-Divergence = Literal["binary_tv", "binary_kl"]
+# What the trainer turns vLLM, and verl's agent loops, into where D_t is a top-K divergence.
+TOP_K_ROLLOUT = "vllm_top_k"
+TOP_K_AGENT_LOOP_MANAGER = "cppo_verl.plugin.top_k.agent_loop.TopKAgentLoopManager"
+
+Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl"]
 Budget = Literal["adaptive", "fixed", "none"]
 Weights = Literal["linear", "shuffled"]
 PrefixRatio = Literal["minimum", "mean"]
@@ -26,8 +32,8 @@ PrefixRatio = Literal["minimum", "mean"]
 
 @dataclass(kw_only=True)
 class RolloutPolicy(BaseConfig):
-    """Where old_log_prob will come from. D_t and rho_t are measured against the policy that generated
-    the tokens, so old_log_prob must be the rollout engine's own log-probability of them.
+    """Where old_log_prob, and mu's most likely tokens, will come from. D_t and rho_t are measured against
+    the policy that generated the tokens, so both must be the rollout engine's own.
 
     The shipped method configs fill each field by interpolation from the setting of the run of that
     name; the fields are not meant to be set by hand.
@@ -43,6 +49,12 @@ class RolloutPolicy(BaseConfig):
     temperature: float
     top_p: float
     top_k: int
+    rollout_name: str
+    max_logprobs: int
+    strategy: str
+    use_fused_kernels: bool
+    pad_to_length: bool
+    distillation: bool
 
     def __post_init__(self):
         problems = self.problems()
@@ -52,11 +64,7 @@ class RolloutPolicy(BaseConfig):
     def problems(self) -> list[str]:
         """One sentence a setting that breaks mu, each with the override that mends it."""
         found = []
-
-        def require(ok: bool, setting: str, value, reason: str, fix: str) -> None:
-            if not ok:
-                found.append(f"{setting}={value} {reason}; set {fix}")
-
+        require = partial(_require, found)
         require(
             self.use_v1,
             "trainer.use_v1",
@@ -123,6 +131,61 @@ class RolloutPolicy(BaseConfig):
         )
         return found
 
+    def top_k_problems(self, top_k: int) -> list[str]:
+        """The same for what the top-K divergences need beyond it."""
+        found = []
+        require = partial(_require, found)
+        actor, rollout = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
+        binary = "divergence=binary_tv"
+        require(
+            self.rollout_name in ("vllm", TOP_K_ROLLOUT),
+            rollout + "name",
+            self.rollout_name,
+            "cannot return mu's most likely tokens",
+            f"{rollout}name=vllm or {binary}",
+        )
+        require(
+            self.max_logprobs == -1 or self.max_logprobs >= top_k,
+            rollout + "engine_kwargs.vllm.max_logprobs",
+            self.max_logprobs,
+            f"is below top_k={top_k}",
+            f"++{rollout}engine_kwargs.vllm.max_logprobs={top_k}",
+        )
+        require(
+            self.strategy in ("fsdp", "fsdp2"),
+            actor + "strategy",
+            self.strategy,
+            "is an engine whose logits the top-K divergences do not read",
+            f"{actor}strategy=fsdp2 or {binary}",
+        )
+        require(
+            not self.use_fused_kernels,
+            "actor_rollout_ref.model.use_fused_kernels",
+            self.use_fused_kernels,
+            "leaves no logits to take D_t from",
+            f"actor_rollout_ref.model.use_fused_kernels=false or {binary}",
+        )
+        require(
+            not self.pad_to_length,
+            actor + "fsdp_config.pad_to_length",
+            self.pad_to_length,
+            "is refused by verl's engine together with a look at the logits",
+            f"{actor}fsdp_config.pad_to_length=false or {binary}",
+        )
+        require(
+            not self.distillation,
+            "distillation.enabled",
+            self.distillation,
+            "uses the engine's only look at the logits",
+            f"distillation.enabled=false or {binary}",
+        )
+        return found
+
+
+def _require(found: list[str], ok: bool, setting: str, value, reason: str, fix: str) -> None:
+    if not ok:
+        found.append(f"{setting}={value} {reason}; set {fix}")
+
 
 @dataclass
 class MethodConfig(PolicyLossConfig):
@@ -170,23 +233,36 @@ class MaskedLossConfig(MethodConfig):
     """What the masked methods share: the divergence and the surrogate.
 
     Args:
-        divergence: D_t; "binary_tv" is |pi - mu| of the sampled token, "binary_kl" its KL(mu || pi).
+        divergence: D_t; "binary_tv" is |pi - mu| of the sampled token, "binary_kl" its KL(mu || pi),
+            "topk_tv" and "topk_kl" are those on mu's top_k most likely tokens, the sampled one and all others.
+        top_k: K of "topk_tv" and "topk_kl", >= 1.
         ratio_cap: upper bound of the importance ratio in the surrogate, >= 1; null for none.
     """
 
     divergence: str = "binary_tv"
+    top_k: int = 20
     ratio_cap: float | None = 20.0
 
     def __post_init__(self):
         super().__post_init__()
         self.require_choice("divergence", Divergence)
+        is_integer = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        self.require(is_integer and self.top_k >= 1, "top_k", "an integer >= 1")
+        if self.captures and self.mu is not None:
+            problems = self.mu.top_k_problems(self.top_k)
+            self.require(not problems, "divergence", " | ".join(problems))
         cap = self.ratio_cap
         is_number = isinstance(cap, int | float) and not isinstance(cap, bool)
         self.require(cap is None or (is_number and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
 
     @property
+    def captures(self) -> bool:
+        """Whether D_t needs mu's most likely tokens from the rollout engine."""
+        return self.divergence.startswith("topk_")
+
+    @property
     def largest_divergence(self) -> float:
-        return 1 if self.divergence == "binary_tv" else math.inf
+        return 1 if self.divergence.endswith("_tv") else math.inf
 
 
 @dataclass
@@ -269,6 +345,18 @@ class PrefixRatioLossConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require_choice("ratio", PrefixRatio)
+
+
+def captured_bytes(config: DictConfig) -> str:
+    """What mu's most likely tokens cost on their way, for a run with a top-K divergence."""
+    top_k = config.actor_rollout_ref.actor.policy_loss.top_k
+    responses = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    per_token = bytes_per_token(top_k)
+    most = responses * config.data.max_response_length * per_token
+    return (
+        f"mu's {top_k} most likely tokens: {per_token} bytes a response token, at most {most / 1e6:,.1f} MB a step of "
+        f"{responses} responses"
+    )
 
 
 def missing_files(config: DictConfig) -> list[str]:

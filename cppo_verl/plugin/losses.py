@@ -1,7 +1,9 @@
 """The policy losses, as verl calls them: keyword arguments, padded tensors [B, L], (loss, metrics) back."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +12,15 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
-from cppo_verl.diagnostics import GROUPS, RESPONSE_SUMS, TOKEN_SUMS, mask_sums
+from cppo_verl.diagnostics import (
+    GROUPS,
+    POSITION_BINS,
+    POSITION_SUMS,
+    RESPONSE_SUMS,
+    TOKEN_SUMS,
+    mask_sums,
+    position_sums,
+)
 from cppo_verl.divergence import as_float32, binary_divergence
 from cppo_verl.plugin.config import CPPOLossConfig, MaskedLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
 from cppo_verl.surrogate import (
@@ -32,6 +42,8 @@ from cppo_verl.trust_region import (
 )
 
 METRIC_PREFIX = "actor/trust_region/"
+SUM_NAMES = [f"{METRIC_PREFIX}{group}/{name}" for group in GROUPS for name in TOKEN_SUMS + RESPONSE_SUMS]
+SUM_NAMES += [f"{METRIC_PREFIX}position_{b}/{name}" for name in POSITION_SUMS for b in range(POSITION_BINS)]
 # Log-probabilities are sums of rounded terms; more than this above zero is no rounding.
 LOG_PROB_TOLERANCE = 1e-3
 
@@ -47,6 +59,21 @@ class Tokens(NamedTuple):
     """True on valid tokens."""
     valid: Tensor
     """The mask in fp32: conversions cost as much as the arithmetic does."""
+    divergence: Tensor | None
+    """D_t where the trainer has measured it in the forward pass, which the top-K divergences need."""
+
+
+_measured: ContextVar[Tensor | None] = ContextVar("cppo_verl_measured_divergence", default=None)
+
+
+@contextmanager
+def measured_divergence(divergence: Tensor) -> Iterator[None]:
+    """Policy losses taken inside see this D_t [B, L]: verl hands them no more than log-probabilities."""
+    token = _measured.set(divergence)
+    try:
+        yield
+    finally:
+        _measured.reset(token)
 
 
 class Decision(NamedTuple):
@@ -110,7 +137,12 @@ def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tok
 
 def _divergence(kind: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """D_t [B, L] and its 0.9-quantile per response [B, 1]."""
-    divergence = binary_divergence(tokens.log_pi, tokens.log_mu, kind.removeprefix("binary_"))
+    if kind.startswith("topk_"):
+        divergence = tokens.divergence
+        if divergence is None:
+            raise RuntimeError(f"divergence={kind} is measured in the forward pass by the plug-in's trainers")
+    else:
+        divergence = binary_divergence(tokens.log_pi, tokens.log_mu, kind.removeprefix("binary_"))
     return divergence, masked_quantile(divergence, tokens.mask, 0.9)
 
 
@@ -175,7 +207,10 @@ def policy_loss(
         valid = mask.to(torch.float32)
         # Zero outside the mask, whatever stands there; nan_to_num hides no fault, see below.
         log_pi, log_mu, advantages = (as_float32(x).nan_to_num(0, 0, 0).mul_(valid) for x in inputs.values())
-        tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask, valid)
+        measured = _measured.get()
+        if measured is not None:
+            measured = torch.where(mask, measured, 0)
+        tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask, valid, measured)
         decision = rule(method, config, tokens)
         sums = mask_sums(
             decision.region,
@@ -187,10 +222,13 @@ def policy_loss(
             decision.delta,
             decision.p90,
         )
+        positions = position_sums(decision.divergence, valid)
         # The largest value shows nan, +inf and what is above zero, the sum -inf.
         extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
         # One transfer to the host for everything.
-        *sums, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = torch.cat([sums.flatten(), extremes]).tolist()
+        *sums, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = torch.cat(
+            [sums.flatten(), positions.flatten(), extremes]
+        ).tolist()
 
     sound = all(map(math.isfinite, (pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum)))
     if not sound or max(pi_max, mu_max) > LOG_PROB_TOLERANCE:  # perhaps in the padding only
@@ -204,8 +242,7 @@ def policy_loss(
     else:
         # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
         loss = loss_mat.sum()
-    names = [f"{METRIC_PREFIX}{group}/{name}" for group in GROUPS for name in TOKEN_SUMS + RESPONSE_SUMS]
-    return loss, dict(zip(names, sums, strict=True))
+    return loss, dict(zip(SUM_NAMES, sums, strict=True))
 
 
 for _rule, _config_type in ((cppo, CPPOLossConfig), (trm, TRMLossConfig), (prefix_ratio, PrefixRatioLossConfig)):

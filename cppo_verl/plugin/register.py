@@ -11,6 +11,7 @@ try:
     import wrapt
 
     from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
+    from cppo_verl.plugin.config import TOP_K_ROLLOUT
     from cppo_verl.plugin.cpu import platform  # noqa: F401  registers the CPU platform
     from cppo_verl.plugin.search_path import register_search_path
 
@@ -18,6 +19,20 @@ try:
 
     # verl's trainers and engines cost seconds to import and few processes need them: theirs register
     # when verl itself imports the registry they belong to.
+    @wrapt.when_imported("verl.workers.rollout.replica")
+    def _register_replica(module):
+        def load():
+            from cppo_verl.plugin.top_k.server import TopKReplica
+
+            return TopKReplica
+
+        module.RolloutReplicaRegistry.register(TOP_K_ROLLOUT, load)
+
+    @wrapt.when_imported("verl.workers.rollout.base")
+    def _register_rollout(module):
+        # The workers' side of it, which hands over weights, is verl's own.
+        module._ROLLOUT_REGISTRY[TOP_K_ROLLOUT, "async"] = module._ROLLOUT_REGISTRY["vllm", "async"]
+
     @wrapt.when_imported("verl.trainer.ppo.v1")
     def _register_trainers(_module):
         from cppo_verl.plugin import trainer  # noqa: F401

@@ -1,21 +1,41 @@
 """verl's v1 trainers with the trust region's metrics and the advantage hook mask_std_0, as
 trainer.v1.trainer_mode=cppo_<verl's mode>."""
 
+import logging
+import os
 import socket
 from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 import transfer_queue as tq
+import wrapt
+from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.import_utils import load_class_from_fqn
 
-from cppo_verl.diagnostics import GROUPS, shares
-from cppo_verl.plugin.config import TRAINER_MODE_PREFIX, missing_files
+from cppo_verl.candidates import ABSENT
+from cppo_verl.diagnostics import GROUPS, POSITION_BINS, shares
+from cppo_verl.plugin.config import (
+    TOP_K_AGENT_LOOP_MANAGER,
+    TOP_K_ROLLOUT,
+    TRAINER_MODE_PREFIX,
+    MethodConfig,
+    captured_bytes,
+    missing_files,
+)
 from cppo_verl.plugin.losses import METRIC_PREFIX
+from cppo_verl.plugin.top_k.loss import top_k_ppo_loss
+
+logger = logging.getLogger(__name__)
+logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 
 class TrustRegionTrainer:
@@ -27,7 +47,37 @@ class TrustRegionTrainer:
             raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
         # Everything in verl that asks for the mode means verl's own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
+        self.captures = getattr(self._method(config), "captures", False)
+        if self.captures:
+            capture_top_k(config)
         super().__init__(config)
+
+    @staticmethod
+    def _method(config: DictConfig) -> MethodConfig:
+        return omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+
+    def _init_tokenizer(self):
+        super()._init_tokenizer()
+        top_k = self.config.actor_rollout_ref.actor.policy_loss.get("top_k", 0)
+        if not self.captures:
+            return
+        if len(self.tokenizer) > ABSENT:
+            raise ValueError(
+                f"{self.config.actor_rollout_ref.model.path} has {len(self.tokenizer)} tokens, the top-K divergences "
+                f"pack ids below {ABSENT}: use divergence=binary_tv"
+            )
+        if top_k > len(self.tokenizer):
+            raise ValueError(
+                f"policy_loss.top_k={top_k} is more than the {len(self.tokenizer)} tokens that "
+                f"{self.config.actor_rollout_ref.model.path} can generate: "
+                f"set actor_rollout_ref.actor.policy_loss.top_k={min(20, len(self.tokenizer))}"
+            )
+
+    def _setup(self):
+        super()._setup()
+        self.actor_rollout_wg = ActorWorkers(self.actor_rollout_wg)
+        if self.captures:
+            self.actor_rollout_wg.look_at_logits(self.config)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
@@ -42,7 +92,7 @@ class TrustRegionTrainer:
         if original is not None:
             # The step's other metrics are about all responses.
             self._put(batch, original)
-        metrics.update(pop_shares(metrics))
+        metrics.update(pop_shares(metrics) | shares_by_update(self.actor_rollout_wg.last_metrics))
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
@@ -70,6 +120,51 @@ class TrustRegionTrainer:
     @staticmethod
     def _put(batch: KVBatchMeta, fields: TensorDict) -> None:
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+
+class ActorWorkers(wrapt.ObjectProxy):
+    """verl's worker group of the actor. verl's `_update_actor` decides by its distillation config alone
+    whether the loss sees the logits, and averages the metrics over mini-batches before it returns."""
+
+    def __init__(self, wrapped):
+        super().__init__(wrapped)
+        self._self_looks_at_logits = False
+        self._self_last_metrics: dict[str, list[float]] = {}
+
+    def look_at_logits(self, config: DictConfig) -> None:
+        """Take D_t in the forward pass, by `top_k_ppo_loss` in place of verl's ``ppo_loss``."""
+        self._self_looks_at_logits = True
+        self.set_loss_fn(partial(top_k_ppo_loss, config=omega_conf_to_dataclass(config.actor_rollout_ref.actor)))
+
+    @property
+    def last_metrics(self) -> dict[str, list[float]]:
+        """Of the last `update_actor`, one value a mini-batch, in the order of the updates."""
+        return self._self_last_metrics
+
+    def update_actor(self, batch: KVBatchMeta):
+        if self._self_looks_at_logits:
+            batch.extra_info["distillation_use_topk"] = True
+        output = self.__wrapped__.update_actor(batch)
+        self._self_last_metrics = dict(output["metrics"])
+        return output
+
+
+def capture_top_k(config: DictConfig) -> None:
+    """Put the rollout and the agent loops that hand over mu's most likely tokens in the place of verl's."""
+    rollout = config.actor_rollout_ref.rollout
+    with open_dict(config):
+        rollout.name = TOP_K_ROLLOUT
+        manager = rollout.agent.get("agent_loop_manager_class")
+        if manager is None:
+            rollout.agent.agent_loop_manager_class = TOP_K_AGENT_LOOP_MANAGER
+        else:
+            own = load_class_from_fqn(TOP_K_AGENT_LOOP_MANAGER)
+            if not issubclass(load_class_from_fqn(manager, "AgentLoopManager"), own):
+                raise ValueError(
+                    f"actor_rollout_ref.rollout.agent.agent_loop_manager_class={manager} does not hand mu's most "
+                    f"likely tokens over: make it a subclass of {TOP_K_AGENT_LOOP_MANAGER}, or use divergence=binary_tv"
+                )
+    logger.info(captured_bytes(config))
 
 
 def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool]) -> tuple[torch.Tensor, float]:
@@ -134,7 +229,7 @@ def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
     the same weight. A mean of per-micro-batch shares would be wrong wherever these differ in size;
     numerators and denominators are scaled alike by it, so that their quotient is the pooled share.
     """
-    sums = {group: {} for group in GROUPS}
+    sums = defaultdict(dict)
     for key in [key for key in metrics if key.startswith(METRIC_PREFIX)]:
         group, name = key.removeprefix(METRIC_PREFIX).split("/")
         sums[group][name] = metrics.pop(key)
@@ -147,6 +242,25 @@ def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
         # What verl's own losses report, under verl's names.
         result["actor/ppo_kl"] = -sums["all"]["log_ratio"] / sums["all"]["tokens"]
         result["actor/pg_clipfrac"] = result["trust_region/masked_share"]
+    return result
+
+
+def shares_by_update(metrics: dict[str, Iterable[float]]) -> dict[str, float]:
+    """Mean D_t at a batch's first update, where pi still is mu but for the engines' mismatch (and, in the
+    asynchronous trainers, for the staleness of the batch), and at the later ones, where it has drifted;
+    over all tokens, and by position.
+
+    Args:
+        metrics: the loss's sums of one step, a value for each mini-batch.
+    """
+    result = {}
+    for when, updates in (("first_update", slice(1)), ("later_updates", slice(1, None))):
+        for group in ("all", *(f"position_{b}" for b in range(POSITION_BINS))):
+            tokens = sum(metrics.get(f"{METRIC_PREFIX}{group}/tokens", [])[updates])
+            if tokens > 0:
+                infix = "" if group == "all" else f"/{group}"
+                divergence = sum(metrics[f"{METRIC_PREFIX}{group}/divergence"][updates])
+                result[f"trust_region/{when}/divergence{infix}"] = divergence / tokens
     return result
 
 
