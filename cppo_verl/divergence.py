@@ -101,8 +101,8 @@ def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tenso
 def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
     """log_softmax(logits[rows]).gather(ids) without gradient, reading the logits once, in fp32.
 
-    The normaliser is taken over a few rows at a time, in a buffer that stays in the processor's cache
-    and is all that is allocated beside the result.
+    The normaliser is summed over a few rows at a time, in a buffer that stays in the processor's cache and
+    is all that is allocated beside the result.
 
     Args:
         logits: shape [N, V], any floating dtype.
@@ -113,20 +113,28 @@ def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) ->
         Shape [R, C], fp32.
     """
     logits = logits.detach()
-    count, vocabulary = len(ids), logits.shape[-1]
-    out = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
+    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+    index, vocabulary = rows.tolist(), logits.shape[-1]
     # An accelerator has to be kept busy by one call; a core reads its own cache four times faster.
     buffer_bytes = 2**21 if logits.device.type == "cpu" else 2**26
-    step = max(1, min(count, buffer_bytes // (4 * vocabulary)))
+    step = max(1, min(len(rows), buffer_bytes // (4 * vocabulary)))
     buffer = torch.empty((step, vocabulary), dtype=torch.float32, device=logits.device)
-    for start in range(0, count, step):
-        chunk = slice(start, min(start + step, count))
-        x = buffer[: chunk.stop - start].copy_(logits[chunk] if rows is None else logits[rows[chunk]])
-        retained = x.gather(-1, ids[chunk])
-        largest = x.amax(-1, keepdim=True)
-        normaliser = x.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
-        torch.sub(retained, normaliser, out=out[chunk])
-    return out
+    total = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+    for start in range(0, len(rows), step):
+        part = index[start : start + step]
+        # Neighbours, as a response's rows are, need no copy.
+        neighbours = part == list(range(part[0], part[0] + len(part)))
+        taken = logits[part[0] : part[0] + len(part)] if neighbours else logits[part]
+        x = buffer[: len(taken)]
+        # Not shifted by the largest logit first, which is a pass more; where fp32 does not reach, see below.
+        x = torch.exp(taken, out=x) if taken.dtype == x.dtype else x.copy_(taken).exp_()
+        torch.sum(x, -1, out=total[start : start + step])
+    normaliser = total.double().log_()
+    out_of_range = ((total < 1e-30) | ~total.isfinite()).nonzero().flatten()
+    for row in out_of_range.tolist():
+        normaliser[row] = logits[rows[row]].double().logsumexp(-1)
+    retained = logits[rows.unsqueeze(-1), ids].double()
+    return (retained - normaliser.unsqueeze(-1)).float()
 
 
 def as_float32(x: Tensor) -> Tensor:

@@ -95,6 +95,17 @@ def test_gathered_log_probs_are_those_of_the_log_softmax(dtype):
     assert gather_log_probs(logits, ids[:0], rows[:0]).shape == (0, 5)
 
 
+@pytest.mark.parametrize("shift", [-1e4, -80.0, 60.0, 95.0, 1e4])
+def test_gathered_log_probs_of_logits_that_fp32_cannot_exponentiate(shift):
+    g = torch.Generator().manual_seed(2)
+    logits, ids = 3 * torch.randn(5, 50, generator=g), torch.randint(0, 50, (5, 4), generator=g)
+    logits[1] += shift
+    logits[3, 7] = -math.inf
+    ids[3, 0] = 7
+    want = logits.double().log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(gather_log_probs(logits, ids).double(), want, rtol=1e-6, atol=2e-6)
+
+
 def test_gathered_log_probs_agree_with_verls():
     g = torch.Generator().manual_seed(1)
     logits, ids = torch.randn(17, 300, generator=g), torch.randint(0, 300, (17, 4), generator=g)
