@@ -1,9 +1,10 @@
 """One rank of verl's FSDP2 engine under its own ppo_loss, without Ray: gradients of fixed batches.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python engine_worker.py MODEL OUTPUT METHOD...
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python engine_worker.py MODEL OUTPUT SP METHOD...
 
-Writes {(method, case): {parameter: gradient}} to OUTPUT from rank 0; the metrics, as verl reduces them over
-micro-batches and ranks, stand beside the gradients under "metrics".
+SP is the size of the Ulysses sequence-parallel groups; METHOD is one of the hydra group, METHOD+DIVERGENCE or
+METHOD@LOSS_AGG_MODE. Writes {(method, case): {parameter: gradient}} to OUTPUT from rank 0; beside the gradients stand
+"metrics", as verl reduces them over micro-batches and ranks, and "model_output" of rank 0.
 """
 
 import sys
@@ -18,18 +19,27 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.metric import Metric
 from verl.utils.torch_functional import allgather_dict_into_dict
+from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
+from cppo_verl.candidates import CODES_FIELD, IDS_FIELD, pack
+from cppo_verl.plugin.top_k.loss import top_k_ppo_loss
 from cppo_verl.plugin.trainer import leave_out, mini_batch_of_row
 
 ROWS = 8
+VOCABULARY = 32
 # case: (micro-batch size, what stands in the mini-batch)
 CASES = {
     "whole": (8, "all"),
     "micro-batches": (2, "all"),
     "left out": (2, "left out"),
     "removed by hand": (2, "removed"),
+}
+# And, of the top-K divergences: how the engine lays the tokens out.
+LAYOUTS = {
+    "padded": dict(use_remove_padding=False),
+    "dynamic": dict(use_dynamic_bsz=True, max_token_len_per_gpu=40),
 }
 
 
@@ -45,7 +55,16 @@ def batch():
     masks = [torch.ones(len(r), dtype=torch.int64) for r in responses]
     masks[3][1:3] = 0  # tool output
     inputs = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
-    return TensorDict(
+    # from next to the random model, 1/32 each, to so far that every method has something to reject
+    log_mu = []
+    for i, r in enumerate(responses):
+        sampled = torch.nn.functional.one_hot(r, VOCABULARY)
+        boost = 0.4 * i * torch.randn(len(r), 1, generator=g).clamp(-2, 1.8)
+        log_mu.append((0.3 * i / 7 * torch.randn(len(r), VOCABULARY, generator=g) + boost * sampled).log_softmax(-1))
+    top = [mu.topk(5) for mu in log_mu]
+    packed = [pack(t.indices, t.values) for t in top]
+    sampled = [mu.gather(-1, r[:, None]).squeeze(-1) for mu, r in zip(log_mu, responses, strict=True)]
+    data = TensorDict(
         {
             "prompts": nested(prompts),
             "responses": nested(responses),
@@ -53,48 +72,78 @@ def batch():
             "position_ids": nested([torch.arange(len(x)) for x in inputs]),
             "response_mask": nested(masks),
             "loss_mask": nested([m.clone() for m in masks]),
-            # from next to the random model, ln(1/32), to so far that every method has something to reject
-            "old_log_probs": nested(
-                [-3.4657 + i / 4 * torch.randn(len(r), generator=g).clamp(-2, 1.8) for i, r in enumerate(responses)]
-            ),
+            "old_log_probs": nested(sampled),
+            "rollout_log_probs": nested(sampled),
+            IDS_FIELD: nested([ids for ids, _ in packed]),
+            CODES_FIELD: nested([codes for _, codes in packed]),
             "advantages": nested([torch.full((len(r),), 1.0 - 2 * (i % 2)) for i, r in enumerate(responses)]),
         },
         batch_size=ROWS,
     )
+    return data, log_mu
 
 
-def run(engine, actor_config, data, micro_batch_size, global_batch_size):
-    tu.assign_non_tensor(
-        data,
+def run(engine, actor_config, data, micro_batch_size, global_batch_size, **layout):
+    captures = getattr(actor_config.policy_loss, "captures", False)
+    settings = dict(
         temperature=1.0,
         use_dynamic_bsz=False,
         micro_batch_size_per_gpu=micro_batch_size,
         use_remove_padding=True,
         global_batch_size=global_batch_size,
+        distillation_use_topk=captures,
+        return_model_output=True,
     )
+    tu.assign_non_tensor(data, **settings | layout)
+    shown = []
+
+    def watched(*args, student_logits=None, **kwargs):
+        if student_logits is not None:
+            parts = [student_logits.detach().clone() for _ in range(engine.ulysses_sequence_parallel_size)]
+            if len(parts) > 1:
+                torch.distributed.all_gather(parts, parts[0].clone(), group=get_ulysses_sequence_parallel_group())
+            shown.append(torch.cat(parts, dim=1)[0])
+        return top_k_ppo_loss(*args, student_logits=student_logits, **kwargs)
+
+    loss = watched if captures else ppo_loss
     with engine.train_mode():
         engine.optimizer_zero_grad()
-        output = engine.forward_backward_batch(data, partial(ppo_loss, config=actor_config))
+        output = engine.forward_backward_batch(data, partial(loss, config=actor_config))
         gradient = {name: p.grad.full_tensor().clone() for name, p in engine.module.named_parameters()}
     metrics = allgather_dict_into_dict(output["metrics"], group=engine.get_data_parallel_group())
     gradient["metrics"] = {
         key: Metric.aggregate_dp(value) for key, value in metrics.items() if isinstance(value[0], Metric)
     }
+    model_output = output["model_output"]
+    gradient["model_output"] = {k: v.values() for k, v in model_output.items()} | {"logits": shown}
     return gradient
 
 
-def main(model, output, *methods):
+def main(model, output, sp, *methods):
     initialize_global_process_group_ray()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    dp_size = world // int(sp)
+
+    def part(data, rows, micro_batch_size):
+        """This data-parallel rank's rows, and a micro-batch size that divides them."""
+        share, dp_rank = len(rows) // dp_size, rank // int(sp)
+        mine = tu.index_select_tensor_dict(data, rows[dp_rank * share : (dp_rank + 1) * share])
+        size = min(micro_batch_size, share)
+        return mine, size if share % size == 0 else 1
+
     results, engine = {}, None
     for name in methods:
         method, _, mode = name.partition("@")
+        method, _, divergence = method.partition("+")
         overrides = [f"actor_rollout_ref.actor.loss_agg_mode={mode}"] if mode else []
+        if divergence:
+            overrides += [f"divergence={divergence}", "actor_rollout_ref.actor.policy_loss.top_k=5"]
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose(
                 "ppo_trainer",
                 [f"+method={method}", "+platform=cpu", f"actor_rollout_ref.model.path={model}", *overrides]
-                + ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", "data.max_response_length=16"],
+                + ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", "data.max_response_length=16"]
+                + [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sp}"],
             ).actor_rollout_ref
         actor_config = omega_conf_to_dataclass(config.actor)
         if engine is None:
@@ -109,19 +158,21 @@ def main(model, output, *methods):
             engine.initialize()
         seq_mean = actor_config.loss_agg_mode.startswith("seq-mean")
         for case, (micro_batch_size, content) in CASES.items():
-            data = batch()
+            data, _ = batch()
             kept = torch.ones(ROWS, dtype=torch.bool)
             if content != "all":
                 kept[2:4] = False
             if content == "left out":
-                masked = leave_out(data, kept, mini_batch_of_row(ROWS, world, ROWS), seq_mean)
+                masked = leave_out(data, kept, mini_batch_of_row(ROWS, dp_size, ROWS), seq_mean)
                 data.update(masked)
             rows = kept.nonzero().flatten().tolist() if content == "removed" else list(range(ROWS))
-            share = len(rows) // world
-            mine = tu.index_select_tensor_dict(data, rows[rank * share : (rank + 1) * share])
-            size = min(micro_batch_size, share)
-            size = size if share % size == 0 else 1
+            mine, size = part(data, rows, micro_batch_size)
             results[name, case] = run(engine, actor_config, mine, size, len(rows))
+        if divergence:
+            for case, layout in LAYOUTS.items():
+                if sp == "1" or layout.get("use_remove_padding", True):
+                    mine, size = part(batch()[0], list(range(ROWS)), 2)
+                    results[name, case] = run(engine, actor_config, mine, size, ROWS, **layout)
     if rank == 0:
         torch.save(results, output)
     torch.distributed.destroy_process_group()
