@@ -15,8 +15,9 @@ from vllm.logprobs import create_sample_logprobs
 
 from cppo_verl import exact_divergence
 from cppo_verl.candidates import ABSENT, CODES_FIELD, IDS_FIELD, bytes_per_token, decode, encode, pack, unpack
+from cppo_verl.diagnostics import POSITION_BINS, position_sums
 from cppo_verl.divergence import gather_log_probs
-from cppo_verl.plugin.losses import METRIC_PREFIX
+from cppo_verl.plugin.losses import METRIC_PREFIX, measured_divergence
 from cppo_verl.plugin.top_k.agent_loop import align
 from cppo_verl.plugin.top_k.loss import divergence_of_logits
 from cppo_verl.plugin.top_k.server import Captured, SampledLogProbs, captured
@@ -392,3 +393,40 @@ def test_the_first_update_is_told_apart_from_the_later_ones():
         }
     )
     assert shares_by_update({"grad_norm": [1.0]}) == {}
+
+
+@fuzz
+@given(st.lists(st.lists(st.booleans(), min_size=30, max_size=30), min_size=1, max_size=5), st.integers(0, 99))
+def test_position_sums_are_the_loops(masks, seed):
+    valid = torch.tensor(masks).float()
+    divergence = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed)) * valid
+    tokens, sums = [0] * POSITION_BINS, [0.0] * POSITION_BINS
+    for mask, row in zip(masks, divergence.tolist(), strict=True):
+        inside = [d for d, v in zip(row, mask, strict=True) if v]
+        for t, d in enumerate(inside, start=1):
+            b = next(b for b in range(POSITION_BINS) if POSITION_BINS * t <= (b + 1) * len(inside))
+            tokens[b] += 1
+            sums[b] += d
+    got_tokens, got_sums = position_sums(divergence, valid).tolist()
+    assert got_tokens == tokens
+    assert got_sums == pytest.approx(sums, abs=1e-5)
+
+
+def test_a_top_k_divergence_without_the_trainer_is_refused():
+    from test_losses import actor_config, batch, call
+
+    with pytest.raises(RuntimeError, match="divergence=topk_tv is measured in the forward pass"):
+        call(batch(), actor_config(divergence="topk_tv"))
+
+
+def test_the_loss_takes_the_measured_divergence_on_valid_tokens_alone():
+    from test_losses import actor_config, batch, call
+
+    data = batch()
+    mask = data["response_mask"]
+    exact = (data["log_prob"].detach().exp() - data["old_log_prob"].exp()).abs()
+    with measured_divergence(torch.where(mask, exact, torch.nan)):
+        loss, metrics = call(data, actor_config(divergence="topk_tv"))
+    want, want_metrics = call(data, actor_config())
+    assert loss.item() == pytest.approx(want.item())
+    assert metrics == pytest.approx(want_metrics)

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from PIL import Image
+
+from cppo_verl import top_k_divergence
 
 pytestmark = pytest.mark.trainer
 
@@ -33,12 +36,17 @@ SHORT = [
 class Run:
     """One attempt of the quickstart, with every process it starts findable by an environment variable."""
 
-    def __init__(self, output, *overrides):
+    def __init__(self, output, *overrides, probe=""):
         self.mark = uuid.uuid4().hex
+        environment = {MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+        if probe:
+            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.output = output
         self.process = subprocess.Popen(
             [sys.executable, str(QUICKSTART), "--output", str(output), *overrides],
-            env=os.environ | {MARK: self.mark, "PYTHONUNBUFFERED": "1"},
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -200,4 +208,136 @@ def test_every_kind_of_loss_trains(first, method, tmp_path):
     assert [steps[step]["actor/grad_norm"] > 0 for step in (1, 2)] == [True, True]
     assert 0 <= steps[1]["trust_region/left_out_prompt_share"] < 1
     assert ("trust_region/masked_share" in steps[1]) == (method not in ("grpo", "cispo"))
+    assert run.survivors() == []
+
+
+# --- top-K divergences ----------------------------------------------------------------------------------------
+
+BRIEF = ["trainer.test_freq=-1", "trainer.save_freq=-1", "trainer.val_before_train=false"]
+BRIEF += ["trainer.logger=[console,file]", "data.train_batch_size=16", "actor_rollout_ref.actor.policy_loss.top_k=5"]
+
+
+def link(first, folder):
+    for name in ("data", "model"):
+        (folder / name).symlink_to(first.output / name)
+
+
+@pytest.fixture(scope="module")
+def top_k(first, tmp_path_factory):
+    """Two steps of four updates on responses of two turns, each look at the logits saved; validation before."""
+    output = tmp_path_factory.mktemp("top_k")
+    link(first, output)
+    return Run(
+        output,
+        *BRIEF,
+        "divergence=topk_tv",
+        "trainer.total_training_steps=2",
+        "trainer.val_before_train=true",
+        "data.val_max_samples=4",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
+        probe=f"dump:{output / 'dump'}",
+    ).finish()
+
+
+def test_top_k_runs_and_tells_mismatch_from_drift(top_k):
+    assert top_k.code == 0, top_k.text
+    log = (top_k.output / "logs" / "train-0.log").read_text()
+    assert "mu's 5 most likely tokens: 30 bytes a response token, at most 0.1 MB a step of 128 responses" in log
+    for values in (metrics(top_k.output, 0)[step] for step in (1, 2)):
+        # unchanged weights: two engines in fp32
+        assert values["trust_region/first_update/divergence"] < 2e-6
+        assert values["trust_region/later_updates/divergence"] > 1e-3
+        positions = [values[f"trust_region/later_updates/divergence/position_{b}"] for b in range(8)]
+        assert max(positions) < 1
+        assert min(positions) > 0
+    assert top_k.survivors() == []
+
+
+def test_divergences_are_those_of_both_policies_full_distributions(top_k):
+    from transformers import AutoModelForCausalLM
+
+    from cppo_verl import binary_divergence, exact_divergence
+
+    dumps = [torch.load(path) for path in sorted((top_k.output / "dump").iterdir())]
+    assert len(dumps) == 8
+    mu = AutoModelForCausalLM.from_pretrained(top_k.output / "model", dtype=torch.float32)
+    coarser = finer = interior = 0
+    for update, dump in enumerate(dumps[:4]):  # of the first step, generated with the weights on disk
+        end = 0
+        for ids, prompt, response, mask, log_mu_sampled in zip(
+            *(dump[name] for name in ("input_ids", "prompts", "responses", "response_mask", "rollout_log_probs")),
+            strict=True,
+        ):
+            begin, end = end, end + len(ids)
+            predicting = slice(len(prompt) - 1, len(ids) - 1)
+            valid = mask.bool()
+            with torch.no_grad():
+                log_mu = mu(ids[None]).logits[0, predicting].log_softmax(-1)[valid]
+            log_pi = dump["logits"][begin:end][predicting].log_softmax(-1)[valid]
+            divergence, sampled = dump["divergence"][begin:end][predicting], response[valid]
+            assert (divergence[~valid] == 0).all()
+            interior += int((~valid).sum())
+            torch.testing.assert_close(
+                log_mu.gather(-1, sampled[:, None])[:, 0], log_mu_sampled[valid], rtol=0, atol=1e-5
+            )
+            # The tokens' order in mu may differ between engines where two are equally likely to fp32.
+            want = top_k_divergence(log_pi, log_mu, sampled, 5, "tv")
+            torch.testing.assert_close(divergence[valid], want, rtol=0, atol=5e-6)
+            binary = binary_divergence(*(x.gather(-1, sampled[:, None])[:, 0] for x in (log_pi, log_mu)), "tv")
+            exact = exact_divergence(log_pi, log_mu, "tv")
+            assert (binary <= divergence[valid] + 5e-6).all()
+            assert (divergence[valid] <= exact + 5e-6).all()
+            coarser += int((divergence[valid] > binary + 1e-4).sum())
+            finer += int((exact > divergence[valid] + 1e-4).sum())
+            assert (divergence.max() < 1e-5) == (update == 0)
+    # neither bound is met by all being equal, and the responses do hold tool output
+    assert min(coarser, finer, interior) > 100
+
+
+def test_a_capture_shifted_by_one_token_stops_the_run(first, tmp_path):
+    link(first, tmp_path)
+    command = [*BRIEF, "divergence=topk_tv", "trainer.total_training_steps=2"]
+    run = Run(tmp_path, *command, probe="shift").finish()
+    assert run.code == 1
+    assert "mu's most likely tokens do not stand beside the sampled tokens" in run.text
+    assert not list((tmp_path / "logs").glob("metrics-*.jsonl")) or metrics(tmp_path, 0) == {}
+    assert run.survivors() == []
+
+
+def test_top_k_kl_of_resumed_and_stale_responses_on_two_ranks(first, tmp_path):
+    """The asynchronous trainer aborts what is being generated at each weight update, and resumes it."""
+    link(first, tmp_path)
+    command = [*BRIEF, "method=trm_max_avg", "divergence=topk_kl", "trainer.total_training_steps=3"]
+    command += ["trainer.v1.trainer_mode=cppo_colocate_async", "trainer.n_gpus_per_node=2"]
+    command += ["ray_kwargs.ray_init.num_gpus=2", "actor_rollout_ref.actor.use_dynamic_bsz=true"]
+    command += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"]
+    command += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512"]
+    command += ["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512"]
+    run = Run(tmp_path, *command).finish()
+    assert run.code == 0, run.text
+    steps = metrics(tmp_path, 0)
+    assert all(steps[step]["trust_region/divergence"] > 0 for step in (1, 2, 3))
+    # by then the responses are older than the weights
+    assert steps[3]["trust_region/first_update/divergence"] > 1e-5
+    assert run.survivors() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("actor_rollout_ref.actor.policy_loss.top_k=23", "policy_loss.top_k=23 is more than the 22 tokens"),
+        (
+            "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl.trainer.ppo.v1.AgentLoopManagerTQ",
+            "does not hand mu's most likely tokens over",
+        ),
+    ],
+)
+def test_what_only_the_trainer_can_see_stops_it_before_its_workers(first, tmp_path, override, message):
+    link(first, tmp_path)
+    run = Run(tmp_path, "divergence=topk_tv", override)
+    begin = time.time()
+    run.finish()
+    assert run.code == 1
+    assert message in run.text
+    assert time.time() - begin < 60
     assert run.survivors() == []

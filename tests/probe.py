@@ -1,0 +1,81 @@
+"""Loaded into every process of a test run by VERL_USE_EXTERNAL_MODULES=probe: what CPPO_VERL_PROBE names.
+
+dump:FOLDER saves what each look at the logits was given and returned; shift moves mu's most likely tokens by one
+token, in the rollout engine's answer. Also holds an agent loop of two turns.
+"""
+
+import os
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+import wrapt
+
+WHAT, _, FOLDER = os.environ.get("CPPO_VERL_PROBE", "").partition(":")
+
+
+@wrapt.when_imported("cppo_verl.plugin.top_k.loss")
+def _dump(module):
+    if WHAT != "dump":
+        return
+    original = module.divergence_of_logits
+
+    def dumping(logits, data, divergence):
+        result = original(logits, data, divergence)
+        fields = ("input_ids", "prompts", "responses", "response_mask", "rollout_log_probs")
+        rows = {name: [x.clone() for x in data[name].unbind()] for name in fields}
+        folder = Path(FOLDER)
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.iterdir()))
+        torch.save(rows | {"logits": logits.detach().clone(), "divergence": result}, folder / f"{number:03d}.pt")
+        return result
+
+    module.divergence_of_logits = dumping
+
+
+@wrapt.when_imported("cppo_verl.plugin.top_k.server")
+def _shift(module):
+    if WHAT != "shift":
+        return
+    original = module.captured
+
+    def shifted(flat, top_k):
+        result = original(flat, top_k)
+        return result._replace(ids=np.roll(result.ids, 1, axis=0), codes=np.roll(result.codes, 1, axis=0))
+
+    module.captured = shifted
+
+
+@wrapt.when_imported("verl.experimental.agent_loop.agent_loop")
+def _register_two_turns(module):
+    class TwoTurns(module.AgentLoopBase):
+        """Two calls of the rollout engine with "tool output", tokens of the prompt, between their answers;
+        the reward is the parity of the first, as the task's would be zero throughout."""
+
+        async def run(self, sampling_params, **kwargs):
+            prompt = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
+            tool = prompt[:3]
+            first = await self.server_manager.generate(
+                request_id=uuid4().hex, prompt_ids=prompt, sampling_params=sampling_params | {"max_tokens": 5}
+            )
+            second = await self.server_manager.generate(
+                request_id=uuid4().hex,
+                prompt_ids=prompt + first.token_ids + tool,
+                sampling_params=sampling_params | {"max_tokens": 20},
+            )
+            reward = float(sum(first.token_ids) % 2)
+            return module.AgentLoopOutput(
+                prompt_ids=prompt,
+                response_ids=first.token_ids + tool + second.token_ids,
+                response_mask=[1] * len(first.token_ids) + [0] * len(tool) + [1] * len(second.token_ids),
+                response_logprobs=first.log_probs + [0.0] * len(tool) + second.log_probs,
+                num_turns=4,
+                metrics={},
+                reward_score=reward,
+                extra_fields=first.extra_fields | {"reward_extra_info": {"acc": reward}},
+            )
+
+    global two_turns
+    two_turns = TwoTurns
+    module._agent_loop_registry["two_turns"] = {"_target_": "probe.two_turns"}
