@@ -1,25 +1,26 @@
 """``python -m cppo_verl <command>``."""
 
 import argparse
+import importlib
 import sys
+
+COMMANDS = {
+    "doctor": "check this environment, and the settings that decide where mu comes from",
+    "evaluate": "Avg@n, pass@k and intervals of a checkpoint, by verl's own validation",
+    "table": "many runs in one table, scored as the paper does",
+}
+"""Each is a module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cppo_verl", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser(
-        "doctor",
-        help="check this environment, and the settings that decide where mu comes from",
-        description="Reports versions, what is registered here and in a Ray worker, the device, and for a training "
-        "command's overrides where mu will come from. Exits with 1 if anything would break a run.",
-    )
-    doctor.add_argument("--no-ray", action="store_true", help="do not start Ray to look inside a worker")
-    doctor.add_argument("overrides", nargs="*", help="the hydra overrides of a verl.trainer.main_ppo command")
+    commands = parser.add_subparsers(dest="command_name", required=True)
+    modules = {}
+    for name, text in COMMANDS.items():
+        modules[name] = importlib.import_module(f"cppo_verl.{name}")
+        modules[name].add_arguments(commands.add_parser(name, help=text, description=modules[name].__doc__))
     args = parser.parse_args(argv)
-
-    from cppo_verl.doctor import diagnose
-
-    return diagnose(args.overrides, with_ray=not args.no_ray)
+    return modules[args.command_name].run(args)
 
 
 if __name__ == "__main__":

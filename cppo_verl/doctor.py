@@ -1,5 +1,10 @@
-"""``python -m cppo_verl doctor``: what a run would find in this environment."""
+"""``python -m cppo_verl doctor``: what a run would find in this environment.
 
+Reports versions, what is registered here and in a Ray worker, the device, and for a training command's overrides where
+mu will come from. Exits with 1 if anything would break a run.
+"""
+
+import argparse
 import os
 import sys
 import warnings
@@ -22,7 +27,12 @@ class Report:
         self.say("ok" if ok else "FAIL", subject, good if ok else bad)
 
 
-def diagnose(overrides: list[str], with_ray: bool = True) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-ray", action="store_true", help="do not start Ray to look inside a worker")
+    parser.add_argument("overrides", nargs="*", help="the hydra overrides of a verl.trainer.main_ppo command")
+
+
+def run(args: argparse.Namespace) -> int:
     """Print one line a finding; return 1 if a run in this environment would fail, else 0."""
     report = Report()
     report.say("ok", "python", f"{sys.version.split()[0]} at {sys.executable}")
@@ -36,7 +46,7 @@ def diagnose(overrides: list[str], with_ray: bool = True) -> int:
     report.say("ok", "device", _device(platform))
     _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
     _registered(report, "this process", registered())
-    if with_ray:
+    if not args.no_ray:
         import ray
 
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -44,8 +54,8 @@ def diagnose(overrides: list[str], with_ray: bool = True) -> int:
             _registered(report, "a Ray worker", ray.get(ray.remote(registered).remote()))
         finally:
             ray.shutdown()
-    if overrides:
-        _command(report, overrides)
+    if args.overrides:
+        _command(report, args.overrides)
     else:
         report.say("--", "mu", "give the overrides of a training command to learn where its mu comes from")
     return int(report.failed)

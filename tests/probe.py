@@ -27,8 +27,8 @@ def _dump(module):
         rows = {name: [x.clone() for x in data[name].unbind()] for name in fields}
         folder = Path(FOLDER)
         folder.mkdir(exist_ok=True)
-        number = len(list(folder.iterdir()))
-        torch.save(rows | {"logits": logits.detach().clone(), "divergence": result}, folder / f"{number:03d}.pt")
+        saved = rows | {"logits": logits.detach().clone(), "divergence": result}
+        torch.save(saved, folder / f"{os.getpid()}-{len(list(folder.iterdir())):03d}.pt")
         return result
 
     module.divergence_of_logits = dumping

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from cppo_verl import top_k_divergence
+from cppo_verl.runs import read_generations, read_run
 
 pytestmark = pytest.mark.trainer
 
@@ -160,6 +161,73 @@ def test_every_step_reports_the_trust_region(first):
     assert "val-core/reasoning_gym/number_sorting/acc/mean@16" in steps[3]
 
 
+def test_a_person_sees_one_line_a_step(first):
+    log = (first.output / "logs" / "train-0.log").read_text()
+    lines = re.findall(r"cppo_verl  step (\d)/6  (\d:\d\d:\d\d) left  (.*)", log)
+    assert [int(step) for step, _, _ in lines] == list(range(1, 7))
+    assert lines[-1][1] == "0:00:00"
+    assert all(re.search(r"reward 0\.\d+  validation \d+\.\d%  masked \d+\.\d%  [\d,]+ tokens/s", x) for *_, x in lines)
+
+
+def test_validations_answers_are_kept_and_make_up_its_metric(first):
+    run = read_run(first.output)
+    assert run.generations == first.output / "validation"
+    accuracies = run.accuracies()
+    for step in (0, 3, 6):
+        answers = read_generations(run.generations, step)
+        assert answers.notes == []
+        assert len(answers.correct) == 16
+        assert {len(samples) for samples in answers.correct.values()} == {16}
+        assert {benchmark for benchmark, _ in answers.correct} == {"reasoning_gym/number_sorting"}
+        values = answers.accuracy().values()
+        assert sum(values) / 16 == pytest.approx(accuracies[step]["reasoning_gym/number_sorting"])
+
+
+def test_the_best_checkpoint_is_kept_out_of_the_rotation(first, resumed):
+    folder = resumed.output / "checkpoints"
+    best = json.loads((folder / "best" / "best.json").read_text())
+    validated = {step: max(v.values()) for step, v in read_run(resumed.output).accuracies().items() if step}
+    assert best == {"step": max(validated, key=validated.get), "accuracy": pytest.approx(max(validated.values()))}
+    kept = [path.name for path in (folder / "best").glob("global_step_*")]
+    assert kept == [f"global_step_{best['step']}"]
+    # verl keeps two: the best is one of them, sharing its files, or is kept here alone
+    weights = folder / "best" / kept[0] / "actor" / "model_world_size_1_rank_0.pt"
+    assert weights.stat().st_size > 100_000
+    rotated = folder / kept[0] / "actor" / weights.name
+    assert weights.stat().st_nlink == 1 + rotated.exists()
+
+
+def test_a_checkpoint_is_evaluated_by_verls_validation_killed_and_again(first, resumed, tmp_path):
+    command = [sys.executable, "-m", "cppo_verl", "evaluate", "--output", str(tmp_path / "e"), "--samples", "4"]
+    command += ["--checkpoint", str(resumed.output / "checkpoints" / "global_step_12"), "--"]
+    command += ["--config-dir", str(QUICKSTART.parent), "--config-name", "quickstart", f"output={first.output}"]
+    command += ["data.val_max_samples=12"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(command, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE)
+    time.sleep(25)
+    os.killpg(killed.pid, signal.SIGINT)
+    assert killed.wait(timeout=60) != 0
+    assert not (tmp_path / "e" / "result.json").exists()
+
+    before = sorted(path.name for path in (first.output / "checkpoints").iterdir())
+    again = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert re.search(r"\| reasoning_gym/number_sorting \| 12 +\| \d+\.\d\d \[", again.stdout)
+    result = json.loads((tmp_path / "e" / "result.json").read_text())
+    benchmark = result["benchmarks"]["reasoning_gym/number_sorting"]
+    assert (benchmark["problems"], benchmark["answers"], benchmark["short"]) == (12, 48, 0)
+    assert result["step"] == 12
+    # the same number as verl's own metric, and nothing of the run's touched
+    metrics = read_run(tmp_path / "e" / "metrics.jsonl").steps
+    key = "val-core/reasoning_gym/number_sorting/acc/mean@4"
+    assert benchmark["average"] == pytest.approx([v[key] for v in metrics.values() if key in v][0])
+    assert sorted(path.name for path in (first.output / "checkpoints").iterdir()) == before
+
+    third = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=30)
+    assert third.returncode == 0
+    assert "is there: showing it" in third.stdout
+
+
 def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(interrupted):
     assert interrupted.code == 130, interrupted.text
     assert "the same command continues from the last checkpoint" in interrupted.text
@@ -264,6 +332,7 @@ def test_divergences_are_those_of_both_policies_full_distributions(top_k):
     coarser = finer = interior = 0
     for update, dump in enumerate(dumps[:4]):  # of the first step, generated with the weights on disk
         end = 0
+        assert (dump["divergence"].max() < 1e-5) == (update == 0)
         for ids, prompt, response, mask, log_mu_sampled in zip(
             *(dump[name] for name in ("input_ids", "prompts", "responses", "response_mask", "rollout_log_probs")),
             strict=True,
@@ -278,18 +347,17 @@ def test_divergences_are_those_of_both_policies_full_distributions(top_k):
             assert (divergence[~valid] == 0).all()
             interior += int((~valid).sum())
             torch.testing.assert_close(
-                log_mu.gather(-1, sampled[:, None])[:, 0], log_mu_sampled[valid], rtol=0, atol=1e-5
+                log_mu.gather(-1, sampled[:, None])[:, 0], log_mu_sampled[valid], rtol=1e-5, atol=1e-5
             )
             # The tokens' order in mu may differ between engines where two are equally likely to fp32.
             want = top_k_divergence(log_pi, log_mu, sampled, 5, "tv")
-            torch.testing.assert_close(divergence[valid], want, rtol=0, atol=5e-6)
+            torch.testing.assert_close(divergence[valid], want, rtol=0, atol=1e-5)
             binary = binary_divergence(*(x.gather(-1, sampled[:, None])[:, 0] for x in (log_pi, log_mu)), "tv")
             exact = exact_divergence(log_pi, log_mu, "tv")
-            assert (binary <= divergence[valid] + 5e-6).all()
-            assert (divergence[valid] <= exact + 5e-6).all()
+            assert (binary <= divergence[valid] + 1e-5).all()
+            assert (divergence[valid] <= exact + 1e-5).all()
             coarser += int((divergence[valid] > binary + 1e-4).sum())
             finer += int((exact > divergence[valid] + 1e-4).sum())
-            assert (divergence.max() < 1e-5) == (update == 0)
     # neither bound is met by all being equal, and the responses do hold tool output
     assert min(coarser, finer, interior) > 100
 
@@ -304,22 +372,51 @@ def test_a_capture_shifted_by_one_token_stops_the_run(first, tmp_path):
     assert run.survivors() == []
 
 
-def test_top_k_kl_of_resumed_and_stale_responses_on_two_ranks(first, tmp_path):
-    """The asynchronous trainer aborts what is being generated at each weight update, and resumes it."""
+def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, tmp_path):
+    """The asynchronous trainer trains step 2 on responses of the initial weights: at its first update mu is the
+    model on disk and pi the checkpoint of step 1."""
+    from transformers import AutoModelForCausalLM
+
     link(first, tmp_path)
-    command = [*BRIEF, "method=trm_max_avg", "divergence=topk_kl", "trainer.total_training_steps=3"]
+    command = [*BRIEF, "method=trm_max_avg", "divergence=topk_kl", "trainer.total_training_steps=2"]
+    command += ["trainer.save_freq=1", "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"]
     command += ["trainer.v1.trainer_mode=cppo_colocate_async", "trainer.n_gpus_per_node=2"]
     command += ["ray_kwargs.ray_init.num_gpus=2", "actor_rollout_ref.actor.use_dynamic_bsz=true"]
     command += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"]
     command += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512"]
     command += ["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512"]
-    run = Run(tmp_path, *command).finish()
+    run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'}").finish()
     assert run.code == 0, run.text
-    steps = metrics(tmp_path, 0)
-    assert all(steps[step]["trust_region/divergence"] > 0 for step in (1, 2, 3))
-    # by then the responses are older than the weights
-    assert steps[3]["trust_region/first_update/divergence"] > 1e-5
     assert run.survivors() == []
+    steps = metrics(tmp_path, 0)
+    for values in steps.values():
+        stale = values["training/off_policy/trajectory_staleness/mean"] > 0
+        assert (values["trust_region/first_update/divergence"] > 1e-4) == stale
+    assert steps[2]["training/off_policy/trajectory_staleness/min"] == 1
+
+    mu, pi = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (first.output / "model", tmp_path / "checkpoints" / "global_step_1" / "actor" / "huggingface")
+    )
+    compared = 0
+    for path in (tmp_path / "dump").iterdir():
+        dump, end = torch.load(path), 0
+        for ids, prompt, response, mask in zip(
+            *(dump[name] for name in ("input_ids", "prompts", "responses", "response_mask")), strict=True
+        ):
+            begin, end = end, end + len(ids)
+            predicting = slice(len(prompt) - 1, len(ids) - 1)
+            with torch.no_grad():
+                log_mu, log_pi = (net(ids[None]).logits[0, predicting].log_softmax(-1) for net in (mu, pi))
+            seen = dump["logits"][begin:end][predicting].log_softmax(-1)
+            # Looks of other updates are at other weights.
+            if not torch.allclose(seen, log_pi, atol=1e-4) or not mask.all():
+                continue
+            want = top_k_divergence(log_pi, log_mu, response, 5, "kl")
+            if want.max() > 1e-3:
+                torch.testing.assert_close(dump["divergence"][begin:end][predicting], want, rtol=1e-3, atol=2e-5)
+                compared += 1
+    assert compared >= 16  # of the 32 responses of the first update, those of prompts left out are not looked at
 
 
 @pytest.mark.parametrize(
@@ -334,7 +431,9 @@ def test_top_k_kl_of_resumed_and_stale_responses_on_two_ranks(first, tmp_path):
 )
 def test_what_only_the_trainer_can_see_stops_it_before_its_workers(first, tmp_path, override, message):
     link(first, tmp_path)
-    run = Run(tmp_path, "divergence=topk_tv", override)
+    run = Run(
+        tmp_path, "divergence=topk_tv", override, "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=23"
+    )
     begin = time.time()
     run.finish()
     assert run.code == 1

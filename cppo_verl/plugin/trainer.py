@@ -7,7 +7,10 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
+from statistics import median
 
+import ray
 import torch
 import transfer_queue as tq
 import wrapt
@@ -30,6 +33,17 @@ from cppo_verl.plugin.config import (
     MethodConfig,
     captured_bytes,
     missing_files,
+)
+from cppo_verl.plugin.keeping import (
+    BEST,
+    best_so_far,
+    forget_others,
+    link_checkpoint,
+    log_to_file,
+    mean_accuracy,
+    progress_line,
+    write_json,
+    write_sources,
 )
 from cppo_verl.plugin.losses import METRIC_PREFIX
 from cppo_verl.plugin.top_k.loss import top_k_ppo_loss
@@ -78,6 +92,47 @@ class TrustRegionTrainer:
         self.actor_rollout_wg = ActorWorkers(self.actor_rollout_wg)
         if self.captures:
             self.actor_rollout_wg.look_at_logits(self.config)
+
+    def fit(self, agent_loop_manager):
+        log_to_file(self.config)
+        self.validation: dict[str, float] = {}
+        self.step_seconds: list[float] = []
+        super().fit(agent_loop_manager)
+
+    def _val_metrics_update(self, data_sources, sample_uids, *args, **kwargs):
+        self.validation = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
+        folder = self.config.trainer.get("validation_data_dir")
+        if folder:
+            write_sources(folder, self.global_steps, sample_uids, data_sources)
+        return self.validation
+
+    def on_validate_end(self):
+        super().on_validate_end()
+        self._keep_best(mean_accuracy(self.validation))
+
+    def _keep_best(self, accuracy: float | None) -> None:
+        """Keep the checkpoint of the step just validated if none before was better."""
+        folder, step = os.path.abspath(self.config.trainer.default_local_dir), self.global_steps
+        # verl names a checkpoint in this file once all ranks have written theirs.
+        tracker = Path(folder, "latest_checkpointed_iteration.txt")
+        if accuracy is None or not tracker.exists() or tracker.read_text().strip() != str(step):
+            return
+        best = best_so_far(folder)
+        if best is not None and best["accuracy"] >= accuracy:
+            return
+        workers = self.actor_rollout_wg.workers
+        ray.get([worker.__ray_call__.remote(lambda _: link_checkpoint(folder, step)) for worker in workers])
+        link_checkpoint(folder, step)  # the trainer's own part, where its machine is none of theirs
+        write_json(Path(folder, BEST, "best.json"), {"step": step, "accuracy": accuracy})
+        ray.get([worker.__ray_call__.remote(lambda _: forget_others(folder, step)) for worker in workers])
+        forget_others(folder, step)
+
+    def _compute_metrics(self, batch, metrics, timing_raw, *args, **kwargs):
+        super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
+        self.step_seconds.append(timing_raw["step"])
+        left = (self.total_training_steps - self.global_steps) * median(self.step_seconds)
+        accuracy = mean_accuracy(self.validation)
+        print(progress_line(self.global_steps, self.total_training_steps, left, metrics, accuracy), flush=True)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()

@@ -1,0 +1,105 @@
+"""What a run keeps beside what verl keeps: a metrics file, the sources of its answers, its best checkpoint."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig, open_dict
+
+from cppo_verl.runs import ACCURACY, SOURCES_SUFFIX
+
+METRICS_PATH = "VERL_FILE_LOGGER_PATH"
+BEST = "best"
+
+
+def log_to_file(config: DictConfig) -> Path:
+    """Add verl's file logger to the run's loggers, with a file of its own for each attempt: verl's default
+    path is overwritten by a run that resumes. A path that the user has set stays."""
+    loggers = config.trainer.logger
+    loggers = [loggers] if isinstance(loggers, str) else list(loggers)
+    if "file" not in loggers:
+        with open_dict(config):
+            config.trainer.logger = [*loggers, "file"]
+    if METRICS_PATH not in os.environ:
+        folder = Path(config.trainer.default_local_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        attempts = [int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"metrics-(\d+)\.jsonl", p.name))]
+        os.environ[METRICS_PATH] = str(folder / f"metrics-{max(attempts, default=-1) + 1}.jsonl")
+    return Path(os.environ[METRICS_PATH])
+
+
+def write_sources(folder: str | Path, step: int, uids: list[str], data_sources: list[str]) -> None:
+    """Beside verl's dump of a validation's answers, which names no benchmark: {uid of the prompt: data source}."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{step}{SOURCES_SUFFIX}", dict(zip(map(str, uids), map(str, data_sources), strict=True)))
+
+
+def mean_accuracy(metrics: dict[str, float]) -> float | None:
+    """Unweighted mean over benchmarks of a validation's Avg@n."""
+    values = [value for name, value in metrics.items() if ACCURACY.match(name)]
+    return sum(values) / len(values) if values else None
+
+
+def best_so_far(folder: str | Path) -> dict | None:
+    """{"step", "accuracy"} of the checkpoint that is kept as the best of the run."""
+    try:
+        return json.loads((Path(folder) / BEST / "best.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def link_checkpoint(folder: str | Path, step: int) -> None:
+    """Hard links to this machine's files of a checkpoint under ``folder``/best, out of reach of verl's rotation.
+
+    Run on every machine that holds a part; several processes may do so at once.
+    """
+    source = Path(folder) / f"global_step_{step}"
+    for file in source.rglob("*") if source.exists() else ():
+        target = Path(folder) / BEST / source.name / file.relative_to(source)
+        if file.is_dir():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            shutil.copy2(file, target)
+
+
+def forget_others(folder: str | Path, step: int) -> None:
+    """Remove what earlier bests `link_checkpoint` has left on this machine."""
+    for other in (Path(folder) / BEST).glob("global_step_*"):
+        if other.name != f"global_step_{step}":
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Write ``value`` to ``path``, which holds either its old content or all of the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def progress_line(step: int, steps: int, seconds_left: float, metrics: dict[str, float], accuracy: float | None) -> str:
+    """One line a step for a person who watches."""
+    minutes, seconds = divmod(int(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"step {step}/{steps}", f"{hours}:{minutes:02d}:{seconds:02d} left"]
+    if "critic/score/mean" in metrics:
+        parts.append(f"reward {metrics['critic/score/mean']:.3f}")
+    if accuracy is not None:
+        parts.append(f"validation {accuracy:.1%}")
+    if "trust_region/masked_share" in metrics:
+        parts.append(f"masked {metrics['trust_region/masked_share']:.1%}")
+    if metrics.get("perf/time_per_step"):
+        rate = metrics.get("perf/total_num_tokens", 0) / metrics["perf/time_per_step"]
+        parts.append(f"{rate:,.0f} tokens/s")
+    return "cppo_verl  " + "  ".join(parts)

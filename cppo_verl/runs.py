@@ -1,0 +1,194 @@
+"""What verl's trainer leaves behind, read whatever state it is in: metrics, generations, the run's config.
+
+Nothing here raises over a damaged file; what was passed over stands in the run's ``notes``.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+ACCURACY = re.compile(r"val-core/(?P<benchmark>.+)/acc/mean@(?P<n>\d+)$")
+SOURCES_SUFFIX = ".sources.json"
+"""Ending of the file beside a dump of generations that names each prompt's data source."""
+
+
+@dataclass
+class Run:
+    path: Path
+    label: str
+    seed: int | None = None
+    t_stop: int | None = None
+    """Last step that the run was asked for."""
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    """{step: {metric: value}}, numbers only, in step order."""
+    generations: Path | None = None
+    """Folder of verl's validation dumps, {step}.jsonl."""
+    notes: list[str] = field(default_factory=list)
+
+    def accuracies(self) -> dict[int, dict[str, float]]:
+        """{step: {benchmark: Avg@n}} of verl's validation."""
+        result = defaultdict(dict)
+        for step, values in self.steps.items():
+            for name, value in values.items():
+                if match := ACCURACY.match(name):
+                    result[step][match["benchmark"]] = value
+        return dict(result)
+
+
+def read_run(path: Path, label: str | None = None) -> Run:
+    """A run from its folder, or from one jsonl file of verl's file logger.
+
+    Of a folder, every metrics file in it counts; where attempts overlap, as after a resume, the later
+    attempt's step replaces the earlier one's.
+
+    Raises:
+        FileNotFoundError: no such path, or a folder without metrics.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no run at {path}")
+    files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"), key=_attempt)
+    run = Run(path, label or path.stem)
+    found = 0
+    for file in files:
+        records = list(_metrics(file, run.notes))
+        found += bool(records)
+        for step, values in records:
+            kept = run.steps.setdefault(step, {})
+            for name, value in values.items():
+                if name in kept and ACCURACY.match(name) and kept[name] != value:
+                    run.notes.append(f"step {step} was validated twice; {file.name} counts")
+                kept[name] = value
+    if not found:
+        raise FileNotFoundError(f"no metrics of verl's file logger in {path}: expected jsonl lines of step and data")
+    run.steps = dict(sorted(run.steps.items()))
+    folder = path if path.is_dir() else path.parent
+    _read_config(folder, run, label)
+    dumps = [p.parent for p in sorted(folder.rglob("*.jsonl")) if p.stem.isdigit()] if path.is_dir() else []
+    run.generations = dumps[0] if dumps else None
+    return run
+
+
+def _attempt(file: Path) -> tuple:
+    """metrics-2 before metrics-10."""
+    return (str(file.parent), [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+
+
+def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
+    """The objects of a jsonl file; what is no object is noted."""
+    bad, last = 0, False
+    try:
+        text = file.read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"{file.name}: {error.strerror}")
+        return
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            record = None
+        last = not isinstance(record, dict)
+        if last:
+            bad += 1
+        else:
+            yield record
+    if bad:
+        end = "; the last is cut off: a run killed, or still being written" if last else ""
+        notes.append(f"{file.name}: {bad} line(s) are not JSON objects and were skipped{end}")
+
+
+def _metrics(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, float]]]:
+    if file.stem.isdigit():  # a dump of generations
+        return
+    missing = set()
+    foreign = 0
+    for record in _lines(file, notes):
+        step, data = record.get("step"), record.get("data")
+        if not isinstance(step, int) or isinstance(step, bool) or not isinstance(data, dict):
+            foreign += 1
+            continue
+        values = {}
+        for name, value in data.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                continue
+            if value is None or not math.isfinite(value):
+                missing.add(name)
+            else:
+                values[name] = float(value)
+        yield step, values
+    if foreign:
+        notes.append(f"{file.name}: {foreign} line(s) without a step and data were skipped")
+    if missing:
+        shown = ", ".join(sorted(missing)[:3]) + (" ..." if len(missing) > 3 else "")
+        notes.append(f"{file.name}: values of {shown} that are not finite were skipped")
+
+
+def _read_config(folder: Path, run: Run, label: str | None) -> None:
+    """Label, seed and last step from what hydra saved with the run."""
+    saved = sorted(folder.rglob("hydra.yaml"))
+    if not saved:
+        return
+    try:
+        choices = OmegaConf.load(saved[0]).hydra.runtime.choices
+        config = OmegaConf.load(saved[0].with_name("config.yaml"))
+    except Exception as error:  # a file cut off in the middle, whatever that makes of it
+        run.notes.append(f"{saved[0].parent}: not readable ({type(error).__name__})")
+        return
+    if label is None and choices.get("method"):
+        run.label = str(choices.method)
+    run.seed = OmegaConf.select(config, "data.seed")
+    run.t_stop = OmegaConf.select(config, "trainer.total_training_steps")
+
+
+@dataclass
+class Answers:
+    """Generations of one validation, by problem."""
+
+    correct: dict[tuple[str, str], dict[tuple[str, str], float]] = field(default_factory=dict)
+    """{(benchmark, prompt): {sample: its accuracy}}."""
+    notes: list[str] = field(default_factory=list)
+
+    def accuracy(self, benchmark: str | None = None) -> dict[tuple[str, str], float]:
+        """{problem: Avg@n}, of one benchmark or of all."""
+        return {
+            key: math.fsum(values.values()) / len(values)
+            for key, values in self.correct.items()
+            if benchmark is None or key[0] == benchmark
+        }
+
+
+def read_generations(folder: Path, step: int) -> Answers:
+    """The answers that verl dumped at ``step``; the benchmark is "all" where the trainer left no sources.
+
+    Raises:
+        FileNotFoundError: no dump of that step.
+    """
+    file, answers = folder / f"{step}.jsonl", Answers()
+    if not file.exists():
+        raise FileNotFoundError(f"no generations of step {step} in {folder}")
+    sources = {}
+    try:
+        sources = json.loads((folder / f"{step}{SOURCES_SUFFIX}").read_text())
+    except (OSError, json.JSONDecodeError):
+        answers.notes.append(f"{file.name}: no data sources beside it, all problems count as one benchmark")
+    skipped = 0
+    for record in _lines(file, answers.notes):
+        accuracy, prompt = record.get("acc", record.get("score")), record.get("input")
+        if not isinstance(accuracy, int | float) or not math.isfinite(accuracy) or not isinstance(prompt, str):
+            skipped += 1
+            continue
+        # verl's key: the prompt's uid, the number of the sample, and, where an agent loop made several outputs
+        # of it, theirs; the last one counts, as in verl's metrics.
+        uid, sample, _ = (str(record.get("uid", "")).rsplit("_", 2) + ["", ""])[:3]
+        problem = answers.correct.setdefault((sources.get(uid, "all"), prompt), {})
+        problem[uid, sample or str(len(problem))] = float(accuracy)
+    if skipped:
+        answers.notes.append(f"{file.name}: {skipped} answer(s) without input and accuracy were skipped")
+    return answers
