@@ -11,14 +11,32 @@ Left out: curricula and reasoning-gym's ``composite`` task; one file holds one t
 
 import functools
 import json
-import os
 from pathlib import Path
+
+from cppo_verl.atomic import replacing
 
 PREFIX = "reasoning_gym/"
 
 
 def write_parquet(task, folder, *, train_size, validation_size, seed=0, **task_kwargs):
     """Write ``folder/train.parquet`` and ``folder/validation.parquet``; return the two paths.
+
+    The arguments and the errors are those of ``make_rows``; either both files are replaced or neither.
+    """
+    import pandas
+
+    parts = make_rows(task, train_size=train_size, validation_size=validation_size, seed=seed, **task_kwargs)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.parquet", folder / "validation.parquet"
+    with replacing(*paths) as temporary:
+        for rows, path in zip(parts, temporary, strict=True):
+            pandas.DataFrame(rows).to_parquet(path, index=False)
+    return paths
+
+
+def make_rows(task, *, train_size, validation_size, seed=0, **task_kwargs):
+    """Train and validation rows, two lists of dicts in verl's RL schema.
 
     ``task`` is a reasoning-gym name ("number_sorting"), ``task_kwargs`` its settings. A training problem
     whose question is also a validation question is dropped, so train may hold fewer than ``train_size``
@@ -36,9 +54,7 @@ def write_parquet(task, folder, *, train_size, validation_size, seed=0, **task_k
     train = [row for row in train if row["prompt"][0]["content"] not in held_out]
     if not train:
         raise ValueError(f"every training question of {task!r} {task_kwargs} is a validation question: widen the task")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return _write(train, folder / "train.parquet"), _write(validation, folder / "validation.parquet")
+    return train, validation
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
@@ -109,17 +125,3 @@ def _rows(task, task_kwargs, split, size, seed):
             }
         )
     return rows
-
-
-def _write(rows, path):
-    """Write ``rows`` to ``path``, which holds either its old content or all of the new one."""
-    import pandas
-
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        pandas.DataFrame(rows).to_parquet(temporary, index=False)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
