@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "doctor": "check this environment, and the settings that decide where mu comes from",
+    "prepare": "public data sets as parquet files in verl's schema",
     "evaluate": "Avg@n, pass@k and intervals of a checkpoint, by verl's own validation",
     "table": "many runs in one table, scored as the paper does",
 }

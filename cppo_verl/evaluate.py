@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from cppo_verl.atomic import replacing
 from cppo_verl.runs import read_generations
 from cppo_verl.scores import Interval, interval_over_problems, pass_at_k
 from cppo_verl.table import FORMATS, percent
@@ -65,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     newest = max(dumps, key=lambda path: path.stat().st_mtime)
     value = summary(output / GENERATIONS, int(newest.stem), args.samples)
-    write_json(result, value | {"temperature": args.temperature, "top_p": args.top_p, "command": arguments})
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    with replacing(result) as (file,):
+        file.write_text(json.dumps(value | sampling | {"command": arguments}, indent=1))
     print(show(value))
     return 0
 
@@ -134,14 +137,3 @@ def show(value: dict) -> str:
         if b["short"]
     ]
     return "\n".join([*lines, *value["notes"]])
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write ``value`` to ``path``, which holds either nothing or all of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
+from cppo_verl.atomic import replacing
 from cppo_verl.runs import ACCURACY, SOURCES_SUFFIX
 
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
@@ -34,7 +35,9 @@ def write_sources(folder: str | Path, step: int, uids: list[str], data_sources: 
     """Beside verl's dump of a validation's answers, which names no benchmark: {uid of the prompt: data source}."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{step}{SOURCES_SUFFIX}", dict(zip(map(str, uids), map(str, data_sources), strict=True)))
+    sources = dict(zip(map(str, uids), map(str, data_sources), strict=True))
+    with replacing(folder / f"{step}{SOURCES_SUFFIX}") as (file,):
+        file.write_text(json.dumps(sources))
 
 
 def mean_accuracy(metrics: dict[str, float]) -> float | None:
@@ -49,6 +52,11 @@ def best_so_far(folder: str | Path) -> dict | None:
         return json.loads((Path(folder) / BEST / "best.json").read_text())
     except (OSError, json.JSONDecodeError):
         return None
+
+
+def write_best(folder: str | Path, step: int, accuracy: float) -> None:
+    with replacing(Path(folder) / BEST / "best.json") as (file,):
+        file.write_text(json.dumps({"step": step, "accuracy": accuracy}))
 
 
 def link_checkpoint(folder: str | Path, step: int) -> None:
@@ -75,17 +83,6 @@ def forget_others(folder: str | Path, step: int) -> None:
     for other in (Path(folder) / BEST).glob("global_step_*"):
         if other.name != f"global_step_{step}":
             shutil.rmtree(other, ignore_errors=True)
-
-
-def write_json(path: Path, value) -> None:
-    """Write ``value`` to ``path``, which holds either its old content or all of the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def progress_line(step: int, steps: int, seconds_left: float, metrics: dict[str, float], accuracy: float | None) -> str:

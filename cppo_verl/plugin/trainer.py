@@ -35,14 +35,13 @@ from cppo_verl.plugin.config import (
     missing_files,
 )
 from cppo_verl.plugin.keeping import (
-    BEST,
     best_so_far,
     forget_others,
     link_checkpoint,
     log_to_file,
     mean_accuracy,
     progress_line,
-    write_json,
+    write_best,
     write_sources,
 )
 from cppo_verl.plugin.losses import METRIC_PREFIX
@@ -123,7 +122,7 @@ class TrustRegionTrainer:
         workers = self.actor_rollout_wg.workers
         ray.get([worker.__ray_call__.remote(lambda _: link_checkpoint(folder, step)) for worker in workers])
         link_checkpoint(folder, step)  # the trainer's own part, where its machine is none of theirs
-        write_json(Path(folder, BEST, "best.json"), {"step": step, "accuracy": accuracy})
+        write_best(folder, step, accuracy)
         ray.get([worker.__ray_call__.remote(lambda _: forget_others(folder, step)) for worker in workers])
         forget_others(folder, step)
 
