@@ -357,6 +357,7 @@ def test_problems_of_a_file_without_instructions():
     prompts = ["One\n\nx = 1", "Two\n\nx = 1", "Two", "Three\n\ny"]
     assert prepare._problems(prompts) == ["One x = 1", "Two x = 1", "Two", "Three y"]
     assert prepare._problems(["One\n\nx = 1"]) == ["One x = 1"]
+    assert prepare._problems(["Add:", "Add:\n\nx", "Add:\n\ny"]) == ["Add:", "x", "y"]  # a problem is never empty
 
 
 def test_rerun(planted, tmp_path, capsys):
