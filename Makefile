@@ -31,7 +31,7 @@ test: install lint
 	$(BIN)/python -m pytest
 
 test-unit: install
-	$(BIN)/python -m pytest -m "not trainer"
+	$(BIN)/python -m pytest -m "not trainer and not process"
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,11 +4,11 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
 
+from cppo_verl import launch
 from cppo_verl.atomic import replacing
 from cppo_verl.runs import read_generations
 from cppo_verl.scores import Interval, interval_over_problems, pass_at_k
@@ -49,17 +49,17 @@ def run(args: argparse.Namespace) -> int:
     log = output / "verl.log"
     print(f"verl validates; its log is {log}", flush=True)
     arguments = [a for a in args.command if a != "--"]
-    with log.open("w") as file:
-        code = subprocess.call(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *arguments, *overrides(args, output)],
-            env=os.environ | {"VERL_FILE_LOGGER_PATH": str(output / "metrics.jsonl")},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    if code:
-        print(f"verl ended with exit code {code}; the end of {log}:", file=sys.stderr)
-        print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), file=sys.stderr)
-        return code
+    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(output / "metrics.jsonl")}
+    try:
+        with launch.trainer([*arguments, *overrides(args, output)], log, environment) as trainer:
+            trainer.wait()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command starts over", flush=True)
+        return 130
+    if trainer.returncode:
+        print(f"verl ended with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
+        print(launch.last_lines(log), file=sys.stderr)
+        return trainer.returncode
     dumps = [path for path in (output / GENERATIONS).glob("*.jsonl") if path.stem.isdigit()]
     if not dumps:
         print(f"verl ended without answers in {output / GENERATIONS}; see {log}", file=sys.stderr)

@@ -42,6 +42,7 @@ def test_it_is_chosen_by_name_and_by_detection_without_an_accelerator_build(monk
     assert not PlatformCPU().is_platform_available()
 
 
+@pytest.mark.process
 def test_with_an_accelerator_build_nothing_of_it_is_active():
     # A GPU machine whose driver does not answer: torch knows cuda, no device is there.
     pretend = "import torch; torch.accelerator.current_accelerator = lambda: torch.device('cuda'); "
@@ -127,6 +128,7 @@ def test_vllm_still_drops_the_weights_of_linear_layers(monkeypatch):
     torch.testing.assert_close(layer.cpu_linear(x, layer.weight, layer.bias), layer(x))
 
 
+@pytest.mark.process
 def test_a_plug_in_that_fails_to_load_says_so_at_once():
     code = "import sys; sys.modules['cppo_verl.plugin.losses'] = None; import verl; print('went on')"
     result = run_python(code)
@@ -135,6 +137,7 @@ def test_a_plug_in_that_fails_to_load_says_so_at_once():
     assert "ImportError" in result.stderr or "ModuleNotFoundError" in result.stderr
 
 
+@pytest.mark.process
 def test_importing_the_package_needs_torch_only():
     blocked = ("verl", "ray", "vllm", "hydra", "wrapt", "numpy")
     code = f"import sys, torch; sys.modules.update(dict.fromkeys({blocked})); import cppo_verl"

@@ -160,6 +160,7 @@ def test_verdicts(response, truth, verify, dapo):
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "response",
     [
@@ -197,6 +198,7 @@ RIGHT = {"score": 1.0, "acc": 1.0, "timed_out": 0.0, "crashed": 0.0}
 WRONG = {"score": -1.0, "acc": 0.0, "timed_out": 0.0, "crashed": 0.0}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("deed", ["loop", "sleep", "sleep deaf", "threads", "regex", "power"])
 def test_a_verifier_that_hangs_is_killed_and_replaced(hostile, deed, caplog):
     assert hostile("right") == RIGHT
@@ -208,6 +210,7 @@ def test_a_verifier_that_hangs_is_killed_and_replaced(hostile, deed, caplog):
     assert len(_verifiers()) <= 3  # this one and those of the two rewards
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "deed", ["recurse", "overflow", "segfault", "exit", "exit at once", "kill", "interrupt", "raise", "memory"]
 )
@@ -223,6 +226,7 @@ def test_what_a_verifier_prints_stays_out_of_the_verdicts(hostile, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.process
 def test_a_child_grown_large_or_killed_between_answers_is_replaced(hostile):
     assert hostile("right") == RIGHT
     assert hostile("grow") == WRONG
@@ -235,6 +239,7 @@ def test_a_child_grown_large_or_killed_between_answers_is_replaced(hostile):
     assert math_reward._DAPO._process.pid != first
 
 
+@pytest.mark.process
 def test_an_interrupted_answer_does_not_leave_its_verdict_to_the_next(hostile):
     assert hostile("wrong") == WRONG
 
@@ -251,6 +256,7 @@ def test_an_interrupted_answer_does_not_leave_its_verdict_to_the_next(hostile):
     assert hostile("right") == RIGHT
 
 
+@pytest.mark.process
 def test_threads_share_one_child(hostile):
     deeds = ["right", "wrong", "raise", "right", "exit at once", "right", "sleep", "wrong"] * 3
     with ThreadPoolExecutor(8) as pool:
@@ -261,6 +267,7 @@ def test_threads_share_one_child(hostile):
     assert len(_verifiers()) <= 3
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_has_a_child_of_its_own(hostile):
     assert hostile("right") == RIGHT
@@ -291,6 +298,7 @@ os._exit(0) if sys.argv[1] == "sleep" else sys.exit()
 """
 
 
+@pytest.mark.process
 def test_no_child_outlives_its_parent():
     ends = [(deed, end) for deed in ("right", "sleep") for end in ("exit", "kill")]
     parents = [

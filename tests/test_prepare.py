@@ -545,6 +545,7 @@ def test_interrupt_between_the_renames(gsm8k, tmp_path, monkeypatch, capsys, nth
     check_completed(gsm8k, out, capsys)
 
 
+@pytest.mark.process
 def test_killed_between_the_renames(gsm8k, tmp_path, capsys):
     out = tmp_path / "out"
     script = f"""

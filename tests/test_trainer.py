@@ -203,10 +203,11 @@ def test_a_checkpoint_is_evaluated_by_verls_validation_killed_and_again(first, r
     command += ["--config-dir", str(QUICKSTART.parent), "--config-name", "quickstart", f"output={first.output}"]
     command += ["data.val_max_samples=12"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(command, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE)
+    killed = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
     time.sleep(25)
-    os.killpg(killed.pid, signal.SIGINT)
-    assert killed.wait(timeout=60) != 0
+    killed.send_signal(signal.SIGINT)
+    assert "interrupted; the same command starts over" in killed.communicate(timeout=60)[0]
+    assert killed.returncode == 130
     assert not (tmp_path / "e" / "result.json").exists()
 
     before = sorted(path.name for path in (first.output / "checkpoints").iterdir())

@@ -8,8 +8,6 @@ Each part is skipped if FOLDER already holds it; an interrupted training continu
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from statistics import fmean
 import plot
 import warmup
 
+from cppo_verl import launch
 from cppo_verl.reasoning_gym import write_parquet
 
 HERE = Path(__file__).parent
@@ -57,7 +56,7 @@ def train(output, overrides):
     # verl's file logger overwrites what it is given: an attempt that resumes gets a file of its own.
     attempt = len(list(logs.glob("metrics-*.jsonl")))
     metrics, log = logs / f"metrics-{attempt}.jsonl", logs / f"train-{attempt}.log"
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(HERE), "--config-name", "quickstart"]
+    arguments = ["--config-dir", str(HERE), "--config-name", "quickstart", f"output={output}", *overrides]
     environment = os.environ | {
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TENSORBOARD_DIR": str(logs / "tensorboard"),
@@ -68,37 +67,16 @@ def train(output, overrides):
         "HYDRA_FULL_ERROR": "1",
     }
     print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)
-    with log.open("w") as file:
-        # A session of its own: Ctrl-C reaches the trainer once, from here, and not Ray's processes past it.
-        trainer = subprocess.Popen(
-            [*command, f"output={output}", *overrides],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        interrupted = False
-        try:
+    try:
+        with launch.trainer(arguments, log, environment) as trainer:
             follow(trainer, metrics)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            stop(trainer)
-    if interrupted:
+    except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
         return 130
     if trainer.returncode:
         print(f"\nthe trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
-        print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]), file=sys.stderr)
+        print(launch.last_lines(log), file=sys.stderr)
     return trainer.returncode
-
-
-def stop(trainer):
-    """Let the trainer end Ray and everything Ray started; nothing to do if it has ended by itself."""
-    if trainer.poll() is None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave Ray behind
-        trainer.send_signal(signal.SIGINT)
-    trainer.wait()
 
 
 def follow(trainer, metrics):
