@@ -1,5 +1,6 @@
 """mu's most likely tokens from vLLM's answer to D_t: the codec, the capture, the alignment, the look at the logits."""
 
+import asyncio
 import math
 
 import numpy as np
@@ -8,19 +9,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from oracle import fuzz
 from tensordict import TensorDict
 from verl.trainer.distillation.fsdp.losses import _chunked_topk_log_probs
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
+from verl.workers.rollout.replica import TokenOutput
 from vllm.logprobs import create_sample_logprobs
 
 from cppo_verl import exact_divergence
 from cppo_verl.candidates import ABSENT, CODES_FIELD, IDS_FIELD, bytes_per_token, decode, encode, pack, unpack
 from cppo_verl.diagnostics import POSITION_BINS, position_sums
 from cppo_verl.divergence import gather_log_probs
+from cppo_verl.plugin.config import TOP_K_ROLLOUT
 from cppo_verl.plugin.losses import METRIC_PREFIX, measured_divergence
-from cppo_verl.plugin.top_k.agent_loop import align
+from cppo_verl.plugin.top_k.agent_loop import TopKAgentLoopWorker, _calls, align, record_calls
 from cppo_verl.plugin.top_k.loss import divergence_of_logits
-from cppo_verl.plugin.top_k.server import Captured, SampledLogProbs, captured
+from cppo_verl.plugin.top_k.server import CAPTURED, Captured, SampledLogProbs, captured
 from cppo_verl.plugin.trainer import shares_by_update
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -212,6 +217,54 @@ def test_a_token_that_the_engine_never_returned_has_no_candidates(change):
 def test_an_empty_response_has_no_rows():
     ids, codes = align([], [], [], [call_of([], 0)], 2)
     assert ids.shape == codes.shape == (0, 2)
+
+
+def test_validation_asks_for_no_candidates(monkeypatch):
+    asked = []
+
+    async def run(self, sampling_params, trajectory):
+        asked.append(sampling_params["logprobs"])
+
+    monkeypatch.setattr(TopKAgentLoopWorker.__mro__[1], "_run_agent_loop", run)
+    worker = object.__new__(TopKAgentLoopWorker)
+    worker.top_k = 7
+    for validate in (True, False):
+        asyncio.run(worker._run_agent_loop({"logprobs": True}, {"validate": validate}))
+    assert asked == [True, 7]
+
+
+def test_an_aborted_and_resumed_response_has_the_candidates_of_both_parts():
+    """verl's asynchronous client, which resumes by itself and returns the joined tokens alone."""
+    answers = [("aborted", call_of([5, 6], 1)), ("aborted", call_of([], 0)), ("completed", call_of([7, 5], 3))]
+
+    class Server:
+        generate = property(lambda self: self)
+
+        async def remote(self, prompt_ids, **kwargs):
+            reason, (tokens, capture) = answers.pop(0)
+            log_probs = capture.sampled_log_prob.tolist()
+            return TokenOutput(
+                token_ids=list(tokens), log_probs=log_probs, stop_reason=reason, extra_fields={CAPTURED: capture}
+            )
+
+    class Client(FullyAsyncLLMServerClient):
+        async def _acquire_server(self, request_id, **fields):
+            return "0", Server()
+
+        def _release_server(self, server_id, request_id=None):
+            pass
+
+    async def respond():
+        client = Client(OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": TOP_K_ROLLOUT}}}))
+        record_calls(client)
+        _calls.set([])
+        output = await client.generate("id", prompt_ids=[1, 2], sampling_params={"logprobs": 2})
+        return output, align(output.token_ids, [1] * len(output.token_ids), output.log_probs, _calls.get(), 2)
+
+    output, (ids, _) = asyncio.run(respond())
+    assert output.token_ids == [5, 6, 7, 5]
+    assert CAPTURED not in output.extra_fields
+    assert ids[:, 0].tolist() == [100, 200, 300, 400]
 
 
 # --- the look at the logits -----------------------------------------------------------------------------------

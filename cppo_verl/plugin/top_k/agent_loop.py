@@ -13,6 +13,7 @@ import torch
 from pydantic import PrivateAttr
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.workers.rollout.llm_server import LLMServerClient
 
 from cppo_verl.candidates import ABSENT, CODES_FIELD, IDS_FIELD
 from cppo_verl.plugin.top_k.server import CAPTURED, Captured
@@ -33,14 +34,7 @@ class TopKAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.top_k = self.config.actor_rollout_ref.actor.policy_loss.top_k
-        # Under the client's own joining of aborted and resumed calls, which drops what it does not know.
-        acquire_server = self.llm_client._acquire_server
-
-        async def acquire_recording_server(request_id, **fields):
-            server_id, server = await acquire_server(request_id, **fields)
-            return server_id, RecordingServer(server)
-
-        self.llm_client._acquire_server = acquire_recording_server
+        record_calls(self.llm_client)
 
     async def _run_agent_loop(self, sampling_params, trajectory, **kwargs):
         # Each response is generated in an asyncio task, and so a context, of its own.
@@ -54,6 +48,21 @@ class TopKAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
             outputs = output if isinstance(output, list) else [output]
             output = [OutputWithCandidates.of(x, _calls.get(), self.top_k) for x in outputs]
         return await super()._agent_loop_postprocess(output, validate, **kwargs)
+
+
+def record_calls(client: LLMServerClient) -> None:
+    """Let every call that ``client`` makes of a rollout server leave its capture with the response in the making.
+
+    Below ``generate``: verl's asynchronous client joins there what was aborted and resumed, and drops what
+    it does not know.
+    """
+    acquire_server = client._acquire_server
+
+    async def acquire_recording_server(request_id, **fields):
+        server_id, server = await acquire_server(request_id, **fields)
+        return server_id, RecordingServer(server)
+
+    client._acquire_server = acquire_recording_server
 
 
 class RecordingServer:
