@@ -32,13 +32,39 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def accuracies(self) -> dict[int, dict[str, float]]:
-        """{step: {benchmark: Avg@n}} of verl's validation."""
+        """{step: {benchmark: Avg@n}} of verl's validation; where a step has several n, the largest."""
         result = defaultdict(dict)
         for step, values in self.steps.items():
-            for name, value in values.items():
-                if match := ACCURACY.match(name):
-                    result[step][match["benchmark"]] = value
+            found = [(int(match["n"]), match["benchmark"], value) for match, value in _accuracies(values)]
+            for _, benchmark, value in sorted(found):
+                result[step][benchmark] = value
         return dict(result)
+
+
+def _accuracies(values: dict[str, float]) -> Iterator[tuple[re.Match, float]]:
+    for name, value in values.items():
+        if match := ACCURACY.match(name):
+            yield match, value
+
+
+def read_runs(path: Path, label: str | None = None) -> list[Run]:
+    """The run at ``path``, or all runs below it where hydra saved several there.
+
+    Raises:
+        FileNotFoundError: no such path, or nothing there that is a run.
+    """
+    roots = sorted({file.parent.parent for file in path.rglob("hydra.yaml")}) if path.is_dir() else []
+    if len(roots) < 2:
+        return [read_run(path, label)]
+    runs = []
+    for root in roots:
+        try:
+            runs.append(read_run(root, label))
+        except FileNotFoundError:  # a command that ended before its first metric
+            continue
+    if not runs:
+        raise FileNotFoundError(f"none of the {len(roots)} runs in {path} has metrics of verl's file logger")
+    return runs
 
 
 def read_run(path: Path, label: str | None = None) -> Run:
@@ -54,10 +80,10 @@ def read_run(path: Path, label: str | None = None) -> Run:
         raise FileNotFoundError(f"no run at {path}")
     files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"), key=_attempt)
     run = Run(path, label or path.stem)
-    found = 0
+    found = []
     for file in files:
         records = list(_metrics(file, run.notes))
-        found += bool(records)
+        found += [file] if records else []
         for step, values in records:
             kept = run.steps.setdefault(step, {})
             for name, value in values.items():
@@ -66,6 +92,11 @@ def read_run(path: Path, label: str | None = None) -> Run:
                 kept[name] = value
     if not found:
         raise FileNotFoundError(f"no metrics of verl's file logger in {path}: expected jsonl lines of step and data")
+    folders = {file.parent for file in found}
+    if len(folders) > 1:
+        run.notes.append(
+            f"metrics of {len(folders)} folders are taken for one run: {', '.join(sorted(map(str, folders)))}"
+        )
     run.steps = dict(sorted(run.steps.items()))
     folder = path if path.is_dir() else path.parent
     _read_config(folder, run, label)

@@ -11,14 +11,16 @@ from pathlib import Path
 from statistics import fmean
 
 from cppo_verl import paper
-from cppo_verl.runs import Run, read_generations, read_run
+from cppo_verl.runs import Run, read_generations, read_runs
 from cppo_verl.scores import Comparison, Interval, Selection, compare, interval_over_seeds, select
 
 NOT_RUN = "not run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="a run's folder or metrics file")
+    parser.add_argument(
+        "runs", nargs="*", metavar="[LABEL=]RUN", help="a run's folder or metrics file, or a folder of runs"
+    )
     parser.add_argument("--benchmarks", help="data sources, comma-separated; default: all that the runs validated on")
     parser.add_argument("--t-stop", type=int, help="last step that counts; default: each run's total_training_steps")
     parser.add_argument("--paper", choices=paper.MODELS, help="the paper's rows of this model beside the runs")
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, what was passed over and what to mind; 1 if no run could be scored."""
+    """Print the table, what was passed over and what to mind; 1 if there is nothing to print."""
     if args.output and args.output.exists() and not args.force:
         print(f"{args.output} exists: give --force to overwrite it", file=sys.stderr)
         return 1
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for text in args.runs:
         label, _, path = text.rpartition("=")
         try:
-            runs.append(read_run(Path(path), label or None))
+            runs += read_runs(Path(path), label or None)
         except FileNotFoundError as error:
             print(f"skipped: {error}", file=sys.stderr)
     for item in runs:
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{item.path}: {note}", file=sys.stderr)
     benchmarks = args.benchmarks.split(",") if args.benchmarks else _benchmarks(runs, args.paper)
     groups = score(runs, benchmarks, args.t_stop)
-    if not groups:
+    if not groups and not args.paper:
         print(f"no run has a validation on {', '.join(benchmarks) or 'anything'}", file=sys.stderr)
         return 1
     header, rows = rows_of(groups, benchmarks, args.paper)

@@ -13,7 +13,7 @@ from oracle import fuzz
 from cppo_verl import paper
 from cppo_verl.__main__ import main
 from cppo_verl.evaluate import show, summary
-from cppo_verl.runs import read_generations, read_run
+from cppo_verl.runs import read_generations, read_run, read_runs
 from cppo_verl.scores import compare, interval_over_problems, interval_over_seeds, pass_at_k, select
 
 # --- statistics -----------------------------------------------------------------------------------------------
@@ -155,6 +155,34 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     assert "values of loss, val-core/aime24/acc/mean@16 that are not finite were skipped" in notes
 
 
+def test_a_folder_of_runs_is_not_taken_for_one(tmp_path):
+    for label, accuracy in (("cppo", 0.1), ("dppo", 0.3)):
+        write(tmp_path / label / "logs" / "metrics-0.jsonl", line(0, aime24=accuracy))
+        write(tmp_path / label / "hydra" / "hydra.yaml", f"hydra: {{runtime: {{choices: {{method: {label}}}}}}}")
+        write(tmp_path / label / "hydra" / "config.yaml", "{}")
+    write(tmp_path / "failed" / "hydra" / "hydra.yaml", "hydra: {}")
+    runs = read_runs(tmp_path)
+    assert [(run.label, run.accuracies()) for run in runs] == [
+        ("cppo", {0: {"aime24": 0.1}}),
+        ("dppo", {0: {"aime24": 0.3}}),
+    ]
+    # without hydra's files nothing tells them apart, which is said
+    for path in tmp_path.rglob("hydra.yaml"):
+        path.unlink()
+    (run,) = read_runs(tmp_path)
+    assert any("metrics of 2 folders are taken for one run" in note for note in run.notes)
+
+
+def test_the_largest_number_of_samples_counts(tmp_path):
+    data = {
+        "val-core/aime24/acc/mean@16": 0.4,
+        "val-core/aime24/acc/mean@4": 0.9,
+        "val-core/aime24/acc/best@16/mean": 1,
+    }
+    path = write(tmp_path / "m.jsonl", json.dumps({"step": 1, "data": data}))
+    assert read_run(path).accuracies() == {1: {"aime24": 0.4}}
+
+
 @pytest.mark.parametrize("content", [None, "", "{}\n", '{"input": "a", "score": 1}\n'])
 def test_a_folder_without_metrics_is_named(tmp_path, content):
     if content is not None:
@@ -264,6 +292,8 @@ def test_what_cannot_be_scored_is_said_and_the_rest_produced(three_seeds, tmp_pa
     assert f"{other}: left out, no step validated on aime24, aime25 (it has gsm8k)" in err
     assert "skipped: no run at" in err
     assert main(["table", str(other), "--benchmarks", "aime24"]) == 1
+    assert main(["table", "--paper", "qwen3_8b_base", "--format", "csv"]) == 0
+    assert "cppo,0,not run,not run,not run,not run,,,,34.58,30.00,28.75,31.11" in capsys.readouterr().out
 
 
 def test_a_table_is_not_overwritten_unasked(three_seeds, tmp_path, capsys):
