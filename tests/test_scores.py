@@ -179,8 +179,9 @@ def test_the_largest_number_of_samples_counts(tmp_path):
         "val-core/aime24/acc/mean@4": 0.9,
         "val-core/aime24/acc/best@16/mean": 1,
     }
-    path = write(tmp_path / "m.jsonl", json.dumps({"step": 1, "data": data}))
-    assert read_run(path).accuracies() == {1: {"aime24": 0.4}}
+    backwards = dict(reversed(data.items()))
+    path = write(tmp_path / "m.jsonl", *(json.dumps({"step": s, "data": d}) for s, d in ((1, data), (2, backwards))))
+    assert read_run(path).accuracies() == {1: {"aime24": 0.4}, 2: {"aime24": 0.4}}
 
 
 @pytest.mark.parametrize("content", [None, "", "{}\n", '{"input": "a", "score": 1}\n'])
