@@ -55,7 +55,9 @@ def best_so_far(folder: str | Path) -> dict | None:
 
 
 def write_best(folder: str | Path, step: int, accuracy: float) -> None:
-    with replacing(Path(folder) / BEST / "best.json") as (file,):
+    best = Path(folder) / BEST
+    best.mkdir(parents=True, exist_ok=True)
+    with replacing(best / "best.json") as (file,):
         file.write_text(json.dumps({"step": step, "accuracy": accuracy}))
 
 

@@ -1,0 +1,100 @@
+"""What a run keeps: metrics files, the sources of its answers, the best checkpoint, and its line a step."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from cppo_verl.plugin import keeping
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    # set and deleted again, so that what the code sets is undone after the test
+    monkeypatch.setenv(keeping.METRICS_PATH, "")
+    monkeypatch.delenv(keeping.METRICS_PATH)
+    config = OmegaConf.create({"trainer": {"logger": ["console"], "default_local_dir": str(tmp_path / "run")}})
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def test_each_attempt_has_a_metrics_file_of_its_own(config, tmp_path, monkeypatch):
+    assert keeping.log_to_file(config) == tmp_path / "run" / "metrics-0.jsonl"
+    assert config.trainer.logger == ["console", "file"]
+    for name in ("metrics-0.jsonl", "metrics-9.jsonl", "metrics-10.jsonl", "metrics-x.jsonl"):
+        (tmp_path / "run" / name).touch()
+    monkeypatch.delenv(keeping.METRICS_PATH)
+    assert keeping.log_to_file(config) == tmp_path / "run" / "metrics-11.jsonl"
+    assert config.trainer.logger == ["console", "file"]
+
+
+def test_a_path_that_the_user_set_stays(config, tmp_path, monkeypatch):
+    monkeypatch.setenv(keeping.METRICS_PATH, str(tmp_path / "mine.jsonl"))
+    config.trainer.logger = "wandb"
+    assert keeping.log_to_file(config) == tmp_path / "mine.jsonl"
+    assert config.trainer.logger == ["wandb", "file"]
+    assert not (tmp_path / "run").exists()
+
+
+def checkpoint(folder, step, content):
+    for name in ("actor/model_rank_0.pt", "actor/huggingface/config.json", "data.pt"):
+        path = folder / f"global_step_{step}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content} {name}")
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("linkable", [True, False])
+def test_the_best_survives_verls_rotation_and_the_one_before_goes(tmp_path, monkeypatch, linkable):
+    if not linkable:
+
+        def refuse(*_):
+            raise OSError("no hard links here")
+
+        monkeypatch.setattr(keeping.os, "link", refuse)
+    assert keeping.best_so_far(tmp_path) is None
+    for step in (3, 6):
+        checkpoint(tmp_path, step, "weights")
+        whole = contents(tmp_path / f"global_step_{step}")
+        # the ranks of one machine, at once
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _, step=step: keeping.link_checkpoint(tmp_path, step), range(8)))
+        keeping.write_best(tmp_path, step, step / 10)
+        keeping.forget_others(tmp_path, step)
+        for file in (tmp_path / f"global_step_{step}").rglob("*.*"):
+            file.unlink()
+        assert contents(tmp_path / "best" / f"global_step_{step}") == whole
+        assert [p.name for p in (tmp_path / "best").glob("global_step_*")] == [f"global_step_{step}"]
+        assert keeping.best_so_far(tmp_path) == {"step": step, "accuracy": step / 10}
+    (tmp_path / "best" / "best.json").write_text('{"step": 6, "acc')
+    assert keeping.best_so_far(tmp_path) is None
+
+
+def test_sources_of_the_answers(tmp_path):
+    keeping.write_sources(tmp_path / "validation", 7, ["u", "v", "u"], ["aime24", "aime25", "aime24"])
+    (path,) = (tmp_path / "validation").iterdir()
+    assert (path.name, json.loads(path.read_text())) == ("7.sources.json", {"u": "aime24", "v": "aime25"})
+
+
+def test_mean_accuracy_is_unweighted_over_benchmarks():
+    metrics = {"val-core/aime24/acc/mean@16": 0.2, "val-core/aime25/acc/mean@16": 0.4, "val-aux/x/acc/mean@16": 1.0}
+    assert keeping.mean_accuracy(metrics) == pytest.approx(0.3)
+    assert keeping.mean_accuracy({"critic/score/mean": 1.0}) is None
+
+
+def test_the_line_says_what_is_known():
+    metrics = {"critic/score/mean": 0.5, "trust_region/masked_share": 0.074, "perf/total_num_tokens": 9000}
+    line = keeping.progress_line(3, 30, 4000.4, metrics | {"perf/time_per_step": 4.0}, 0.25)
+    left = "1:06:40 left  reward 0.500  validation 25.0%  masked 7.4%  2,250 tokens/s"
+    assert line == f"cppo_verl  step 3/30  {left}"
+    assert keeping.progress_line(30, 30, 0.0, {}, None) == "cppo_verl  step 30/30  0:00:00 left"
+
+
+def test_a_checkpoint_that_is_elsewhere_leaves_nothing(tmp_path):
+    keeping.link_checkpoint(tmp_path, 5)
+    assert list(Path(tmp_path).iterdir()) == []
