@@ -79,7 +79,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}")
     files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"), key=_attempt)
-    run = Run(path, label or path.stem)
+    run = Run(path, label or (path.stem if path.is_file() else path.resolve().name))
     found = []
     for file in files:
         records = list(_metrics(file, run.notes))
@@ -100,8 +100,10 @@ def read_run(path: Path, label: str | None = None) -> Run:
     run.steps = dict(sorted(run.steps.items()))
     folder = path if path.is_dir() else path.parent
     _read_config(folder, run, label)
-    dumps = [p.parent for p in sorted(folder.rglob("*.jsonl")) if p.stem.isdigit()] if path.is_dir() else []
-    run.generations = dumps[0] if dumps else None
+    if path.is_dir():
+        # verl's dumps of training responses look the same but for the sources beside a validation's.
+        dumps = sorted({p.parent for p in path.rglob("*.jsonl") if p.stem.isdigit()})
+        run.generations = next((d for d in dumps if any(d.glob(f"*{SOURCES_SUFFIX}"))), dumps[0] if dumps else None)
     return run
 
 

@@ -37,9 +37,12 @@ def run(args: argparse.Namespace) -> int:
         return 1
     runs = []
     for text in args.runs:
-        label, _, path = text.rpartition("=")
+        # hydra's sweeps make folders like lr=1e-6.
+        label, _, path = text.partition("=")
+        if Path(text).exists() or not path:
+            label, path = None, text
         try:
-            runs += read_runs(Path(path), label or None)
+            runs += read_runs(Path(path), label)
         except FileNotFoundError as error:
             print(f"skipped: {error}", file=sys.stderr)
     for item in runs:

@@ -315,7 +315,11 @@ def test_two_methods_are_compared_on_the_same_problems(tmp_path, capsys):
         rows = [answer(f"u{p}", i, f"p{p}", float(i < n)) for p, n in enumerate(right) for i in range(4)]
         write(folder / "val" / "5.jsonl", *rows)
         (folder / "val" / "5.sources.json").write_text(json.dumps({f"u{p}": "aime24" for p in range(3)}))
-    runs = [f"{label}={tmp_path / label}" for label in "ab"]
+        write(folder / "rollouts" / "5.jsonl", answer("u9", 0, "a training prompt", 1.0))
+    (tmp_path / "b").rename(tmp_path / "lr=1e-6")  # as hydra's sweeps name folders
+    runs = [f"a={tmp_path / 'a'}", f"b={tmp_path / 'lr=1e-6'}"]
+    assert main(["table", str(tmp_path / "lr=1e-6"), "--format", "csv"]) == 0
+    assert "\nlr=1e-6,1,50.00," in capsys.readouterr().out
     assert main(["table", *runs, "--compare", "a", "b"]) == 0
     assert "a - b, all problems: +33.33 points" in capsys.readouterr().out
     assert main(["table", *runs, "--compare", "a", "c"]) == 1
