@@ -145,6 +145,7 @@ def test_the_ratio_of_the_bounds(horizon, w_min, delta, delta_b):
     assert (ratio < 1) == (delta_b < delta * w_min)
 
 
+@fuzz
 @given(st.integers(2, 200), st.floats(0.01, 1.0))
 def test_the_linear_schedule_meets_the_theorems_condition(horizon, w_min):
     w = linear_weights(horizon, w_min)
@@ -154,6 +155,7 @@ def test_the_linear_schedule_meets_the_theorems_condition(horizon, w_min):
     assert -np.diff(quotient) == pytest.approx(w_min / (w[:-1] * w[1:]), rel=1e-9)
 
 
+@fuzz
 @given(st.integers(1, 50), st.floats(0.01, 0.5), st.floats(0.001, 0.1))
 def test_the_bound_is_attained_and_the_terminal_average_is_looser(horizon, largest, delta_b):
     everywhere = np.full(horizon, delta_b)
