@@ -444,9 +444,9 @@ def test_what_only_the_trainer_can_see_stops_it_before_its_workers(first, tmp_pa
     run = Run(
         tmp_path, "divergence=topk_tv", override, "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=23"
     )
-    begin = time.time()
     run.finish()
     assert run.code == 1
     assert message in run.text
-    assert time.time() - begin < 60
+    # what verl says once they are there
+    assert "model engine initialized" not in (tmp_path / "logs" / "train-0.log").read_text()
     assert run.survivors() == []
