@@ -321,6 +321,7 @@ def test_top_k_runs_and_tells_mismatch_from_drift(top_k):
     assert top_k.code == 0, top_k.text
     log = (top_k.output / "logs" / "train-0.log").read_text()
     assert "mu's 5 most likely tokens: 30 bytes a response token, at most 0.1 MB a step of 128 responses" in log
+    assert "model engine initialized" in log
     for values in (metrics(top_k.output, 0)[step] for step in (1, 2)):
         # unchanged weights: two engines in fp32
         assert values["trust_region/first_update/divergence"] < 2e-6
