@@ -37,6 +37,8 @@ MEMORY_BYTES = 1 << 30  # address space of a child; an idle one takes less than 
 START_SECONDS = 120.0  # for a child's imports, which may come from a slow shared disk
 
 logger = logging.getLogger(__name__)
+# Its own level, as verl's modules have: importing verl's vLLM server raises the root's to errors.
+logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
 
 
 def math_dapo(data_source, solution_str, ground_truth, extra_info=None, time_limit=5.0, **kwargs):
