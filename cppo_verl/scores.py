@@ -87,7 +87,8 @@ def interval_over_problems(accuracies: Sequence[float], seed: int = 0) -> Interv
     values = np.asarray(accuracies, dtype=float)
     if len(values) < 2:
         return Interval(math.nan, math.nan)
-    means = _resampled(values, seed).mean(-1)
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(RESAMPLES, len(values)))
+    means = values[draws].mean(-1)
     return Interval(*np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist())
 
 
@@ -117,8 +118,3 @@ def compare(first: Mapping, second: Mapping, seed: int = 0) -> Comparison | None
         float((as_far.sum() + 1) / (RESAMPLES + 1)),
         len(common),
     )
-
-
-def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return values[rng.integers(0, len(values), size=(RESAMPLES, len(values)))]

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,6 @@ from cppo_verl.plugin.config import (
     TOP_K_AGENT_LOOP_MANAGER,
     TOP_K_ROLLOUT,
     TRAINER_MODE_PREFIX,
-    MethodConfig,
     captured_bytes,
     missing_files,
 )
@@ -60,14 +59,11 @@ class TrustRegionTrainer:
             raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
         # Everything in verl that asks for the mode means verl's own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
-        self.captures = getattr(self._method(config), "captures", False)
+        method = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+        self.captures = getattr(method, "captures", False)  # verl's own losses have no divergence
         if self.captures:
             capture_top_k(config)
         super().__init__(config)
-
-    @staticmethod
-    def _method(config: DictConfig) -> MethodConfig:
-        return omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
 
     def _init_tokenizer(self):
         super()._init_tokenizer()
@@ -299,7 +295,7 @@ def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
     return result
 
 
-def shares_by_update(metrics: dict[str, Iterable[float]]) -> dict[str, float]:
+def shares_by_update(metrics: dict[str, Sequence[float]]) -> dict[str, float]:
     """Mean D_t at a batch's first update, where pi still is mu but for the engines' mismatch (and, in the
     asynchronous trainers, for the staleness of the batch), and at the later ones, where it has drifted;
     over all tokens, and by position.
