@@ -51,7 +51,8 @@ def _shift(module):
 def _register_two_turns(module):
     class TwoTurns(module.AgentLoopBase):
         """Two calls of the rollout engine with "tool output", tokens of the prompt, between their answers;
-        the reward is the parity of the first, as the task's would be zero throughout."""
+        the reward is a coin's, as the task's would be zero throughout and that of the tokens the same for
+        all answers of an easy prompt."""
 
         async def run(self, sampling_params, **kwargs):
             prompt = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
@@ -64,7 +65,7 @@ def _register_two_turns(module):
                 prompt_ids=prompt + first.token_ids + tool,
                 sampling_params=sampling_params | {"max_tokens": 20},
             )
-            reward = float(sum(first.token_ids) % 2)
+            reward = float(uuid4().int % 2)
             return module.AgentLoopOutput(
                 prompt_ids=prompt,
                 response_ids=first.token_ids + tool + second.token_ids,
