@@ -22,8 +22,10 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug import marked_timer
 from verl.utils.import_utils import load_class_from_fqn
 
+from cppo_verl import stop
 from cppo_verl.candidates import ABSENT
 from cppo_verl.diagnostics import GROUPS, POSITION_BINS, shares
 from cppo_verl.plugin.config import (
@@ -63,6 +65,10 @@ class TrustRegionTrainer:
         self.captures = getattr(method, "captures", False)  # verl's own losses have no divergence
         if self.captures:
             capture_top_k(config)
+        left_over = stop.start_over(config.trainer.default_local_dir)
+        if left_over is not None:
+            logger.warning("a request to stop from before this start does not count and is removed: %s", left_over)
+        self.saved_step, self.stopping = None, False
         super().__init__(config)
 
     def _init_tokenizer(self):
@@ -89,10 +95,48 @@ class TrustRegionTrainer:
             self.actor_rollout_wg.look_at_logits(self.config)
 
     def fit(self, agent_loop_manager):
+        Path(self.config.trainer.default_local_dir).mkdir(parents=True, exist_ok=True)  # for a request to stop
         log_to_file(self.config)
         self.validation: dict[str, float] = {}
         self.step_seconds: list[float] = []
         super().fit(agent_loop_manager)
+
+    def on_train_begin(self):
+        if not self._end_if_asked("before"):
+            super().on_train_begin()
+
+    def on_step_end(self):
+        # Where verl itself saves: in its on_step_end the asynchronous trainers go on generating.
+        self._end_if_asked("after")
+        super().on_step_end()
+
+    def _end_if_asked(self, when: str) -> bool:
+        """Make the current step the last one, with a checkpoint if there was a step, where a request waits."""
+        folder, step = self.config.trainer.default_local_dir, self.global_steps
+        reason = stop.requested(folder)
+        if reason is None:
+            return False
+        if when == "after" and self.saved_step != step:
+            with marked_timer("save_checkpoint", self.timing_raw, color="green"):
+                self._save_checkpoint()
+        what = f"stopped {when} step {step} of {self.total_training_steps}: {reason}"
+        logger.info(what)
+        stop.answer(folder, what)
+        self.stopping = True
+        # What fit compares the next step with.
+        self.total_training_steps = step if when == "after" else step - 1
+        return True
+
+    def _validate(self):
+        # A run that resumes validates its checkpoint first.
+        if self.stopping and self.config.trainer.get("val_before_train", True):
+            self.validation = {}
+            return {}
+        return super()._validate()
+
+    def _save_checkpoint(self):
+        super()._save_checkpoint()
+        self.saved_step = self.global_steps
 
     def _val_metrics_update(self, data_sources, sample_uids, *args, **kwargs):
         self.validation = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
