@@ -47,8 +47,6 @@ def trainer(
             if asked.is_set():
                 stop.request_stop(checkpoints, "SIGTERM")
 
-    if checkpoints is not None:
-        stop.start_over(checkpoints)
     handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, on_sigterm)}
     try:
         # exec keeps an ignored SIGINT, which a shell script's background jobs have: the trainer's must end it.
