@@ -313,6 +313,20 @@ def test_a_missing_model_stops_the_trainer_with_its_path(first, tmp_path):
     assert run.survivors() == []
 
 
+def test_a_checkpoint_that_finds_no_room_ends_the_run_and_spares_the_one_before(first, tmp_path):
+    link(first, tmp_path)
+    run = Run(tmp_path, *BRIEF, "trainer.save_freq=1", "trainer.total_training_steps=3", probe="full").finish()
+    assert run.code == 1
+    folder = tmp_path / "checkpoints"
+    assert re.search(
+        rf"on [\d.]+: the checkpoint of step 2 could not be written to {folder} .*; that of step 1 is whole", run.text
+    )
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "1"
+    weights = torch.load(folder / "global_step_1" / "actor" / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert sum(tensor.numel() for tensor in weights.values()) > 250_000
+    assert run.survivors() == []
+
+
 @pytest.mark.parametrize("method", ["grpo", "cispo", "trm_max_avg", "minpro", "drpo"])
 def test_every_kind_of_loss_trains(first, method, tmp_path):
     for name in ("data", "model"):
