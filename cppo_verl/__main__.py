@@ -8,6 +8,7 @@ COMMANDS = {
     "doctor": "check this environment, and the settings that decide where mu comes from",
     "prepare": "public data sets as parquet files in verl's schema",
     "evaluate": "Avg@n, pass@k and intervals of a checkpoint, by verl's own validation",
+    "stop": "ask a run to end after its step, with a checkpoint",
     "table": "many runs in one table, scored as the paper does",
 }
 """Each is a module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``."""

@@ -1,36 +1,89 @@
-"""verl's trainer as a child process that a person may interrupt."""
+"""verl's trainer as a child process that a person may interrupt and a cluster may preempt."""
 
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cppo_verl import stop
+
+EXIT_CODE_STOPPED = 128 + signal.SIGTERM
+"""For a program that passes `Stopped` on: not finished, and the same command continues."""
+
+
+class Stopped(Exception):
+    """The trainer has ended early with a checkpoint, as it was asked to; the message is what it says of it."""
+
 
 @contextmanager
-def trainer(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+def trainer(
+    arguments: Sequence[str], log: Path, environment: dict[str, str], checkpoints: Path | None = None
+) -> Iterator[subprocess.Popen]:
     """Start ``verl.trainer.main_ppo`` with its output in ``log``; at the end of the body wait for its end.
 
-    A body that raises, as Ctrl-C does, interrupts the trainer, which then ends Ray and all that Ray started.
+    SIGTERM asks a run to end after its step with a checkpoint (`cppo_verl.stop`). A second one, or the first where
+    there is nothing to save, raises KeyboardInterrupt as Ctrl-C does; a body that raises ends the trainer at once,
+    and with it Ray and all that Ray started. To be called in the main thread, as Python's signal handlers are.
+
+    Args:
+        checkpoints: the run's ``trainer.default_local_dir``, or None for a run that saves nothing.
+
+    Raises:
+        Stopped: the run ended early, for SIGTERM or for any other request.
     """
-    with log.open("w") as file:
-        # A session of its own: Ctrl-C reaches the trainer once, from here, and not Ray's processes past it.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    signalled, asked, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def on_sigterm(*_):
+        # `timeout` and others signal a process and its group: two at once are one.
+        if checkpoints is None or asked.is_set():
+            raise KeyboardInterrupt
+        signalled.set()
+
+    def keep_asking():
+        # A run that is just starting takes a request for one from before its start.
+        while not ended.wait(1):
+            if signalled.is_set():
+                stop.request_stop(checkpoints, "SIGTERM")
+                asked.set()
+
+    asking = threading.Thread(target=keep_asking, daemon=True)
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, on_sigterm)}
     try:
-        yield process
-        process.wait()
-    finally:
-        if process.poll() is None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave Ray behind
-            process.send_signal(signal.SIGINT)
+        asking.start()
+        # exec keeps an ignored SIGINT, which a shell script's background jobs have: the trainer's must end it.
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with log.open("w") as file:
+            # A session of its own: Ctrl-C reaches the trainer once, from here, and not Ray's processes past it.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            signal.signal(signal.SIGINT, handlers[signal.SIGINT])
+            yield process
             process.wait()
+        finally:
+            # impatient further signals would leave Ray behind
+            for number in handlers:
+                signal.signal(number, signal.SIG_IGN)
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+    finally:
+        ended.set()
+        asking.join()
+        if signalled.is_set():
+            stop.withdraw(checkpoints)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if checkpoints is not None and process.returncode == 0 and (what := stop.stopped(checkpoints)):
+        raise Stopped(what)
 
 
 def last_lines(log: Path, count: int = 30) -> str:

@@ -2,7 +2,8 @@
 
     python examples/quickstart/run.py [--output FOLDER] [hydra overrides of verl's trainer]
 
-Each part is skipped if FOLDER already holds it; an interrupted training continues from its last checkpoint.
+Each part is skipped if FOLDER already holds it. SIGTERM ends the training after its step with a checkpoint; Ctrl-C and
+a second SIGTERM end it at once. The same command continues from the last checkpoint.
 """
 
 import argparse
@@ -68,8 +69,11 @@ def train(output, overrides):
     }
     print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)
     try:
-        with launch.trainer(arguments, log, environment) as trainer:
+        with launch.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
             follow(trainer, metrics)
+    except launch.Stopped as stopped:
+        print(f"\n{stopped}; the same command continues", flush=True)
+        return launch.EXIT_CODE_STOPPED
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
         return 130
