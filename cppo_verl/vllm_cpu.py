@@ -5,6 +5,8 @@ it stands apart from ``plugin`` and imports no verl; it does nothing where vLLM 
 tests/test_cpu_platform.py fails when vLLM no longer needs one of them.
 """
 
+import functools
+
 
 def keep_plain_weights() -> None:
     from vllm.platforms import current_platform
@@ -27,6 +29,7 @@ def keep_plain_weights() -> None:
     # a weight sync stay as they come, are read as if they were packed, and no error tells of it.
     process = UnquantizedFusedMoEMethod.process_weights_after_loading
 
+    @functools.wraps(process)
     def pack_each_time(self, layer):
         self.moe_kernel = None
         process(self, layer)
