@@ -1,7 +1,6 @@
 """The whole job in verl's real trainer: Ray, FSDP2 on gloo, vLLM. Each run costs a minute or two of start-up,
 so that they share one folder and each test reads what they left behind."""
 
-import atexit
 import json
 import os
 import re
@@ -10,13 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from PIL import Image
+from script import QUICKSTART, Run
 
 from cppo_verl import top_k_divergence
 from cppo_verl.runs import read_generations, read_run
@@ -25,8 +23,6 @@ from cppo_verl.stop import request_stop
 pytestmark = pytest.mark.trainer
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart" / "run.py"
-MARK = "CPPO_VERL_TEST_RUN"
 SHORT = [
     "trainer.total_training_steps=6",
     "trainer.test_freq=3",
@@ -34,56 +30,6 @@ SHORT = [
     "actor_rollout_ref.rollout.val_kwargs.n=16",
     "data.val_max_samples=16",
 ]
-
-
-class Run:
-    """One attempt of the quickstart, with every process it starts findable by an environment variable."""
-
-    def __init__(self, output, *overrides, probe=""):
-        self.mark = uuid.uuid4().hex
-        environment = {MARK: self.mark, "PYTHONUNBUFFERED": "1"}
-        if probe:
-            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-            environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        self.output = output
-        self.process = subprocess.Popen(
-            [sys.executable, str(QUICKSTART), "--output", str(output), *overrides],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.text = ""
-        # An interrupted test session must not leave a trainer behind.
-        atexit.register(self.process.send_signal, signal.SIGINT)
-
-    def read_until(self, pattern):
-        for line in self.process.stdout:
-            self.text += line
-            if re.search(pattern, line):
-                return self
-        raise AssertionError(f"{pattern!r} never came:\n{self.text}")
-
-    def finish(self):
-        self.text += self.process.stdout.read()
-        self.code = self.process.wait()
-        return self
-
-    def survivors(self, patience=20):
-        """Processes of this run that are still alive after ``patience`` seconds."""
-        deadline = time.time() + patience
-        while True:
-            alive = []
-            for process in psutil.process_iter():
-                try:
-                    if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                        alive.append(process.cmdline())
-                except psutil.Error:
-                    continue
-            if not alive or time.time() > deadline:
-                return alive
-            time.sleep(0.5)
 
 
 def metrics(output, attempt):
