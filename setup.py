@@ -27,7 +27,7 @@ setup(
     extras_require={
         "gpu": pinned("gpu.txt"),
         "cpu": pinned("cpu.txt"),
-        "test": ["pytest", "hypothesis", "ruff"],
+        "test": pinned("test.txt"),
     },
     entry_points={
         "verl.plugins": ["cppo_verl = cppo_verl.plugin.register"],
