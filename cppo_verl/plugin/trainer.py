@@ -125,7 +125,7 @@ class TrustRegionTrainer:
             with marked_timer("save_checkpoint", self.timing_raw, color="green"):
                 self._save_checkpoint()
         what = f"stopped {when} step {step} of {self.total_training_steps}: {reason}"
-        logger.info(what)
+        print(f"cppo_verl  {what}", flush=True)
         stop.answer(folder, what)
         self.stopping = True
         # What fit compares the next step with.
