@@ -20,9 +20,14 @@ class Stopped(Exception):
 
 @contextmanager
 def trainer(
-    arguments: Sequence[str], log: Path, environment: dict[str, str], checkpoints: Path | None = None
+    arguments: Sequence[str],
+    log: Path,
+    environment: dict[str, str],
+    checkpoints: Path | None = None,
+    module: str = "verl.trainer.main_ppo",
+    pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen]:
-    """Start ``verl.trainer.main_ppo`` with its output in ``log``; at the end of the body wait for its end.
+    """Start verl's trainer with its output in ``log``; at the end of the body wait for its end.
 
     SIGTERM asks a run to end after its step with a checkpoint (`cppo_verl.stop`). A second one, or the first where
     there is nothing to save, raises KeyboardInterrupt as Ctrl-C does; a body that raises ends the trainer at once,
@@ -30,6 +35,8 @@ def trainer(
 
     Args:
         checkpoints: the run's ``trainer.default_local_dir``, or None for a run that saves nothing.
+        module: what ``python -m`` is to run.
+        pass_fds: file descriptors that the trainer, and none of its own children, is to hold open.
 
     Raises:
         Stopped: the run ended early, for SIGTERM or for any other request.
@@ -56,11 +63,12 @@ def trainer(
         with log.open("w") as file:
             # A session of its own: Ctrl-C reaches the trainer once, from here, and not Ray's processes past it.
             process = subprocess.Popen(
-                [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=pass_fds,
             )
         signal.signal(signal.SIGINT, handlers[signal.SIGINT])
         asking = threading.Thread(target=keep_asking, daemon=True)
