@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +156,24 @@ def test_a_killed_sweep_takes_its_point_along_and_goes_on(tmp_path):
 
 
 @pytest.mark.process
+def test_a_trainer_that_its_sweep_has_left_behind_is_waited_for(tmp_path):
+    plan(tmp_path, a="wait")
+    killed = sweep(tmp_path, "kind=a,b")
+    wait_for(lambda: notes(tmp_path, "kind=a"), "the first point never started")
+    for process in [*psutil.Process(killed.process.pid).children(), killed.process]:
+        process.kill()
+    resumed = sweep(tmp_path, "kind=a,b")
+    for line in resumed.process.stdout:
+        if "kind=a: another process still runs it" in line:
+            break
+    assert len(notes(tmp_path, "kind=a")) == 1
+    plan(tmp_path, a="")
+    assert resumed.finish().code == 0, resumed.text
+    # how it ended nobody has seen, so that it is run once more
+    assert [len(notes(tmp_path, f"kind={kind}")) for kind in "ab"] == [2, 1]
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_points_in_order_and_starts_no_other(tmp_path, number, code):
     plan(tmp_path, a="wait", b="wait")
@@ -182,7 +201,8 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")])))
     command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--port=0", f"--dashboard-port={free_port()}"]
-    command += ["--dashboard-host=127.0.0.1", f"--temp-dir={tempfile.mkdtemp(dir='/tmp')}", "--disable-usage-stats"]
+    folder = tempfile.mkdtemp(dir="/tmp")  # pytest's own are too long for the paths of Ray's sockets
+    command += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if "Ray runtime started" in line:
@@ -190,6 +210,7 @@ def cluster(tmp_path, monkeypatch):
     yield f"http://127.0.0.1:{command[6].partition('=')[2]}"
     process.terminate()
     process.communicate(timeout=60)
+    shutil.rmtree(folder)
 
 
 def free_port():
