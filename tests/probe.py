@@ -1,10 +1,14 @@
 """Loaded into every process of a test run by VERL_USE_EXTERNAL_MODULES=probe: what CPPO_VERL_PROBE names.
 
 dump:FOLDER saves what each look at the logits was given and returned; shift moves mu's most likely tokens by one
-token, in the rollout engine's answer. Also holds an agent loop of two turns.
+token, in the rollout engine's answer; full leaves no room for the checkpoint of step 2. Also holds an agent loop of
+two turns, and one whose samples depend on nothing but the weights, the prompt, the step and the number of the sample.
 """
 
+import json
 import os
+import resource
+import zlib
 from pathlib import Path
 from uuid import uuid4
 
@@ -47,6 +51,21 @@ def _shift(module):
     module.captured = shifted
 
 
+@wrapt.when_imported("verl.utils.checkpoint.fsdp_checkpoint_manager")
+def _full(module):
+    if WHAT != "full":
+        return
+    original = module.FSDPCheckpointManager.save_checkpoint
+
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, *args, **kwargs):
+        if global_step == 2:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, most))
+        original(self, local_path, hdfs_path, global_step, *args, **kwargs)
+
+    module.FSDPCheckpointManager.save_checkpoint = save_checkpoint
+
+
 @wrapt.when_imported("verl.experimental.agent_loop.agent_loop")
 def _register_two_turns(module):
     class TwoTurns(module.AgentLoopBase):
@@ -80,3 +99,21 @@ def _register_two_turns(module):
     global two_turns
     two_turns = TwoTurns
     module._agent_loop_registry["two_turns"] = {"_target_": "probe.two_turns"}
+
+
+@wrapt.when_imported("verl.experimental.agent_loop.single_turn_agent_loop")
+def _register_seeded(module):
+    class Seeded(module.SingleTurnAgentLoop):
+        """verl's own with a seed a request. (verl's full_determinism gives all requests the same seed, and with it
+        all samples of a prompt the same answer.)"""
+
+        async def run(self, sampling_params, **kwargs):
+            about = [list(kwargs["raw_prompt"]), kwargs["global_steps"], kwargs["session_id"]]
+            seed = zlib.crc32(json.dumps(about).encode())
+            return await super().run(sampling_params | {"seed": seed}, **kwargs)
+
+    global seeded
+    seeded = Seeded
+    import verl.experimental.agent_loop.agent_loop as agent_loop
+
+    agent_loop._agent_loop_registry["seeded"] = {"_target_": "probe.seeded"}
