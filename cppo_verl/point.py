@@ -120,12 +120,12 @@ def run_on_cluster(point: Point, log: Path, _lock: TextIO, record: dict) -> int:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     client = JobSubmissionClient(point.address)
-    asked = threading.Event()
+    signalled, asked = threading.Event(), threading.Event()
 
     def on_sigterm(*_):
         if asked.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        signalled.set()
 
     def status() -> JobStatus:
         return client.get_job_status(record["job"])
@@ -138,7 +138,6 @@ def run_on_cluster(point: Point, log: Path, _lock: TextIO, record: dict) -> int:
 
     signal.signal(signal.SIGTERM, on_sigterm)
     if not submitted():
-        stop.start_over(point.checkpoints)
         module, *arguments = point.command
         command = ["python", "-m", module, *arguments, *point.additions]
         record["job"] = client.submit_job(entrypoint=shlex.join(command))
@@ -146,8 +145,9 @@ def run_on_cluster(point: Point, log: Path, _lock: TextIO, record: dict) -> int:
     print(f"{point.name}: Ray job {record['job']}", flush=True)
     try:
         while not status().is_terminal():
-            if asked.is_set():
+            if signalled.is_set():
                 stop.request_stop(point.checkpoints, "SIGTERM")
+                asked.set()
             time.sleep(1)
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -157,7 +157,8 @@ def run_on_cluster(point: Point, log: Path, _lock: TextIO, record: dict) -> int:
             time.sleep(1)
         raise
     finally:
-        stop.withdraw(point.checkpoints)
+        if signalled.is_set():
+            stop.withdraw(point.checkpoints)
         log.write_text(client.get_job_logs(record["job"]))
     if status() != JobStatus.SUCCEEDED:
         return client.get_job_info(record["job"]).driver_exit_code or 1

@@ -21,6 +21,7 @@ def main(config):
     note = {"pid": os.getpid(), "config": OmegaConf.to_container(config, resolve=True)}
     with (folder / "notes.jsonl").open("a") as file:
         file.write(json.dumps(note) + "\n")
+    (folder / "stopped").unlink(missing_ok=True)
     if told(config) == "fail":
         raise RuntimeError("as it was told")
     while told(config) == "wait":
