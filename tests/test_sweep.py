@@ -329,19 +329,18 @@ def test_impossible_numbers_of_jobs_are_refused(jobs):
 
 @pytest.mark.parametrize(("name", "points"), [("seeds", 3), ("methods", 7), ("delta_b_w_min", 9)])
 def test_every_named_sweep_is_one_of_runs_that_compose(name, points):
-    recipes = f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'recipes'}]"
-    with initialize_config_dir(str(ROOT / "examples" / "quickstart"), version_base=None):
-        config = compose("quickstart", [recipes, "output=/x", f"+sweep={name}"], return_hydra_config=True)
+    recipe = ["data_dir=/data", "output=/runs", "scale=qwen3_1.7b_base"]
+    with initialize_config_dir(str(ROOT / "recipes"), version_base=None):
+        config = compose("paper", [*recipe, f"+sweep={name}"], return_hydra_config=True)
         assert config.hydra.mode == RunMode.MULTIRUN
         assert config.hydra.launcher._target_.endswith(".Processes")
         params = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
         (found,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)
         assert len(set(map(tuple, found))) == points
-        last = compose("quickstart", [recipes, "output=/x", *found[-1]], return_hydra_config=True)
+        last = compose("paper", [*recipe, *found[-1]], return_hydra_config=True)
     for override in found[-1]:
         key, _, value = override.partition("=")
-        value_there = last.hydra.runtime.choices.get(key, OmegaConf.select(last, key))
-        assert str(value_there) == value
+        assert str(last.hydra.runtime.choices.get(key, OmegaConf.select(last, key))) == value
     omega_conf_to_dataclass(last.actor_rollout_ref.actor)
 
 
@@ -349,12 +348,23 @@ def test_every_named_sweep_is_tested():
     assert {path.stem for path in (ROOT / "recipes" / "sweep").iterdir()} == {"seeds", "methods", "delta_b_w_min"}
 
 
-def test_one_seed_sets_all_of_verls_seeds_that_a_run_uses():
-    with initialize_config_dir(str(ROOT / "examples" / "quickstart"), version_base=None):
-        config = compose("quickstart", ["output=/x", "seed=7"])
-    for key in ("data.seed", "actor_rollout_ref.actor.data_loader_seed", "actor_rollout_ref.actor.fsdp_config.seed"):
-        assert OmegaConf.select(config, key) == 7
-    assert config.actor_rollout_ref.rollout.seed == 7
+@pytest.mark.parametrize(
+    ("folder", "name", "arguments"),
+    [
+        ("examples/quickstart", "quickstart", []),
+        ("recipes", "paper", ["data_dir=/data", "scale=qwen3_1.7b_base"]),
+    ],
+)
+def test_one_seed_sets_all_of_verls_that_a_run_uses(folder, name, arguments):
+    with initialize_config_dir(str(ROOT / folder), version_base=None):
+        config = compose(name, [*arguments, "output=/runs", "seed=7"])
+    actor = config.actor_rollout_ref.actor
+    assert {
+        config.data.seed,
+        actor.data_loader_seed,
+        actor.fsdp_config.seed,
+        config.actor_rollout_ref.rollout.seed,
+    } == {7}
 
 
 @pytest.mark.parametrize(
