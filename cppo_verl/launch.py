@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from cppo_verl import stop
 
 EXIT_CODE_STOPPED = 128 + signal.SIGTERM
@@ -96,3 +98,8 @@ def trainer(
 
 def last_lines(log: Path, count: int = 30) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+
+
+def quoted(text: str | Path) -> str:
+    """The value of a hydra override, whatever characters it has: a sweep's folders are called method=cppo,seed=1."""
+    return QuotedString(str(text), Quote.single).with_quotes()

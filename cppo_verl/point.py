@@ -55,6 +55,32 @@ def read_record(folder: Path) -> dict | None:
         return None
 
 
+class Occupied(Exception):
+    """A point's folder holds something else."""
+
+
+def has_finished(point: Point) -> bool:
+    """
+    Raises:
+        Occupied: its folder holds another command's run, or what no sweep has made.
+    """
+    folder = Path(point.folder)
+    record = read_record(folder)
+    if record is None:
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+            raise Occupied(
+                f"{folder} holds something that no sweep has made: move it, or choose another hydra.sweep.dir"
+            )
+        return False
+    there, here = set(record["command"]), set(point.command)
+    if there != here:
+        raise Occupied(
+            f"{folder} holds the run of another command (there: {' '.join(sorted(there - here)) or '-'}; here: "
+            f"{' '.join(sorted(here - there)) or '-'}): choose another hydra.sweep.dir, or move it"
+        )
+    return record["exit_code"] == 0
+
+
 def main() -> int:
     point = Point(**json.loads(sys.stdin.readline()))
     threading.Thread(target=end_with_the_sweep, daemon=True).start()
@@ -62,9 +88,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         take(lock, point)
-        record = read_record(folder) or {}
-        if record.get("exit_code") == 0:
+        # The sweep has looked before it started; another one may have been here since.
+        if has_finished(point):
             return 0
+        record = read_record(folder) or {}
         record |= {"command": point.command, "swept": point.swept, "exit_code": None}
         write_record(folder, record)
         log = folder / f"train-{len(list(folder.glob('train-*.log')))}.log"

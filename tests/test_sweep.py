@@ -1,5 +1,6 @@
 """The launcher `processes` with a small hydra application in the trainer's place: tests/sweep_app.py."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -25,8 +26,9 @@ from omegaconf import OmegaConf
 from test_config import GRPO
 from verl.utils.config import omega_conf_to_dataclass
 
-from cppo_verl.plugin.sweep import Processes, check_apart, check_environment, folder_name, has_finished
-from cppo_verl.point import RECORD, Point, write_record
+from cppo_verl import evaluate
+from cppo_verl.plugin.sweep import Processes, check_apart, check_environment, folder_name
+from cppo_verl.point import RECORD, Occupied, Point, has_finished, write_record
 from cppo_verl.runs import read_runs
 
 ROOT = Path(__file__).parents[1]
@@ -296,11 +298,11 @@ def test_what_a_folder_holds_of_others_is_refused(tmp_path):
     (tmp_path / "point.lock").touch()  # all that an attempt killed at its very start has left
     assert not has_finished(point(tmp_path))
     (tmp_path / "precious").touch()
-    with pytest.raises(CompactHydraException, match="holds something that no sweep has made: move it"):
+    with pytest.raises(Occupied, match="holds something that no sweep has made: move it"):
         has_finished(point(tmp_path))
     write_record(tmp_path, {"command": ["module", "kind=a", "lr=1"], "swept": ["kind=a"], "exit_code": 0})
     assert has_finished(point(tmp_path, "lr=1"))
-    with pytest.raises(CompactHydraException, match=r"run of another command \(there: lr=1; here: -\): choose another"):
+    with pytest.raises(Occupied, match=r"run of another command \(there: lr=1; here: -\): choose another"):
         has_finished(point(tmp_path))
 
 
@@ -319,6 +321,14 @@ def test_one_place_for_all_points_or_another_each_time_is_refused(monkeypatch):
     monkeypatch.setenv("VERL_FILE_LOGGER_PATH", "metrics.jsonl")
     with pytest.raises(CompactHydraException, match="VERL_FILE_LOGGER_PATH=metrics.jsonl .*: unset VERL_FILE"):
         check_environment(config)
+
+
+def test_a_points_checkpoint_can_be_evaluated(tmp_path):
+    checkpoint = tmp_path / "method=cppo,seed=1" / "checkpoints" / "global_step_2"
+    args = argparse.Namespace(checkpoint=checkpoint, samples=4, temperature=1.0, top_p=1.0)
+    parsed = OverridesParser.create().parse_overrides(evaluate.overrides(args, checkpoint.parent))
+    assert not any(override.is_sweep_override() for override in parsed)
+    assert str(checkpoint) in [override.value() for override in parsed]
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1.5, True, "2"])

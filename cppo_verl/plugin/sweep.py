@@ -23,7 +23,6 @@ from types import ModuleType
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.errors import CompactHydraException
@@ -31,7 +30,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from cppo_verl import launch
-from cppo_verl.point import LOCK, Point, read_record
+from cppo_verl.point import Occupied, Point, has_finished
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,10 @@ class Processes(Launcher):
             check_cluster(self.address)
         points = [self.point(list(overrides)) for overrides in job_overrides]
         check_apart(points)
-        finished = [point for point in points if has_finished(point)]
+        try:
+            finished = [point for point in points if has_finished(point)]
+        except Occupied as error:
+            raise CompactHydraException(str(error)) from error
         folder = os.path.relpath(self.config.hydra.sweep.dir)
         log.info(f"{len(points)} points in {folder}, {len(finished)} of them finished before")
         failed, stopped_by = self.run([point for point in points if point not in finished], len(points))
@@ -110,7 +112,7 @@ class Processes(Launcher):
             additions=[
                 *self.config.hydra.overrides.hydra,
                 *own,
-                f"hydra.run.dir={written(folder)}",
+                f"hydra.run.dir={launch.quoted(folder)}",
                 "hydra.mode=RUN",
             ],
             checkpoints=os.path.abspath(config.trainer.default_local_dir),
@@ -230,24 +232,6 @@ def check_apart(points: list[Point]) -> None:
                 )
 
 
-def has_finished(point: Point) -> bool:
-    folder = Path(point.folder)
-    record = read_record(folder)
-    if record is None:
-        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
-            raise CompactHydraException(
-                f"{point.folder} holds something that no sweep has made: move it, or choose another hydra.sweep.dir"
-            )
-        return False
-    there, here = set(record["command"]), set(point.command)
-    if there != here:
-        raise CompactHydraException(
-            f"{point.folder} holds the run of another command (there: {' '.join(sorted(there - here)) or '-'}; here: "
-            f"{' '.join(sorted(here - there)) or '-'}): choose another hydra.sweep.dir, or move it"
-        )
-    return record["exit_code"] == 0
-
-
 def folder_name(swept: list[str]) -> str:
     """A name for the folder of a point, and of nothing but this point."""
     exact = ",".join(swept) or "run"
@@ -257,7 +241,7 @@ def folder_name(swept: list[str]) -> str:
 
 def written(value) -> str:
     """In hydra's grammar of overrides."""
-    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else json.dumps(value)
+    return launch.quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def end_of_log(point: Point) -> str:
