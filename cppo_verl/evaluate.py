@@ -81,10 +81,13 @@ def overrides(args: argparse.Namespace, output: Path) -> list[str]:
         "trainer.val_only=true",
         "trainer.val_before_train=true",
         "trainer.logger=[console,file]",
-        f"trainer.validation_data_dir={output / GENERATIONS}",
-        f"trainer.default_local_dir={output / 'no-checkpoints'}",
+        f"trainer.validation_data_dir={launch.quoted(output / GENERATIONS)}",
+        f"trainer.default_local_dir={launch.quoted(output / 'no-checkpoints')}",
         *(
-            ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={args.checkpoint.resolve()}"]
+            [
+                "trainer.resume_mode=resume_path",
+                f"trainer.resume_from_path={launch.quoted(args.checkpoint.resolve())}",
+            ]
             if args.checkpoint
             else ["trainer.resume_mode=disable"]
         ),

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from cppo_verl import stop
 
 EXIT_CODE_STOPPED = 128 + signal.SIGTERM
@@ -20,9 +22,14 @@ class Stopped(Exception):
 
 @contextmanager
 def trainer(
-    arguments: Sequence[str], log: Path, environment: dict[str, str], checkpoints: Path | None = None
+    arguments: Sequence[str],
+    log: Path,
+    environment: dict[str, str],
+    checkpoints: Path | None = None,
+    module: str = "verl.trainer.main_ppo",
+    pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen]:
-    """Start ``verl.trainer.main_ppo`` with its output in ``log``; at the end of the body wait for its end.
+    """Start verl's trainer with its output in ``log``; at the end of the body wait for its end.
 
     SIGTERM asks a run to end after its step with a checkpoint (`cppo_verl.stop`). A second one, or the first where
     there is nothing to save, raises KeyboardInterrupt as Ctrl-C does; a body that raises ends the trainer at once,
@@ -30,6 +37,8 @@ def trainer(
 
     Args:
         checkpoints: the run's ``trainer.default_local_dir``, or None for a run that saves nothing.
+        module: what ``python -m`` is to run.
+        pass_fds: file descriptors that the trainer, and none of its own children, is to hold open.
 
     Raises:
         Stopped: the run ended early, for SIGTERM or for any other request.
@@ -58,11 +67,12 @@ def trainer(
         with log.open("w") as file:
             # A session of its own: Ctrl-C reaches the trainer once, from here, and not Ray's processes past it.
             process = subprocess.Popen(
-                [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=pass_fds,
             )
         try:
             signal.signal(signal.SIGINT, handlers[signal.SIGINT])
@@ -88,3 +98,8 @@ def trainer(
 
 def last_lines(log: Path, count: int = 30) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+
+
+def quoted(text: str | Path) -> str:
+    """The value of a hydra override, whatever characters it has: a sweep's folders are called method=cppo,seed=1."""
+    return QuotedString(str(text), Quote.single).with_quotes()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from cppo_verl.point import RECORD, read_record
+
 ACCURACY = re.compile(r"val-core/(?P<benchmark>.+)/acc/mean@(?P<n>\d+)$")
 SOURCES_SUFFIX = ".sources.json"
 """Ending of the file beside a dump of generations that names each prompt's data source."""
@@ -54,7 +56,7 @@ def read_runs(path: Path, label: str | None = None) -> list[Run]:
         FileNotFoundError: no such path, or nothing there that is a run.
     """
     roots = sorted({file.parent.parent for file in path.rglob("hydra.yaml")}) if path.is_dir() else []
-    if len(roots) < 2:
+    if len(roots) < 2 and not any((root / RECORD).exists() for root in roots):
         return [read_run(path, label)]
     runs = []
     for root in roots:
@@ -174,10 +176,21 @@ def _read_config(folder: Path, run: Run, label: str | None) -> None:
     except Exception as error:  # a file cut off in the middle, whatever that makes of it
         run.notes.append(f"{saved[0].parent}: not readable ({type(error).__name__})")
         return
-    if label is None and choices.get("method"):
-        run.label = str(choices.method)
+    if label is None:
+        run.label = _label_of_point(folder, run.notes) or str(choices.get("method") or run.label)
     run.seed = OmegaConf.select(config, "data.seed")
     run.t_stop = OmegaConf.select(config, "trainer.total_training_steps")
+
+
+def _label_of_point(folder: Path, notes: list[str]) -> str | None:
+    """What sets a sweep's point apart from the others, but for its seed: "key=value,..." or a method's bare name."""
+    try:
+        record = read_record(folder)
+    except ValueError:
+        notes.append(f"{RECORD}: not readable")
+        return None
+    swept = [text for text in (record or {}).get("swept", []) if not text.startswith("seed=")]
+    return ",".join(text.removeprefix("method=") for text in swept) or None
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from script import QUICKSTART, Run
+from trainer_run import QUICKSTART, Run
 
 from cppo_verl import top_k_divergence
 from cppo_verl.runs import read_generations, read_run
@@ -275,20 +275,65 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_spares_the_one_before(
     assert run.survivors() == []
 
 
-@pytest.mark.parametrize("method", ["grpo", "cispo", "trm_max_avg", "minpro", "drpo"])
-def test_every_kind_of_loss_trains(first, method, tmp_path):
-    for name in ("data", "model"):
-        (tmp_path / name).symlink_to(first.output / name)
+METHODS = ["grpo", "cispo", "trm_max_avg", "minpro", "drpo"]
+
+
+def sweep(output):
+    """Every kind of loss for two steps, as a sweep over the quickstart's config."""
     # The config file has chosen a method: no plus sign.
-    command = [f"method={method}", "trainer.total_training_steps=2", "trainer.test_freq=-1", "trainer.save_freq=-1"]
-    command += ["trainer.val_before_train=false", "trainer.logger=[console,file]", "data.train_batch_size=16"]
-    run = Run(tmp_path, *command).finish()
-    assert run.code == 0, run.text
-    steps = metrics(tmp_path, 0)
-    assert [steps[step]["actor/grad_norm"] > 0 for step in (1, 2)] == [True, True]
-    assert 0 <= steps[1]["trust_region/left_out_prompt_share"] < 1
-    assert ("trust_region/masked_share" in steps[1]) == (method not in ("grpo", "cispo"))
-    assert run.survivors() == []
+    command = [f"method={','.join(METHODS)}", "trainer.total_training_steps=2", "trainer.save_freq=-1"]
+    command += ["trainer.test_freq=2", "trainer.val_before_train=false", "data.val_max_samples=4"]
+    command += ["trainer.logger=[console]", "data.train_batch_size=16"]
+    config = ["--config-dir", str(QUICKSTART.parent), "--config-name", "quickstart", f"output={output}"]
+    return Run(output, *command, program=["-m", "verl.trainer.main_ppo", *config, "-m"])
+
+
+@pytest.fixture(scope="module")
+def killed_sweep(first, tmp_path_factory):
+    """Killed as its third point starts."""
+    output = tmp_path_factory.mktemp("methods")
+    link(first, output)
+    run = sweep(output).read_until(rf"3/5 method={METHODS[2]}: started")
+    while not (output / "sweep" / f"method={METHODS[2]}" / "train-0.log").exists():
+        time.sleep(0.1)
+    run.process.send_signal(signal.SIGINT)
+    return run.finish()
+
+
+@pytest.fixture(scope="module")
+def resumed_sweep(killed_sweep):
+    """The same command again."""
+    return sweep(killed_sweep.output).finish()
+
+
+def test_a_killed_sweep_leaves_no_process_and_says_how_to_go_on(killed_sweep):
+    assert killed_sweep.code == 130, killed_sweep.text
+    assert "2 finished, 0 failed, 3 to be run" in killed_sweep.text
+    assert killed_sweep.survivors() == []
+
+
+def test_a_resumed_sweep_runs_no_finished_point_again(resumed_sweep):
+    assert resumed_sweep.code == 0, resumed_sweep.text
+    assert "5 finished, 0 failed, 0 to be run" in resumed_sweep.text
+    attempts = [len(list((resumed_sweep.output / "sweep" / f"method={m}").glob("train-*.log"))) for m in METHODS]
+    assert attempts == [1, 1, 2, 1, 1]
+    assert resumed_sweep.survivors() == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_loss_trains(resumed_sweep, method):
+    run = read_run(resumed_sweep.output / "sweep" / f"method={method}")
+    assert [run.steps[step]["actor/grad_norm"] > 0 for step in (1, 2)] == [True, True]
+    assert 0 <= run.steps[1]["trust_region/left_out_prompt_share"] < 1
+    assert ("trust_region/masked_share" in run.steps[1]) == (method not in ("grpo", "cispo"))
+
+
+def test_a_sweep_becomes_a_table_of_its_methods(resumed_sweep):
+    command = [sys.executable, "-m", "cppo_verl", "table", str(resumed_sweep.output / "sweep")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("|")[1:3] for line in result.stdout.splitlines()[2:]]
+    assert {tuple(map(str.strip, row)) for row in rows} == {(method, "1") for method in METHODS}
 
 
 # --- top-K divergences ----------------------------------------------------------------------------------------

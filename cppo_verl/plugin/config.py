@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, get_args
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
@@ -23,6 +25,12 @@ TRAINER_MODES = tuple(TRAINER_MODE_PREFIX + mode for mode in ("sync", "colocate_
 # What the trainer turns vLLM, and verl's agent loops, into where D_t is a top-K divergence.
 TOP_K_ROLLOUT = "vllm_top_k"
 TOP_K_AGENT_LOOP_MANAGER = "cppo_verl.plugin.top_k.agent_loop.TopKAgentLoopManager"
+
+# hydra launchers that run several points of a sweep in one process, where verl starts Ray once.
+SHARED_PROCESS_LAUNCHERS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+)
 
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl"]
 Budget = Literal["adaptive", "fixed", "none"]
@@ -209,6 +217,7 @@ class MethodConfig(PolicyLossConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
+        refuse_shared_process()
         self.require(isinstance(self.mask_std_0, bool), "mask_std_0", "true or false")
         # Which rows share a mini-batch, and so a denominator, is drawn in the workers then.
         self.require(not (self.mask_std_0 and self.shuffle), "mask_std_0", "false with actor.shuffle=true")
@@ -226,6 +235,18 @@ class MethodConfig(PolicyLossConfig):
 
     def require_choice(self, name: str, choices) -> None:
         self.require(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}")
+
+
+def refuse_shared_process() -> None:
+    """Raise ValueError in a point of a sweep that shares its process with other points."""
+    if not HydraConfig.initialized():  # in a worker, or without hydra's command line
+        return
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN and hydra.launcher._target_ in SHARED_PROCESS_LAUNCHERS:
+        raise ValueError(
+            f"{hydra.launcher._target_} runs the points of a sweep in one process, where verl starts Ray once: "
+            "add hydra/launcher=processes hydra.sweep.dir=FOLDER"
+        )
 
 
 @dataclass

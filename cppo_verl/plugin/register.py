@@ -14,8 +14,10 @@ try:
     from cppo_verl.plugin.config import TOP_K_ROLLOUT
     from cppo_verl.plugin.cpu import platform  # noqa: F401  registers the CPU platform
     from cppo_verl.plugin.search_path import register_search_path
+    from cppo_verl.plugin.sweep import register_launcher
 
     register_search_path()
+    register_launcher()
 
     # verl's trainers and engines cost seconds to import and few processes need them: theirs register
     # when verl itself imports the registry they belong to.

@@ -1,6 +1,7 @@
-"""A script that runs verl's trainer, as a test starts it."""
+"""A script that runs verl's trainer, as a test starts it, and what it leaves behind."""
 
 import atexit
+import json
 import os
 import re
 import signal
@@ -14,13 +15,20 @@ import psutil
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "run.py"
 MARK = "CPPO_VERL_TEST_RUN"
+SHORT = [
+    "trainer.total_training_steps=6",
+    "trainer.test_freq=3",
+    "trainer.save_freq=3",
+    "actor_rollout_ref.rollout.val_kwargs.n=16",
+    "data.val_max_samples=16",
+]
 
 
 class Run:
-    """One attempt of the quickstart, or of another script that trains to ``--output``; every process that it starts
-    is findable by an environment variable."""
+    """One attempt of the quickstart, of another script that trains to ``--output``, or of a program as Python's
+    arguments name it; every process that it starts is findable by an environment variable."""
 
-    def __init__(self, output, *overrides, script=QUICKSTART, probe=""):
+    def __init__(self, output, *overrides, script=QUICKSTART, program=(), probe=""):
         self.mark = uuid.uuid4().hex
         environment = {MARK: self.mark, "PYTHONUNBUFFERED": "1"}
         if probe:
@@ -29,7 +37,7 @@ class Run:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.output = output
         self.process = subprocess.Popen(
-            [sys.executable, str(script), "--output", str(output), *overrides],
+            [sys.executable, *(program or [str(script), "--output", str(output)]), *overrides],
             env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -65,3 +73,14 @@ class Run:
             if not alive or time.time() > deadline:
                 return alive
             time.sleep(0.5)
+
+
+def metrics(output, attempt):
+    lines = (output / "logs" / f"metrics-{attempt}.jsonl").read_text().splitlines()
+    return {record["step"]: record["data"] for record in map(json.loads, lines)}
+
+
+def link(run, folder):
+    """Give ``folder`` the data and the model of another run of the quickstart."""
+    for name in ("data", "model"):
+        (folder / name).symlink_to(run.output / name)

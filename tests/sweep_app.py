@@ -1,0 +1,40 @@
+"""What the launcher's tests sweep: a hydra application that takes no minutes to start. It notes in its folder who it
+was and what it was told, then fails, waits or ends as a file named like its kind says."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from omegaconf import OmegaConf
+
+if "-m" in sys.argv:
+    import cppo_verl.plugin  # noqa: F401  registers the launcher, which only the sweep itself needs
+
+
+@hydra.main(config_path=".", config_name="sweep_app", version_base=None)
+def main(config):
+    folder = Path(config.trainer.default_local_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    note = {"pid": os.getpid(), "config": OmegaConf.to_container(config, resolve=True)}
+    with (folder / "notes.jsonl").open("a") as file:
+        file.write(json.dumps(note) + "\n")
+    (folder / "stopped").unlink(missing_ok=True)
+    if told(config) == "fail":
+        raise RuntimeError("as it was told")
+    while told(config) == "wait":
+        time.sleep(0.1)
+        if (folder / "stop").exists():  # as verl's trainer does with the plug-in, see cppo_verl.stop
+            (folder / "stop").rename(folder / "stopped")
+            break
+
+
+def told(config):
+    plan = Path(config.plans, config.kind)
+    return plan.read_text() if plan.exists() else ""
+
+
+if __name__ == "__main__":
+    main()
