@@ -1,7 +1,8 @@
-"""The one place in vLLM 0.28.0's CPU build that keeps verl from updating its weights.
+"""The two places in vLLM 0.28.0's CPU build that keep verl from updating its weights.
 
 Loaded by vLLM in each of its processes through the entry point group "vllm.general_plugins", so that
 it stands apart from ``plugin`` and imports no verl; it does nothing where vLLM does not run on the CPU.
+tests/test_cpu_platform.py fails when vLLM no longer needs one of them.
 """
 
 
@@ -12,11 +13,22 @@ def keep_plain_weights() -> None:
         return
     import torch
     from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     # dispatch_cpu_unquantized_gemm packs a linear layer's weight for a fast kernel and drops the
     # parameter, so that the next weight sync finds nothing to load into ("Parameter has no attribute
-    # weight_loader"). tests/test_cpu_platform.py fails when vLLM keeps it.
+    # weight_loader").
     def keep_weight(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = keep_weight
+
+    # The weights of experts are packed in their place, and only where there is no kernel yet: those of
+    # a weight sync stay as they come, are read as if they were packed, and no error tells of it.
+    process = UnquantizedFusedMoEMethod.process_weights_after_loading
+
+    def pack_each_time(self, layer):
+        self.moe_kernel = None
+        process(self, layer)
+
+    UnquantizedFusedMoEMethod.process_weights_after_loading = pack_each_time

@@ -11,10 +11,8 @@ nothing. Nothing is downloaded.
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -22,12 +20,7 @@ from pathlib import Path
 
 import torch
 
-PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<assistant>' }}{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+from cppo_verl import tiny
 
 
 @dataclass(frozen=True)
@@ -36,64 +29,13 @@ class Settings:
 
     hidden_size: int = 96
     layers: int = 3
-    heads: int = 3  # of 32: the smallest head that vLLM's CPU attention has
+    heads: int = 3
     batch_size: int = 64  # demonstrations
     learning_rate: float = 2e-3  # constant after 100 steps
     noise: float = 0.08  # share of the digits of a demonstration's answer that are replaced at random
     target: float = 0.25  # sampled accuracy to stop at: what is missing is left to reinforcement learning
     steps: int = 2000  # to stop at in any case
     seed: int = 1
-
-
-def build_tokenizer(questions, answers):
-    """A fast tokenizer with one token per digit and one per stretch of text between digits.
-
-    The instructions that every question ends with are one token, digits in them or not, so a question is
-    about as long as the numbers in it. Text made of other pieces becomes ``<unk>``.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tail = os.path.commonprefix([question[::-1] for question in questions])[::-1]
-    # ".0" stays with the text after it: the decimals of a whole number carry no information.
-    piece = (re.escape(tail) + "|" if tail else "") + r"[0-9]|(?:\.0)?[^0-9]+"
-    pieces = sorted({match for text in [*questions, *answers] for match in re.findall(piece, text)})
-    vocabulary = [PAD, EOS, USER, ASSISTANT, UNKNOWN, *pieces]
-    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
-
-
-def build_model(tokenizer, settings):
-    """A randomly initialised Qwen3 with the tokenizer's vocabulary."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=2 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
-    )
-    return Qwen3ForCausalLM(config)
 
 
 def noisy(answer, share, rng):
@@ -188,25 +130,22 @@ def warm_up(train_file, validation_file, output, settings):
     torch.manual_seed(settings.seed)
     frame = pandas.read_parquet(train_file)
     questions = [prompt[0]["content"] for prompt in frame["prompt"]]
-    tokenizer = build_tokenizer(questions, [reward["ground_truth"] for reward in frame["reward_model"]])
-    model = build_model(tokenizer, settings)
+    tokenizer = tiny.build_tokenizer(questions, [reward["ground_truth"] for reward in frame["reward_model"]])
+    model = tiny.build_model(
+        tokenizer,
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
     train(model, tokenizer, frame, settings)
     record["accuracy"] = accuracy(model, tokenizer, pandas.read_parquet(validation_file), samples=4)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"\n{output}: {parameters:,} parameters, sampled accuracy {record['accuracy']:.3f}")
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "warmup.json").write_text(json.dumps(record, indent=2) + "\n")
-        if output.exists():
-            shutil.rmtree(output)
-        os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    tiny.save(model, tokenizer, output, marker.name, record)
 
 
 def main():

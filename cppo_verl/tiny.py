@@ -1,0 +1,97 @@
+"""Tiny models for runs without a GPU: a tokenizer of a task's own pieces, a Qwen3 or Qwen3-MoE with random weights.
+
+The quickstart warms such a model up; a recipe that is shrunk for a check trains it as it is. Nothing is
+downloaded.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<assistant>' }}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build_tokenizer(questions, answers):
+    """A fast tokenizer with one token per digit and one per stretch of text between digits.
+
+    The instructions that every question ends with are one token, digits in them or not, so a question is
+    about as long as the numbers in it. Text made of other pieces becomes ``<unk>``.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tail = os.path.commonprefix([question[::-1] for question in questions])[::-1]
+    # ".0" stays with the text after it: the decimals of a whole number carry no information.
+    piece = (re.escape(tail) + "|" if tail else "") + r"[0-9]|(?:\.0)?[^0-9]+"
+    pieces = sorted({match for text in [*questions, *answers] for match in re.findall(piece, text)})
+    vocabulary = [PAD, EOS, USER, ASSISTANT, UNKNOWN, *pieces]
+    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def build_model(tokenizer, **settings):
+    """A randomly initialised Qwen3 with the tokenizer's vocabulary, or a Qwen3-MoE where num_experts is given.
+
+    ``settings`` are transformers' own of the two. A head is of 32, the smallest that vLLM's CPU attention has;
+    its kernel for experts asks for multiples of 32 too.
+    """
+    import transformers
+
+    name = "Qwen3Moe" if "num_experts" in settings else "Qwen3"
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=len(tokenizer),
+        head_dim=32,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+        **settings,
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def save(model, tokenizer, folder, marker, record):
+    """Write model, tokenizer and ``record``, as the json file ``marker``, to ``folder`` whole or not at all.
+
+    What the folder held before is gone.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / marker).write_text(json.dumps(record, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def share_of_digits(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    """Verl reward function: the share of a response's characters that are digits, right or wrong.
+
+    A random model never answers right, and prompts whose rewards are all equal stay out of the update.
+    """
+    share = sum(character.isdigit() for character in solution_str) / max(len(solution_str), 1)
+    return {"score": share, "acc": share}
