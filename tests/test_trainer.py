@@ -1,7 +1,6 @@
 """The whole job in verl's real trainer: Ray, FSDP2 on gloo, vLLM. Each run costs a minute or two of start-up,
 so that they share one folder and each test reads what they left behind."""
 
-import atexit
 import json
 import os
 import re
@@ -9,90 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from PIL import Image
+from shown import overrides, shown
+from trainer_run import QUICKSTART, SHORT, Run, link, metrics
 
 from cppo_verl import top_k_divergence
 from cppo_verl.runs import read_generations, read_run
 
 pytestmark = pytest.mark.trainer
-
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart" / "run.py"
-MARK = "CPPO_VERL_TEST_RUN"
-SHORT = [
-    "trainer.total_training_steps=6",
-    "trainer.test_freq=3",
-    "trainer.save_freq=3",
-    "actor_rollout_ref.rollout.val_kwargs.n=16",
-    "data.val_max_samples=16",
-]
-
-
-class Run:
-    """One attempt of the quickstart, with every process it starts findable by an environment variable."""
-
-    def __init__(self, output, *overrides, probe=""):
-        self.mark = uuid.uuid4().hex
-        environment = {MARK: self.mark, "PYTHONUNBUFFERED": "1"}
-        if probe:
-            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-            environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        self.output = output
-        self.process = subprocess.Popen(
-            [sys.executable, str(QUICKSTART), "--output", str(output), *overrides],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.text = ""
-        # An interrupted test session must not leave a trainer behind.
-        atexit.register(self.process.send_signal, signal.SIGINT)
-
-    def read_until(self, pattern):
-        for line in self.process.stdout:
-            self.text += line
-            if re.search(pattern, line):
-                return self
-        raise AssertionError(f"{pattern!r} never came:\n{self.text}")
-
-    def finish(self):
-        self.text += self.process.stdout.read()
-        self.code = self.process.wait()
-        return self
-
-    def survivors(self, patience=20):
-        """Processes of this run that are still alive after ``patience`` seconds."""
-        deadline = time.time() + patience
-        while True:
-            alive = []
-            for process in psutil.process_iter():
-                try:
-                    if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                        alive.append(process.cmdline())
-                except psutil.Error:
-                    continue
-            if not alive or time.time() > deadline:
-                return alive
-            time.sleep(0.5)
-
-
-def metrics(output, attempt):
-    lines = (output / "logs" / f"metrics-{attempt}.jsonl").read_text().splitlines()
-    return {record["step"]: record["data"] for record in map(json.loads, lines)}
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """Six steps on one rank: four updates a rollout batch."""
-    return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()
 
 
 @pytest.fixture(scope="module")
@@ -295,11 +221,6 @@ BRIEF = ["trainer.test_freq=-1", "trainer.save_freq=-1", "trainer.val_before_tra
 BRIEF += ["trainer.logger=[console,file]", "data.train_batch_size=16", "actor_rollout_ref.actor.policy_loss.top_k=5"]
 
 
-def link(first, folder):
-    for name in ("data", "model"):
-        (folder / name).symlink_to(first.output / name)
-
-
 @pytest.fixture(scope="module")
 def top_k(first, tmp_path_factory):
     """Two steps of four updates on responses of two turns, each look at the logits saved; validation before."""
@@ -383,21 +304,27 @@ def test_a_capture_shifted_by_one_token_stops_the_run(first, tmp_path):
     assert run.survivors() == []
 
 
-def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, tmp_path):
-    """The asynchronous trainer trains step 2 on responses of the initial weights: at its first update mu is the
+@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
+def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, mode, tmp_path):
+    """The asynchronous trainers train step 2 on responses of the initial weights: at its first update mu is the
     model on disk and pi the checkpoint of step 1."""
     from transformers import AutoModelForCausalLM
 
     link(first, tmp_path)
-    command = [*BRIEF, "method=trm_max_avg", "divergence=topk_kl", "trainer.total_training_steps=2"]
+    (example,) = (command for command in shown("examples/README.md", "quickstart/run.py") if mode in str(command))
+    command = [*overrides(example), *BRIEF, "method=trm_max_avg", "divergence=topk_kl"]
     # All prompts take part: which of them have answers of both kinds is drawn anew in each run.
-    command += ["actor_rollout_ref.actor.policy_loss.mask_std_0=false"]
+    command += ["trainer.total_training_steps=2", "actor_rollout_ref.actor.policy_loss.mask_std_0=false"]
     command += ["trainer.save_freq=1", "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"]
-    command += ["trainer.v1.trainer_mode=cppo_colocate_async", "trainer.n_gpus_per_node=2"]
-    command += ["ray_kwargs.ray_init.num_gpus=2", "actor_rollout_ref.actor.use_dynamic_bsz=true"]
-    command += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"]
-    command += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512"]
-    command += ["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512"]
+    if mode == "colocate_async":
+        command += ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2"]
+        command += ["actor_rollout_ref.actor.use_dynamic_bsz=true"]
+        command += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"]
+        command += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512"]
+        command += ["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512"]
+    else:
+        # Of 16 prompts, where the example's batch of 32 has eight mini-batches.
+        command += ["trainer.v1.separate_async.parameter_sync_step=4"]
     run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'}").finish()
     assert run.code == 0, run.text
     assert run.survivors() == []
@@ -405,6 +332,7 @@ def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, tmp_
     for values in steps.values():
         stale = values["training/off_policy/trajectory_staleness/mean"] > 0
         assert (values["trust_region/first_update/divergence"] > 1e-4) == stale
+        assert values["trust_region/later_updates/divergence"] > 1e-4
     assert steps[2]["training/off_policy/trajectory_staleness/min"] == 1
 
     mu, pi = (
