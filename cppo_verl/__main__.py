@@ -5,6 +5,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "cluster": "one command on several nodes: Slurm, given hosts, a Ray job",
     "doctor": "check this environment, and the settings that decide where mu comes from",
     "prepare": "public data sets as parquet files in verl's schema",
     "evaluate": "Avg@n, pass@k and intervals of a checkpoint, by verl's own validation",

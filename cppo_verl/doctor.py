@@ -1,15 +1,20 @@
 """``python -m cppo_verl doctor``: what a run would find in this environment.
 
-Reports versions, what is registered here and in a Ray worker, the device, and for a training command's overrides where
-mu will come from. Exits with 1 if anything would break a run.
+Reports versions, what is registered here and in a Ray worker, the device, and for a training command's arguments where
+mu will come from. With --cluster every node of a running Ray cluster is asked: versions, plug-in, GPUs, model and data,
+room for a checkpoint, wandb's key. Exits with 1 if anything would break a run.
 """
 
 import argparse
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from omegaconf import DictConfig, open_dict
 
 # The distributions whose versions decide whether a run works, in the order they are reported.
 STACK = ("torch", "verl", "vllm", "ray", "transformers", "tensordict", "TransferQueue", "flash-attn", "wandb")
@@ -29,7 +34,15 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ray", action="store_true", help="do not start Ray to look inside a worker")
-    parser.add_argument("overrides", nargs="*", help="the hydra overrides of a verl.trainer.main_ppo command")
+    parser.add_argument(
+        "--cluster", action="store_true", help="ask every node of the Ray cluster that RAY_ADDRESS names"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="with --cluster: nodes to wait for (default: %(default)s)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="the arguments of a verl.trainer.main_ppo command; after -- if any of them begins with a dash",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
     report.say("ok", "device", _device(platform))
     _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
     _registered(report, "this process", registered())
-    if not args.no_ray:
+    config = _compose(report, args.overrides) if args.overrides else None
+    if args.cluster:
+        from cppo_verl.nodes import check_nodes
+
+        installed = [name for name in ("cppo-verl", *STACK) if _installed(name)]
+        check_nodes(report, config, installed, args.nodes, patience=60)
+    elif not args.no_ray:
         import ray
 
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -54,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
             _registered(report, "a Ray worker", ray.get(ray.remote(registered).remote()))
         finally:
             ray.shutdown()
-    if args.overrides:
-        _command(report, args.overrides)
-    else:
+    if config is not None:
+        _command(report, config)
+    elif not args.overrides:
         report.say("--", "mu", "give the overrides of a training command to learn where its mu comes from")
     return int(report.failed)
 
@@ -103,6 +122,13 @@ def _device(platform) -> str:
     return f"cpu, {os.cpu_count()} cores ({why}); add +platform=cpu to the command"
 
 
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def _versions(report: Report, extra: str) -> None:
     from packaging.requirements import Requirement
 
@@ -117,9 +143,8 @@ def _versions(report: Report, extra: str) -> None:
         wanted = supported.get(name.lower())
         if wanted is None:
             continue
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
+        installed = _installed(name)
+        if installed is None:
             report.say("FAIL", name, f"not installed; tested with {wanted}")
             continue
         if wanted == f"=={installed}" or (not isinstance(wanted, str) and wanted.contains(installed, prereleases=True)):
@@ -139,23 +164,53 @@ def _registered(report: Report, where: str, found: dict[str, bool]) -> None:
     )
 
 
-def _command(report: Report, overrides: list[str]) -> None:
-    """Compose the training command's config as verl does and instantiate what the workers instantiate."""
-    from hydra import compose, initialize_config_module
+def compose_command(arguments: Sequence[str]) -> DictConfig:
+    """The config of ``python -m verl.trainer.main_ppo <arguments>``, composed as hydra does for it.
+
+    Raises:
+        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: what hydra says of the arguments.
+    """
+    import verl  # noqa: F401  loads the plug-in
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path, get_args_parser
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    args = get_args_parser().parse_args(arguments)
+    search_path = create_config_search_path(args.config_path or "pkg://verl.trainer.config")
+    if args.config_dir:
+        folder = f"file://{Path(args.config_dir).resolve()}"
+        search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+    hydra = Hydra.create_main_hydra2("main_ppo", search_path)
+    try:
+        config = hydra.compose_config(args.config_name or "ppo_trainer", args.overrides, run_mode=RunMode.RUN)
+    finally:
+        GlobalHydra.instance().clear()
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def _compose(report: Report, arguments: Sequence[str]) -> DictConfig | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return compose_command(arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        report.say("FAIL", "config", str(error))
+        return None
+
+
+def _command(report: Report, config: DictConfig) -> None:
+    """Instantiate of the training command's config what the workers instantiate."""
     from verl.plugin.platform import get_platform
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import PolicyLossConfig
 
     from cppo_verl.plugin.config import captured_bytes, missing_files
 
-    try:
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            config = compose("ppo_trainer", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        report.say("FAIL", "config", str(error))
-        return
     device = get_platform().device_name
     if (config.trainer.device == "cpu") != (device == "cpu"):
         way_out = "add +platform=cpu to the command" if device == "cpu" else "leave +platform=cpu out of the command"

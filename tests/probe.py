@@ -1,10 +1,13 @@
 """Loaded into every process of a test run by VERL_USE_EXTERNAL_MODULES=probe: what CPPO_VERL_PROBE names.
 
 dump:FOLDER saves what each look at the logits was given and returned; shift moves mu's most likely tokens by one
-token, in the rollout engine's answer. Also holds an agent loop of two turns.
+token, in the rollout engine's answer. Also holds an agent loop of two turns, and one whose samples depend on nothing
+but the weights, the prompt, the step and the number of the sample; and a reward for a model that has learnt nothing.
 """
 
+import json
 import os
+import zlib
 from pathlib import Path
 from uuid import uuid4
 
@@ -80,3 +83,27 @@ def _register_two_turns(module):
     global two_turns
     two_turns = TwoTurns
     module._agent_loop_registry["two_turns"] = {"_target_": "probe.two_turns"}
+
+
+@wrapt.when_imported("verl.experimental.agent_loop.single_turn_agent_loop")
+def _register_seeded(module):
+    class Seeded(module.SingleTurnAgentLoop):
+        """verl's own with a seed a request. (verl's full_determinism gives all requests the same seed, and with it
+        all samples of a prompt the same answer.)"""
+
+        async def run(self, sampling_params, **kwargs):
+            about = [list(kwargs["raw_prompt"]), kwargs["global_steps"], kwargs["session_id"]]
+            seed = zlib.crc32(json.dumps(about).encode())
+            return await super().run(sampling_params | {"seed": seed}, **kwargs)
+
+    global seeded
+    seeded = Seeded
+    import verl.experimental.agent_loop.agent_loop as agent_loop
+
+    agent_loop._agent_loop_registry["seeded"] = {"_target_": "probe.seeded"}
+
+
+def digit_share(data_source, solution_str, ground_truth, extra_info=None, **_):
+    """A reward that an untrained model's answers differ in."""
+    share = sum(character.isdigit() for character in solution_str) / max(len(solution_str), 1)
+    return {"score": share, "acc": share}

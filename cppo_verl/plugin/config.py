@@ -359,17 +359,21 @@ def captured_bytes(config: DictConfig) -> str:
     )
 
 
-def missing_files(config: DictConfig) -> list[str]:
-    """The run's model and data that name a place on this machine and are not there, as "key=path".
+def local_files(config: DictConfig) -> list[str]:
+    """The run's model and data that name a place on the machine itself, as "key=path".
 
     A path without a leading "/", "." or "~" may be a model on the hub, one with "://" is remote: these
     are verl's to find.
     """
-    missing = []
+    found = []
     for key in ("actor_rollout_ref.model.path", "data.train_files", "data.val_files"):
         paths = OmegaConf.select(config, key)
         for path in [paths] if isinstance(paths, str) else paths or []:
-            local = path.startswith(("/", "./", "../", "~"))
-            if local and not os.path.exists(os.path.expanduser(path)):
-                missing.append(f"{key}={path}")
-    return missing
+            if path.startswith(("/", "./", "../", "~")):
+                found.append(f"{key}={path}")
+    return found
+
+
+def missing_files(config: DictConfig) -> list[str]:
+    """Those of `local_files` that are not on this machine."""
+    return [x for x in local_files(config) if not os.path.exists(os.path.expanduser(x.partition("=")[2]))]

@@ -1,0 +1,288 @@
+"""The launchers on a real Ray cluster of two nodes: network namespaces of this machine, joined by a bridge."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cppo_verl.__main__ import main
+from cppo_verl.cluster import head_address, trainer_arguments
+
+ROOT = Path(__file__).parents[1]
+MARK = "CPPO_VERL_TEST_RUN"
+SITE_PACKAGES = Path(psutil.__file__).parents[1]
+
+
+def sh(*command):
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """Two namespaces, each named by its address."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    number = os.getpid() % 200 + 20
+    bridge, names = f"cppo{number}", [f"10.{number}.0.1", f"10.{number}.0.2"]
+    try:
+        sh("ip", "link", "add", bridge, "type", "bridge")
+        sh("ip", "addr", "add", f"10.{number}.0.254/24", "dev", bridge)
+        sh("ip", "link", "set", bridge, "up")
+        for i, name in enumerate(names):
+            sh("ip", "netns", "add", name)
+            sh("ip", "link", "add", f"{bridge}{i}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            sh("ip", "link", "set", f"{bridge}{i}", "master", bridge, "up")
+            sh("ip", "-n", name, "link", "set", "lo", "up")
+            sh("ip", "-n", name, "addr", "add", f"{name}/24", "dev", "eth0")
+            sh("ip", "-n", name, "link", "set", "eth0", "up")
+            sh("ip", "-n", name, "route", "add", "default", "via", f"10.{number}.0.254")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+        subprocess.run(["ip", "link", "del", bridge], stderr=subprocess.DEVNULL)
+
+
+class Launch:
+    """`cluster hosts` on the first node, every process of it findable by an environment variable."""
+
+    def __init__(self, nodes, *command, names=None, options=(), environment=None, folder=None):
+        self.mark = uuid.uuid4().hex
+        self.folder = folder
+        arguments = ["--nodes", ",".join(names or nodes), "--rsh", "ip netns exec"]
+        arguments += ["--ray-start", "--num-gpus=1 --num-cpus=16", *options, "--", *command]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.process = subprocess.Popen(
+            ["ip", "netns", "exec", nodes[0], sys.executable, "-m", "cppo_verl", "cluster", "hosts", *arguments],
+            env=os.environ | {"PATH": path, MARK: self.mark, "TMPDIR": "/tmp"} | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.text = ""
+
+    def read_until(self, words):
+        for line in self.process.stdout:
+            self.text += line
+            if words in line:
+                return self
+        raise AssertionError(f"{words!r} never came:\n{self.text}")
+
+    def finish(self):
+        self.text += self.process.stdout.read()
+        self.code = self.process.wait()
+        return self
+
+    def survivors(self, patience=30):
+        deadline = time.time() + patience
+        while True:
+            alive = []
+            for process in psutil.process_iter():
+                try:
+                    if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                        alive.append(process.cmdline())
+                except psutil.Error:
+                    continue
+            if not alive or time.time() > deadline:
+                return alive
+            time.sleep(0.5)
+
+
+def environment_of_a_node(folder, version):
+    """A virtual environment with everything of this one but the plug-in, or with another version of it."""
+    sh(sys.executable, "-m", "venv", "--without-pip", str(folder))
+    packages = next(folder.glob("lib/python*/site-packages"))
+    for entry in SITE_PACKAGES.iterdir():
+        if not entry.name.startswith(("cppo_verl", "__editable__.cppo_verl", "__editable___cppo_verl", "__pycache__")):
+            (packages / entry.name).symlink_to(entry)
+    if version is not None:
+        (packages / "cppo_verl").symlink_to(ROOT / "cppo_verl")
+        metadata = packages / f"cppo_verl-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: cppo-verl\nVersion: {version}\n")
+        (metadata / "entry_points.txt").write_text("[verl.plugins]\ncppo_verl = cppo_verl.plugin.register\n")
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def session(nodes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("session")
+    full = folder / "full"
+    full.mkdir()
+    sh("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(full))
+    try:
+        command = [sys.executable, str(ROOT / "tests" / "cluster_session.py"), str(folder / "found.json"), nodes[1]]
+        command += [str(environment_of_a_node(folder / "other", "0.0.9"))]
+        command += [str(environment_of_a_node(folder / "without", None)), str(full / "checkpoints")]
+        launch = Launch(nodes, *command).finish()
+    finally:
+        sh("umount", str(full))
+    assert launch.code == 0, launch.text
+    launch.found = json.loads((folder / "found.json").read_text())
+    return launch
+
+
+@pytest.mark.process
+def test_the_command_has_a_cluster_of_all_nodes(session, nodes):
+    assert session.found["nodes"] == nodes
+    assert session.found["slots"] == 2
+    # what the launcher was given, the nodes' workers have
+    assert [environment[MARK] for environment in session.found["environments"]] == [session.mark] * 2
+
+
+@pytest.mark.process
+def test_nothing_is_left(session):
+    assert session.survivors() == []
+    folders = [Path(environment["RAY_AUTH_TOKEN_PATH"]).parent for environment in session.found["environments"]]
+    assert len(set(folders)) == 2
+    assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.process
+def test_the_dashboard_is_on_loopback_alone(session):
+    assert session.found["dashboard"] == ["127.0.0.1"]
+
+
+@pytest.mark.process
+def test_nobody_gets_in_without_the_token(session):
+    for who in ("stranger", "nobody", "intruder"):
+        assert session.found[who]["code"] != 0, who
+    assert "InvalidAuthToken" in session.found["stranger"]["output"]
+    assert "no authentication token was found" in session.found["nobody"]["output"]
+    assert len(session.found["nodes"]) == 2
+
+
+@pytest.mark.process
+def test_the_token_is_on_no_command_line_and_in_no_log(session):
+    assert len(session.found["token"]) == 64
+    assert not session.found["token on a command line"]
+    assert session.found["bytes of logs"] > 10_000
+    assert not session.found["token in a log"]
+    assert session.found["token"] not in session.text
+
+
+@pytest.mark.process
+def test_a_job_is_checked_run_and_its_log_followed(session):
+    assert session.found["job"]["code"] == 0, session.found["job"]["output"]
+    assert "hello from a job" in session.found["job"]["output"]
+    assert "the versions of this machine, the plug-in registered" in session.found["job"]["output"]
+    assert session.found["no token"]["code"] == 1
+    assert "RAY_AUTH_TOKEN_PATH must hold the cluster's token" in session.found["no token"]["output"]
+
+
+@pytest.mark.process
+def test_the_doctor_names_each_node_and_the_remedy(session, nodes):
+    doctor = session.found["doctor"]
+    assert doctor["code"] == 1
+    lines = [line for line in doctor["output"].splitlines() if line.startswith("FAIL")]
+    first, second = ([line for line in lines if f"{name}  " in line] for name in nodes)
+    for text in (
+        "data.train_files=/nowhere/train.parquet does not exist there",
+        "actor_rollout_ref.model.path=no-one/no-model is neither cached there nor to be had from the hub",
+        "a checkpoint takes 1.0 GiB: make room, or name another folder",
+        "wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline",
+    ):
+        assert sum(text in line for line in first) == 1, (text, doctor["output"])
+        assert sum(text in line for line in second) == 3, (text, doctor["output"])  # three of the four are there
+    assert sum("cppo-verl is 0.0.9, here it is 0.1.0: install the same for" in line for line in second) == 1
+    assert sum("cppo-verl is not installed, here it is 0.1.0" in line for line in second) == 1
+    assert sum("the plug-in does not load (No module named 'cppo_verl')" in line for line in second) == 1
+    assert any("4 of 5 have joined Ray" in line for line in lines)
+    assert any("trainer.nnodes=5 trainer.n_gpus_per_node=1, but in Ray" in line for line in lines)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_leaves_nothing(nodes, number):
+    # the command leaves a child behind that is in no process group of the launcher's
+    command = "setsid sleep 1000 & echo started; sleep 1000"
+    launch = Launch(nodes, "bash", "-c", command).read_until("started")
+    launch.process.send_signal(number)
+    launch.finish()
+    assert launch.code == (-number if number == signal.SIGKILL else 128 + number)
+    assert launch.survivors() == []
+
+
+@pytest.mark.process
+def test_the_commands_exit_code_and_rays_logs_are_kept_where_it_fails(nodes):
+    launch = Launch(nodes, "bash", "-c", "exit 7").finish()
+    assert launch.code == 7
+    assert launch.survivors() == []
+    kept = [Path(line.split()[-1]) for line in launch.text.splitlines() if "Ray's logs are in" in line]
+    assert len(kept) == 2
+    for folder in kept:
+        assert list(folder.rglob("raylet.out"))
+        assert not (folder / "token").exists()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.process
+def test_a_node_that_never_comes_is_named(nodes, tmp_path):
+    script = tmp_path / "rsh"
+    script.write_text('#!/bin/sh\ncase $1 in silent) exec sleep 1000;; esac\nexec ip netns exec "$@"\n')
+    script.chmod(0o755)
+    options = ["--rsh", str(script), "--timeout", "25"]
+    launch = Launch(nodes, "touch", str(tmp_path / "ran"), names=[*nodes, "silent"], options=options).finish()
+    assert launch.code == 1
+    assert "silent: Ray did not start there in time. --timeout SECONDS gives the nodes longer" in launch.text
+    assert launch.survivors() == []
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.process
+def test_a_node_without_the_plug_in_is_named(nodes, tmp_path):
+    python = environment_of_a_node(tmp_path / "without", None)
+    # a checkout on PYTHONPATH would bring it
+    launch = Launch(nodes, "true", options=["--python", str(python)], environment={"PYTHONPATH": ""}, folder=tmp_path)
+    launch.finish()
+    assert launch.code == 1
+    assert "No module named cppo_verl" in launch.text
+    assert f"{nodes[1]}: `ip netns exec {nodes[1]} {python} -m cppo_verl cluster node` ended with" in launch.text
+    assert launch.survivors() == []
+
+
+@pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME"])
+def test_a_slurm_variable_that_is_not_there(missing, monkeypatch, capsys):
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv(missing)
+    assert main(["cluster", "slurm", "--", "true"]) == 1
+    error = capsys.readouterr().err
+    assert f"{missing} is not set" in error
+    assert "sbatch recipes/cluster/slurm.sbatch" in error
+
+
+def test_a_launcher_that_srun_started_several_times(monkeypatch, capsys):
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "1")
+    assert main(["cluster", "slurm", "--", "true"]) == 1
+    assert "SLURM_PROCID is 1: start this once, without srun" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_command_shows_before_anything_starts(capsys):
+    command = ["python", "-m", "verl.trainer.main_ppo", "trainer.nnods=2"]
+    assert main(["cluster", "hosts", "--nodes", "127.0.0.1,nowhere", "--", *command]) == 1
+    assert "Could not override 'trainer.nnods'" in capsys.readouterr().err
+    assert main(["cluster", "hosts", "--nodes", "127.0.0.1"]) == 2
+    assert "no command" in capsys.readouterr().err
+
+
+def test_an_unknown_first_node(capsys):
+    assert main(["cluster", "hosts", "--nodes", "no.such.host.invalid", "--", "true"]) == 1
+    assert "no.such.host.invalid" in capsys.readouterr().err
+
+
+def test_the_trainers_arguments_and_the_heads_address():
+    assert trainer_arguments(["python", "-m", "verl.trainer.main_ppo", "a=1", "--cfg"]) == ["a=1", "--cfg"]
+    assert trainer_arguments(["bash", "run.sh"]) is None
+    assert head_address(["10.1.2.3", "b"]) == "10.1.2.3"
+    assert head_address(["localhost", "b"]) is None
