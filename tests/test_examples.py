@@ -1,5 +1,7 @@
 """Every example runs or composes as its page says; those that start the trainer, in a short form."""
 
+import argparse
+import importlib
 import re
 import runpy
 import subprocess
@@ -72,6 +74,18 @@ def test_what_needs_a_gpu_composes_and_passes_verls_checks_and_ours(command):
     separate = config.trainer.v1.separate_async
     if config.trainer.v1.trainer_mode == "cppo_separate_async":
         assert config.data.train_batch_size == separate.parameter_sync_step * actor.ppo_mini_batch_size
+
+
+@pytest.mark.parametrize("command", shown(PAGE, "python -m cppo_verl "), ids=lambda words: " ".join(words[3:6]))
+def test_the_plug_ins_own_commands_are_understood(command):
+    name, *arguments = command[3:]
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"cppo_verl.{name}").add_arguments(parser)
+    args = parser.parse_args(arguments)
+    if name == "cluster":
+        nodes = args.nodes.split(",")
+        assert args.command[:4] == ["--", "python", "-m", "verl.trainer.main_ppo"]
+        assert composed(command).trainer.nnodes == len(nodes)
 
 
 def test_gsm8ks_reward_reads_what_its_prompts_ask_for():
