@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from trainer_run import SHORT, Run
 
 # Unit tests are many small tensors: threads only get in each other's way.
 torch.set_num_threads(1)
@@ -20,3 +21,9 @@ def compose():
             return hydra_compose(config_name, overrides=list(overrides))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory):
+    """The quickstart in short, six steps on one rank: four updates a rollout batch."""
+    return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()

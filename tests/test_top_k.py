@@ -448,6 +448,14 @@ def test_the_first_update_is_told_apart_from_the_later_ones():
             "trust_region/later_updates/divergence/position_3": 0.15,
         }
     )
+    # The separate trainer's later mini-batches between two weight syncs.
+    later = shares_by_update({METRIC_PREFIX + key: value for key, value in sums.items()}, first_updates=0)
+    assert later == pytest.approx(
+        {
+            "trust_region/later_updates/divergence": 0.064,
+            "trust_region/later_updates/divergence/position_3": 0.15,
+        }
+    )
     assert shares_by_update({"grad_norm": [1.0]}) == {}
 
 

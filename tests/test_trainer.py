@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from trainer_run import QUICKSTART, Run
+from shown import overrides, shown
+from trainer_run import QUICKSTART, SHORT, Run, link, metrics
 
 from cppo_verl import top_k_divergence
 from cppo_verl.runs import read_generations, read_run
@@ -23,24 +24,6 @@ from cppo_verl.stop import request_stop
 pytestmark = pytest.mark.trainer
 
 ROOT = Path(__file__).parents[1]
-SHORT = [
-    "trainer.total_training_steps=6",
-    "trainer.test_freq=3",
-    "trainer.save_freq=3",
-    "actor_rollout_ref.rollout.val_kwargs.n=16",
-    "data.val_max_samples=16",
-]
-
-
-def metrics(output, attempt):
-    lines = (output / "logs" / f"metrics-{attempt}.jsonl").read_text().splitlines()
-    return {record["step"]: record["data"] for record in map(json.loads, lines)}
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """Six steps on one rank: four updates a rollout batch."""
-    return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()
 
 
 def on_two_ranks(output, first):
@@ -342,11 +325,6 @@ BRIEF = ["trainer.test_freq=-1", "trainer.save_freq=-1", "trainer.val_before_tra
 BRIEF += ["trainer.logger=[console,file]", "data.train_batch_size=16", "actor_rollout_ref.actor.policy_loss.top_k=5"]
 
 
-def link(first, folder):
-    for name in ("data", "model"):
-        (folder / name).symlink_to(first.output / name)
-
-
 @pytest.fixture(scope="module")
 def top_k(first, tmp_path_factory):
     """Two steps of four updates on responses of two turns, each look at the logits saved; validation before."""
@@ -430,22 +408,28 @@ def test_a_capture_shifted_by_one_token_stops_the_run(first, tmp_path):
     assert run.survivors() == []
 
 
-def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, tmp_path):
-    """The asynchronous trainer trains step 2 on responses of the initial weights: at its first update mu is the
-    model on disk and pi the checkpoint of step 1. Asked to stop while step 2 is at work, it does so in order."""
+@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
+def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, mode, tmp_path):
+    """The asynchronous trainers train step 2 on responses of the initial weights: at its first update mu is the
+    model on disk and pi the checkpoint of step 1. Asked to stop while step 2 is at work, they do so in order."""
     from transformers import AutoModelForCausalLM
 
     link(first, tmp_path)
-    command = [*BRIEF, "method=trm_max_avg", "divergence=topk_kl", "trainer.total_training_steps=50"]
+    (example,) = (command for command in shown("examples/README.md", "quickstart/run.py") if mode in str(command))
+    command = [*overrides(example), *BRIEF, "method=trm_max_avg", "divergence=topk_kl"]
     # All prompts take part: which of them have answers of both kinds is drawn anew in each run.
-    command += ["actor_rollout_ref.actor.policy_loss.mask_std_0=false"]
+    command += ["trainer.total_training_steps=50", "actor_rollout_ref.actor.policy_loss.mask_std_0=false"]
     command += ["trainer.save_freq=1", "trainer.max_actor_ckpt_to_keep=null"]
     command += ["actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"]
-    command += ["trainer.v1.trainer_mode=cppo_colocate_async", "trainer.n_gpus_per_node=2"]
-    command += ["ray_kwargs.ray_init.num_gpus=2", "actor_rollout_ref.actor.use_dynamic_bsz=true"]
-    command += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"]
-    command += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512"]
-    command += ["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512"]
+    if mode == "colocate_async":
+        command += ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2"]
+        command += ["actor_rollout_ref.actor.use_dynamic_bsz=true"]
+        command += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"]
+        command += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512"]
+        command += ["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512"]
+    else:
+        # Of 16 prompts, where the example's batch of 32 has eight mini-batches.
+        command += ["trainer.v1.separate_async.parameter_sync_step=4"]
     run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'}").read_until(r"^step +1 ")
     request_stop(tmp_path / "checkpoints", "enough")
     assert run.finish().code == 143, run.text
@@ -456,6 +440,7 @@ def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, tmp_
     for values in steps.values():
         stale = values["training/off_policy/trajectory_staleness/mean"] > 0
         assert (values["trust_region/first_update/divergence"] > 1e-4) == stale
+        assert values["trust_region/later_updates/divergence"] > 1e-4
     assert steps[2]["training/off_policy/trajectory_staleness/min"] == 1
 
     mu, pi = (

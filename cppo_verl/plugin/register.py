@@ -48,6 +48,10 @@ try:
         def _register_cpu_engine(_module):
             from cppo_verl.plugin.cpu import engine  # noqa: F401
 
+        @wrapt.when_imported("verl.checkpoint_engine.base")
+        def _register_gloo(_module):
+            from cppo_verl.plugin.cpu import weights  # noqa: F401
+
 except Exception:
     traceback.print_exc()
     print("cppo_verl: the plug-in failed to load (above), verl runs without it", file=sys.stderr, flush=True)

@@ -200,7 +200,9 @@ class TrustRegionTrainer:
         if original is not None:
             # The step's other metrics are about all responses.
             self._put(batch, original)
-        metrics.update(pop_shares(metrics) | shares_by_update(self.actor_rollout_wg.last_metrics))
+        # Between two weight syncs the separate trainer calls this for one mini-batch after another.
+        first = self.local_trigger_step == 0
+        metrics.update(pop_shares(metrics) | shares_by_update(self.actor_rollout_wg.last_metrics, int(first)))
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
@@ -353,16 +355,18 @@ def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
     return result
 
 
-def shares_by_update(metrics: dict[str, Sequence[float]]) -> dict[str, float]:
+def shares_by_update(metrics: dict[str, Sequence[float]], first_updates: int = 1) -> dict[str, float]:
     """Mean D_t at a batch's first update, where pi still is mu but for the engines' mismatch (and, in the
     asynchronous trainers, for the staleness of the batch), and at the later ones, where it has drifted;
     over all tokens, and by position.
 
     Args:
         metrics: the loss's sums of one step, a value for each mini-batch.
+        first_updates: how many of these mini-batches, from the start, count as the first update: 1, or 0 where
+            the policy has been updated since the last weight sync.
     """
     result = {}
-    for when, updates in (("first_update", slice(1)), ("later_updates", slice(1, None))):
+    for when, updates in (("first_update", slice(first_updates)), ("later_updates", slice(first_updates, None))):
         for group in ("all", *(f"position_{b}" for b in range(POSITION_BINS))):
             tokens = sum(metrics.get(f"{METRIC_PREFIX}{group}/tokens", [])[updates])
             if tokens > 0:

@@ -44,20 +44,21 @@ def main(argv=None):
     if not (data / "validation.parquet").exists():
         write_parquet(TASK, data, train_size=8192, validation_size=48, seed=1, **TASK_SETTINGS)
     warmup.warm_up(data / "train.parquet", data / "validation.parquet", output / "model", warmup.Settings())
-    code = train(output, overrides)
+    code = train(output, overrides, HERE / "quickstart.yaml", progress)
     if code == 0:
         summarise(output, time.time() - begin)
     return code
 
 
-def train(output, overrides):
-    """Run verl's trainer to the end and show its progress; return its exit code."""
+def train(output, overrides, config, show):
+    """Run verl's trainer on the primary config file ``config`` to the end and print ``show(step, metrics)`` of each
+    step; return its exit code."""
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     # verl's file logger overwrites what it is given: an attempt that resumes gets a file of its own.
     attempt = len(list(logs.glob("metrics-*.jsonl")))
     metrics, log = logs / f"metrics-{attempt}.jsonl", logs / f"train-{attempt}.log"
-    arguments = ["--config-dir", str(HERE), "--config-name", "quickstart", f"output={output}", *overrides]
+    arguments = ["--config-dir", str(config.parent), "--config-name", config.stem, f"output={output}", *overrides]
     environment = os.environ | {
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TENSORBOARD_DIR": str(logs / "tensorboard"),
@@ -70,7 +71,7 @@ def train(output, overrides):
     print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)
     try:
         with launch.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
-            follow(trainer, metrics)
+            follow(trainer, metrics, show)
     except launch.Stopped as stopped:
         print(f"\n{stopped}; the same command continues", flush=True)
         return launch.EXIT_CODE_STOPPED
@@ -83,12 +84,12 @@ def train(output, overrides):
     return trainer.returncode
 
 
-def follow(trainer, metrics):
+def follow(trainer, metrics, show):
     """Print a line a step from the run's jsonl until the trainer ends."""
     shown = 0
     while trainer.poll() is None or shown < len(read(metrics)):
         for step, values in read(metrics)[shown:]:
-            print(progress(step, values), flush=True)
+            print(show(step, values), flush=True)
             shown += 1
         time.sleep(0.5)
 
@@ -120,9 +121,13 @@ def read(*paths):
     return sorted(steps.items())
 
 
+def attempts(output):
+    """The jsonl logs of a run's attempts, in their order."""
+    return sorted((output / "logs").glob("metrics-*.jsonl"), key=lambda path: int(path.stem.split("-")[1]))
+
+
 def summarise(output, seconds):
-    attempts = sorted((output / "logs").glob("metrics-*.jsonl"), key=lambda path: int(path.stem.split("-")[1]))
-    steps = read(*attempts)
+    steps = read(*attempts(output))
     accuracy = [(step, values[ACCURACY]) for step, values in steps if ACCURACY in values]
     scores = " -> ".join(f"{accuracy[i][1]:.3f} at step {accuracy[i][0]}" for i in (0, -1)) if accuracy else "not run"
     # verl's own losses have no mask to report.

@@ -51,22 +51,23 @@ def encode(tokenizer, question, answer=None):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, return_dict=False)
 
 
-def train(model, tokenizer, frame, settings):
-    """Supervised warm-up on noisy demonstrations of the rows of ``frame``; the loss is on the answer alone."""
+def train(model, tokenizer, demonstrate, accuracy, settings):
+    """Supervised warm-up to ``settings.target``.
+
+    Args:
+        demonstrate: of a random generator and a number, so many pairs of token ids and labels, -100 where a token
+            is not to be learnt.
+        accuracy: what is compared with the target, without arguments.
+    """
     rng = random.Random(settings.seed)
-    prompts = [encode(tokenizer, prompt[0]["content"]) for prompt in frame["prompt"]]
-    answers = [reward["ground_truth"] for reward in frame["reward_model"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
     start = time.monotonic()
     for step in range(settings.steps):
-        sequences, labels = [], []
-        for i in rng.sample(range(len(prompts)), settings.batch_size):
-            answer = tokenizer.encode(noisy(answers[i], settings.noise, rng)) + [tokenizer.eos_token_id]
-            sequences.append(torch.tensor(prompts[i] + answer))
-            labels.append(torch.tensor([-100] * len(prompts[i]) + answer))
+        pairs = list(demonstrate(rng, settings.batch_size))
+        ids, labels = ([torch.tensor(pair[i]) for pair in pairs] for i in (0, 1))
         pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, L), padded right:
+        ids = pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, L), padded right:
         labels = pad(labels, batch_first=True, padding_value=-100)  # causal attention never sees the padding
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -75,13 +76,26 @@ def train(model, tokenizer, frame, settings):
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 49:
-            # When sorting is learnt varies with the seed and the machine's arithmetic, so the accuracy
+            # When a task is learnt varies with the seed and the machine's arithmetic, so the accuracy
             # decides, not a number of steps.
-            reached = accuracy(model, tokenizer, frame.head(128))
+            reached = accuracy()
             seconds = time.monotonic() - start
             progress(f"warm-up step {step + 1}  loss {loss.item():.3f}  accuracy {reached:.2f}  {seconds:.0f} s")
             if reached >= settings.target:
                 break
+
+
+def demonstrations(tokenizer, frame, noise):
+    """`train`'s ``demonstrate`` for the rows of ``frame``: noisy answers, and the loss on them alone."""
+    prompts = [encode(tokenizer, prompt[0]["content"]) for prompt in frame["prompt"]]
+    answers = [reward["ground_truth"] for reward in frame["reward_model"]]
+
+    def demonstrate(rng, count):
+        for i in rng.sample(range(len(prompts)), count):
+            answer = tokenizer.encode(noisy(answers[i], noise, rng)) + [tokenizer.eos_token_id]
+            yield prompts[i] + answer, [-100] * len(prompts[i]) + answer
+
+    return demonstrate
 
 
 @torch.no_grad()
@@ -112,11 +126,43 @@ def progress(text):
 def warm_up(train_file, validation_file, output, settings):
     """Write tokenizer and model to ``output`` unless it already holds what these settings give."""
     import pandas
+
+    def build():
+        frame = pandas.read_parquet(train_file)
+        questions = [prompt[0]["content"] for prompt in frame["prompt"]]
+        tokenizer = tiny.build_tokenizer(questions, [reward["ground_truth"] for reward in frame["reward_model"]])
+        model = build_model(tokenizer, settings)
+        demonstrate = demonstrations(tokenizer, frame, settings.noise)
+        train(model, tokenizer, demonstrate, lambda: accuracy(model, tokenizer, frame.head(128)), settings)
+        return model, tokenizer, accuracy(model, tokenizer, pandas.read_parquet(validation_file), samples=4)
+
+    keep(output, {"settings": asdict(settings), "data": sha256(train_file)}, build)
+
+
+def build_model(tokenizer, settings):
+    return tiny.build_model(
+        tokenizer,
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def keep(output, record, build):
+    """Write the model and tokenizer that ``build`` returns to ``output``, with the accuracy it returns third and the
+    ``record`` of what they were made from; nothing if ``output`` already holds what that gives."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     output = Path(output)
-    record = {"settings": asdict(settings), "data": hashlib.sha256(Path(train_file).read_bytes()).hexdigest()}
     marker = output / "warmup.json"
     if marker.exists():
         found = json.loads(marker.read_text())
@@ -127,25 +173,11 @@ def warm_up(train_file, validation_file, output, settings):
         raise ValueError(f"{output} exists and was not written by this script: give another --output")
 
     torch.set_num_threads(1)  # at this size threads wait for each other more than they compute
-    torch.manual_seed(settings.seed)
-    frame = pandas.read_parquet(train_file)
-    questions = [prompt[0]["content"] for prompt in frame["prompt"]]
-    tokenizer = tiny.build_tokenizer(questions, [reward["ground_truth"] for reward in frame["reward_model"]])
-    model = tiny.build_model(
-        tokenizer,
-        hidden_size=settings.hidden_size,
-        intermediate_size=2 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    train(model, tokenizer, frame, settings)
-    record["accuracy"] = accuracy(model, tokenizer, pandas.read_parquet(validation_file), samples=4)
+    torch.manual_seed(record["settings"]["seed"])
+    model, tokenizer, reached = build()
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"\n{output}: {parameters:,} parameters, sampled accuracy {record['accuracy']:.3f}")
-    tiny.save(model, tokenizer, output, marker.name, record)
+    print(f"\n{output}: {parameters:,} parameters, sampled accuracy {reached:.3f}")
+    tiny.save(model, tokenizer, output, marker.name, record | {"accuracy": reached})
 
 
 def main():
