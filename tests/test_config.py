@@ -90,7 +90,7 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
         "trust_region",
         *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "shuffle", "mu", "delta", "delta_b", "budget")),
         *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),
-        *(RULE + key for key in ("top_k", "ratio_cap")),
+        *(RULE + key for key in ("top_k", "ratio_cap", "dump")),
     }
 
 
