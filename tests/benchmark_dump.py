@@ -45,8 +45,7 @@ def main():
         with_dump, without = (median(seconds[step + shift] for step in dumping) for shift in (0, 1))
         print(f"{phase:14} {with_dump:.3f} s with a dump, {without:.3f} s without, median of pairs {ratio:.3f}")
     share = median(steps[step]["timing_s/dump_tokens"] / steps[step]["timing_s/step"] for step in dumping)
-    print(f"of a dumping step, in the trainer's process: {share:.2%}")
-    print(f"every {every} steps, as the quickstart has it: {share / every:.2%}")
+    print(f"in the trainer's process: {share:.2%} of a dumping step, {share / every:.2%} at every {every}")
     print(f"{len(sizes)} files, median {median(sizes) / 1e3:.1f} kB")
 
 
