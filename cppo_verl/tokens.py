@@ -142,6 +142,9 @@ def read_tokens(path: Path) -> TokenDump:
             f"no dump of tokens at {path}: expected {PATTERN}, which a run with trust_region.dump.every=10 writes"
         )
     dump = TokenDump(path)
+    folders = {str(file.parent) for file in files}
+    if len(folders) > 1:
+        dump.notes.append(f"dumps of {len(folders)} folders are taken for one run's: {', '.join(sorted(folders))}")
     for file in files:
         try:
             _read_file(file, dump)

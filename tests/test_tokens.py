@@ -396,6 +396,15 @@ def test_no_dump_is_said_with_the_override_that_makes_one(tmp_path):
             read_tokens(path)
 
 
+def test_dumps_of_several_folders_are_read_as_one_and_named(tmp_path):
+    for folder, step in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder, step, [response(step=step)])
+    got = read_tokens(tmp_path)
+    assert [r.step for r in got.responses] == [1, 2]
+    assert got.notes == [f"dumps of 2 folders are taken for one run's: {tmp_path / 'a'}, {tmp_path / 'b'}"]
+
+
 def damaged(file, part):
     content = file.read_bytes()
     file.write_bytes(part(content))
