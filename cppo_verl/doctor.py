@@ -229,7 +229,7 @@ def _command(report: Report, config: DictConfig) -> None:
     own = [
         f.name for f in fields(policy_loss) if f.name not in {g.name for g in fields(PolicyLossConfig)} - {"loss_mode"}
     ]
-    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name not in ("mu", "shuffle"))
+    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name not in ("mu", "shuffle", "dump"))
     report.say("ok", "method", settings)
     mu = policy_loss.mu
     report.say(

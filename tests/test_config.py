@@ -90,7 +90,7 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
         "trust_region",
         *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "shuffle", "mu", "delta", "delta_b", "budget")),
         *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),
-        *(RULE + key for key in ("top_k", "ratio_cap")),
+        *(RULE + key for key in ("top_k", "ratio_cap", "dump")),
     }
 
 
@@ -192,6 +192,40 @@ def test_no_shipped_group_shadows_one_of_verls():
 def test_impossible_values_are_refused_with_the_permitted_range(cppo, override, message):
     with pytest.raises(InstantiationException, match=message):
         start_up(cppo(RULE + override))
+
+
+@pytest.mark.parametrize("method", ["cppo", "grpo", "minpro"])
+def test_every_method_dumps_tokens_by_one_override_and_none_without(compose, method):
+    overrides = [*GRPO, f"+method={method}", "trainer.default_local_dir=/run/checkpoints"]
+    dump = omega_conf_to_dataclass(compose(*overrides).actor_rollout_ref.actor.policy_loss).dump
+    assert dump.every == 0
+    config = compose(*overrides, "trust_region.dump.every=10")
+    start_up(config)
+    dump = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).dump
+    assert (dump.every, dump.responses, dump.megabytes) == (10, 32, 256)
+    assert dump.folder == "/run/checkpoints/tokens"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("every=-1", r"every=-1 is not permitted: an integer >= 0"),
+        ("every=2.5", r"every=2.5 is not permitted: an integer >= 0"),
+        ("every=true", r"every=True is not permitted: an integer >= 0"),
+        ("responses=0", r"responses=0 is not permitted: an integer >= 1"),
+        ("megabytes=0", r"megabytes=0 is not permitted: a number > 0"),
+        ("folder=null", r"folder=None is not permitted: a path"),
+    ],
+)
+def test_impossible_dumps_are_refused(cppo, override, message):
+    with pytest.raises(InstantiationException, match=r"trust_region\.dump\." + message):
+        start_up(cppo("trust_region.dump." + override))
+
+
+def test_a_dump_of_a_distilling_run_is_refused(cppo):
+    rule = cppo("trust_region.dump.every=10", "distillation.enabled=true").actor_rollout_ref.actor.policy_loss
+    with pytest.raises(InstantiationException, match=r"dump\.every=10 is not permitted: 0 with distillation\.enabled"):
+        omega_conf_to_dataclass(rule)
 
 
 def test_impossible_combinations_are_refused_by_name(compose, cppo):

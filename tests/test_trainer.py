@@ -11,15 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
 from shown import overrides, shown
 from trainer_run import QUICKSTART, SHORT, Run, link, metrics
+from transformers import AutoTokenizer
 
 from cppo_verl import top_k_divergence
+from cppo_verl.reasoning_gym import compute_score
 from cppo_verl.runs import read_generations, read_run
 from cppo_verl.stop import request_stop
+from cppo_verl.tokens import REASONS, read_tokens
 
 pytestmark = pytest.mark.trainer
 
@@ -42,6 +47,7 @@ def on_two_ranks(output, first):
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
         "actor_rollout_ref.rollout.agent.default_agent_loop=seeded",
         "trainer.logger=[console,file]",
+        "trust_region.dump.responses=7",
         probe="seeded",
     )
 
@@ -101,6 +107,86 @@ def test_every_step_reports_the_trust_region(first):
         assert not [key for key in values if key.startswith("actor/trust_region")]
     assert any(values.get("trust_region/masked_share", 0) > 0 for values in steps.values())
     assert "val-core/reasoning_gym/number_sorting/acc/mean@16" in steps[3]
+
+
+def test_the_dump_tells_of_every_token_what_the_steps_metrics_tell_of_all(first, resumed):
+    dump = read_tokens(first.output)
+    assert dump.notes == []
+    tokenizer = AutoTokenizer.from_pretrained(first.output / "model")
+    problems = {
+        row["prompt"][0]["content"].strip(): {
+            "data_source": row["data_source"],
+            "extra_info": row["extra_info"],
+            "ground_truth": None,
+        }
+        for row in pandas.read_parquet(first.output / "data" / "train.parquet").to_dict("records")
+    }
+    # of the attempts that resumed, too; step 10 was trained twice
+    assert sorted(dump.headers) == [2, 4, 6, 8, 10, 12]
+    logged = {step: values for n in range(3) for step, values in metrics(resumed.output, n).items()}
+    for step, header in dump.headers.items():
+        responses = [response for response in dump.responses if response.step == step]
+        method = header["method"]
+        assert (method["loss_mode"], method["delta"], method["divergence"]) == ("cppo", 0.05, "binary_tv")
+        assert header["tokenizer"] == str(first.output / "model")
+        # every response but those of prompts left out, once
+        share = logged[step]["trust_region/left_out_prompt_share"]
+        assert len({response.key for response in responses}) == len(responses) == round(256 * (1 - share))
+        assert {response.update for response in responses} <= set(range(8))
+        for response in responses:
+            assert response.mask.all()
+            mu, pi = np.exp(response.log_mu.astype(float)), np.exp(response.log_pi.astype(float))
+            np.testing.assert_allclose(response.divergence, abs(pi - mu), atol=1e-6)
+            weights = np.linspace(1, method["w_min"], len(mu)) if len(mu) > 1 else np.ones(1)
+            np.testing.assert_allclose(response.weighted_divergence, weights * response.divergence, atol=1e-6)
+            spent = np.cumsum(response.weighted_divergence - response.delta_b * weights)
+            allowed = method["delta"] - np.concatenate([[0], spent[:-1]])
+            np.testing.assert_allclose(response.threshold, np.minimum(method["delta"], allowed), atol=1e-5)
+            reason = np.array(REASONS)[response.reason]
+            violated = response.weighted_divergence > response.threshold
+            towards_one = response.advantage * (response.log_pi - response.log_mu) <= 0
+            above = response.weighted_divergence > np.float32(method["delta"])
+            want = np.where(towards_one, "towards_one", np.where(above, "token", "budget"))
+            assert (reason == np.where(violated, want, "kept")).all()
+            assert (response.update_mask == ~np.isin(reason, ["token", "budget"])).all()
+            assert len(set(response.advantage)) == 1 and response.advantage[0] != 0
+            # the very text that was asked and scored
+            prompt, answer = (
+                tokenizer.decode(ids, skip_special_tokens=True) for ids in (response.prompt, response.response)
+            )
+            asked = problems[re.sub("<user>|<assistant>", "", prompt).strip()]
+            assert compute_score(solution_str=answer, **asked)["score"] == pytest.approx(response.score)
+
+        def pooled(name, part=responses):
+            return np.concatenate([getattr(response, name) for response in part])
+
+        values = logged[step]
+        masked, reason = 1 - pooled("update_mask"), np.array(REASONS)[pooled("reason")]
+        assert values["trust_region/masked_share"] == pytest.approx(masked.mean(), rel=1e-5)
+        assert values["trust_region/divergence"] == pytest.approx(pooled("divergence").mean(), rel=1e-4)
+        if masked.any():
+            by_budget = (reason == "budget").sum() / masked.sum()
+            assert values.get("trust_region/budget_rejected_share") == pytest.approx(by_budget, rel=1e-5)
+        delta_b = np.mean([response.delta_b for response in responses])
+        assert values["trust_region/delta_b"] == pytest.approx(delta_b, rel=1e-5)
+        for when, part in (("first", lambda u: u == 0), ("later", lambda u: u > 0)):
+            part = [response for response in responses if part(response.update)]
+            wanted = values.get(f"trust_region/{when}_update" + "s" * (when == "later") + "/divergence")
+            assert (wanted is None) == (not part)
+            if part:
+                assert wanted == pytest.approx(pooled("divergence", part).mean(), rel=1e-4, abs=1e-9)
+    assert {"kept", "towards_one", "budget"} <= {REASONS[code] for r in dump.responses for code in r.reason}
+
+
+def test_two_ranks_dump_as_many_responses_as_were_asked_for(on_policy):
+    dump = read_tokens(on_policy.output)
+    assert dump.notes == []
+    assert sorted(response.step for response in dump.responses) == [2] * 7 + [4] * 7 + [6] * 7
+    assert len({(response.step, response.key) for response in dump.responses}) == 21
+    for response in dump.responses:
+        assert response.update == 0
+        assert response.divergence.max() < 1e-4
+        assert set(response.reason) == {REASONS.index("kept")}
 
 
 def test_a_person_sees_one_line_a_step(first):

@@ -21,6 +21,9 @@ SHORT = [
     "trainer.save_freq=3",
     "actor_rollout_ref.rollout.val_kwargs.n=16",
     "data.val_max_samples=16",
+    # The tokens of every response, at every other step.
+    "trust_region.dump.every=2",
+    "trust_region.dump.responses=256",
 ]
 
 

@@ -195,6 +195,37 @@ def _require(found: list[str], ok: bool, setting: str, value, reason: str, fix: 
         found.append(f"{setting}={value} {reason}; set {fix}")
 
 
+@dataclass(kw_only=True)
+class DumpConfig(BaseConfig):
+    """What of its tokens a run keeps, see `cppo_verl.plugin.dump`; filled by interpolation from
+    ``trust_region.dump``.
+
+    Args:
+        every: steps from one dump to the next; 0 for none.
+        responses: how many are drawn at random from a batch, >= 1; all where it has no more.
+        megabytes: size (10^6 bytes) that the folder is not let grow beyond, > 0.
+        folder: on the machine that the trainer runs on.
+    """
+
+    every: int
+    responses: int
+    megabytes: float
+    folder: str
+
+    def __post_init__(self):
+        for name, low in (("every", 0), ("responses", 1)):
+            value = getattr(self, name)
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            self.require(is_integer and value >= low, name, f"an integer >= {low}")
+        is_number = isinstance(self.megabytes, int | float) and not isinstance(self.megabytes, bool)
+        self.require(is_number and self.megabytes > 0, "megabytes", "a number > 0")
+        self.require(isinstance(self.folder, str) and self.folder != "", "folder", "a path")
+
+    def require(self, ok: bool, name: str, permitted: str) -> None:
+        if not ok:
+            raise ValueError(f"trust_region.dump.{name}={getattr(self, name)!r} is not permitted: {permitted}")
+
+
 @dataclass
 class MethodConfig(PolicyLossConfig):
     """Hydra config of a method of the harness; as it stands, of those whose loss is verl's own.
@@ -204,11 +235,13 @@ class MethodConfig(PolicyLossConfig):
             loss's denominators, without refilling.
         shuffle: the actor's setting, filled by interpolation.
         mu: where old_log_prob will come from, filled by interpolation.
+        dump: what the run keeps of its tokens, filled by interpolation.
     """
 
     mask_std_0: bool = True
     shuffle: bool = False
     mu: RolloutPolicy | None = None
+    dump: DumpConfig | None = None
 
     def __new__(cls, *args, **kwargs):
         known = {f.name for f in fields(cls)}
@@ -221,6 +254,9 @@ class MethodConfig(PolicyLossConfig):
         self.require(isinstance(self.mask_std_0, bool), "mask_std_0", "true or false")
         # Which rows share a mini-batch, and so a denominator, is drawn in the workers then.
         self.require(not (self.mask_std_0 and self.shuffle), "mask_std_0", "false with actor.shuffle=true")
+        if self.dump is not None and self.dump.every and self.mu is not None:
+            # verl's distillation has a loss of its own, which hides the policy loss.
+            self.dump.require(not self.mu.distillation, "every", "0 with distillation.enabled=true")
 
     def require(self, ok: bool, name: str, permitted: str) -> None:
         if not ok:

@@ -92,6 +92,20 @@ class Decision(NamedTuple):
 
 
 Rule = Callable[[MethodConfig, ActorConfig, Tokens], Decision]
+Observed = tuple[MethodConfig, Tokens, Decision]
+
+_observed: ContextVar[list[Observed] | None] = ContextVar("cppo_verl_observed_decisions", default=None)
+
+
+@contextmanager
+def observed_decisions() -> Iterator[list[Observed]]:
+    """What the policy losses taken inside decided, one entry a micro-batch; verl's own losses leave none."""
+    observed = []
+    token = _observed.set(observed)
+    try:
+        yield observed
+    finally:
+        _observed.reset(token)
 
 
 def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
@@ -212,6 +226,8 @@ def policy_loss(
             measured = torch.where(mask, measured, 0)
         tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask, valid, measured)
         decision = rule(method, config, tokens)
+        if (observed := _observed.get()) is not None:
+            observed.append((method, tokens, decision))
         sums = mask_sums(
             decision.region,
             decision.update_mask,

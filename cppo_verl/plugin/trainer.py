@@ -4,6 +4,7 @@ trainer.v1.trainer_mode=cppo_<verl's mode>."""
 import logging
 import os
 import socket
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 from verl.utils.import_utils import load_class_from_fqn
+from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl import stop
 from cppo_verl.candidates import ABSENT
@@ -35,6 +37,7 @@ from cppo_verl.plugin.config import (
     captured_bytes,
     missing_files,
 )
+from cppo_verl.plugin.dump import FIELDS, DumpWriter, draw, recording_loss, row_field, take
 from cppo_verl.plugin.keeping import (
     best_so_far,
     check_resume,
@@ -74,6 +77,8 @@ class TrustRegionTrainer:
         if left_over is not None:
             logger.warning("a request to stop from before this start does not count and is removed: %s", left_over)
         self.saved_step, self.stopping = None, False
+        dump = getattr(method, "dump", None)
+        self.token_dump = DumpWriter(config, dump) if dump is not None and dump.every else None
         super().__init__(config)
 
     def _init_tokenizer(self):
@@ -96,8 +101,7 @@ class TrustRegionTrainer:
     def _setup(self):
         super()._setup()
         self.actor_rollout_wg = ActorWorkers(self.actor_rollout_wg)
-        if self.captures:
-            self.actor_rollout_wg.look_at_logits(self.config)
+        self.actor_rollout_wg.choose_loss(self.config, self.captures, records=self.token_dump is not None)
 
     def fit(self, agent_loop_manager):
         Path(self.config.trainer.default_local_dir).mkdir(parents=True, exist_ok=True)  # for a request to stop
@@ -196,10 +200,17 @@ class TrustRegionTrainer:
 
     def _update_actor(self, batch, metrics):
         original = self._leave_out(batch, metrics)
+        begin = time.perf_counter()
+        drawn = self._draw_rows(batch)
+        seconds = time.perf_counter() - begin
         batch = super()._update_actor(batch, metrics)
         if original is not None:
             # The step's other metrics are about all responses.
             self._put(batch, original)
+        if drawn:
+            begin = time.perf_counter()
+            self._dump_tokens(batch, drawn)
+            metrics["timing_s/dump_tokens"] = seconds + time.perf_counter() - begin
         # Between two weight syncs the separate trainer calls this for one mini-batch after another.
         first = self.local_trigger_step == 0
         metrics.update(pop_shares(metrics) | shares_by_update(self.actor_rollout_wg.last_metrics, int(first)))
@@ -227,6 +238,32 @@ class TrustRegionTrainer:
         self._put(batch, masked)
         return data.select(*masked.keys())
 
+    def _draw_rows(self, batch: KVBatchMeta) -> list[int]:
+        """Choose the responses whose tokens are to be dumped, if any, and let the workers know."""
+        if self.token_dump is None or not self.token_dump.due(self.global_steps):
+            return []
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
+        drawn = draw(data["response_mask"], self.token_dump.settings.responses, self.global_steps)
+        if drawn:
+            field = row_field(drawn, len(batch))
+            self._put(batch, field)
+            if batch.fields is not None:  # else the workers get all there are
+                batch.fields = [*batch.fields, *field.keys()]
+        return drawn
+
+    def _dump_tokens(self, batch: KVBatchMeta, drawn: list[int]) -> None:
+        """Write what the workers have recorded in the update."""
+        workers = self.actor_rollout_wg.workers
+        records = [record for part in ray.get([w.__ray_call__.remote(take) for w in workers]) for record in part]
+        keys = {row: batch.keys[row] for row in drawn}
+        data = tq.kv_batch_get(keys=list(keys.values()), partition_id=batch.partition_id, select_fields=FIELDS)
+        part = None
+        if self.parameter_sync_step > 1:
+            part = self.local_trigger_step
+            for record in records:  # each part is one mini-batch
+                record.update += part * self.config.actor_rollout_ref.actor.ppo_epochs
+        self.token_dump.write(self.global_steps, part, records, keys, data)
+
     @staticmethod
     def _put(batch: KVBatchMeta, fields: TensorDict) -> None:
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
@@ -241,10 +278,19 @@ class ActorWorkers(wrapt.ObjectProxy):
         self._self_looks_at_logits = False
         self._self_last_metrics: dict[str, list[float]] = {}
 
-    def look_at_logits(self, config: DictConfig) -> None:
-        """Take D_t in the forward pass, by `top_k_ppo_loss` in place of verl's ``ppo_loss``."""
-        self._self_looks_at_logits = True
-        self.set_loss_fn(partial(top_k_ppo_loss, config=omega_conf_to_dataclass(config.actor_rollout_ref.actor)))
+    def choose_loss(self, config: DictConfig, captures: bool, records: bool) -> None:
+        """Put another function in the place of verl's ``ppo_loss`` where the run needs one.
+
+        Args:
+            captures: take D_t in the forward pass, by `top_k_ppo_loss`.
+            records: keep what the loss sees of drawn responses, by `recording_loss`.
+        """
+        self._self_looks_at_logits = captures
+        if not captures and not records:
+            return
+        actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+        loss = partial(top_k_ppo_loss if captures else ppo_loss, config=actor)
+        self.set_loss_fn(partial(recording_loss, loss) if records else loss)
 
     @property
     def last_metrics(self) -> dict[str, list[float]]:

@@ -1,0 +1,491 @@
+"""The dump of tokens: what is recorded in verl's own ppo_loss, against loops; the file, whole and damaged."""
+
+import logging
+import math
+from functools import partial
+
+import numpy as np
+import oracle
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
+
+from cppo_verl.plugin import dump
+from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.plugin.losses import measured_divergence
+from cppo_verl.tokens import HEADER, REASONS, RESPONSES_A_GROUP, Response, encode, read_tokens
+
+DELTA, DELTA_B, W_MIN = 0.15, 0.02, 0.8
+CPPO = partial(CPPOLossConfig, delta=DELTA, delta_b=DELTA_B, w_min=W_MIN)
+METHODS = {
+    "cppo": CPPO(),
+    "fixed": CPPO(budget="fixed"),
+    "soft": CPPO(gate="soft"),
+    "sapo": CPPO(gate="sapo"),
+    "penalty": CPPO(gate="penalty"),
+    "dppo": CPPO(budget="none", w_min=1.0),
+    "kl": CPPO(divergence="binary_kl", budget="fixed"),
+    "trm_max": TRMLossConfig(delta=0.1, delta_avg=None),
+    "trm_max_avg": TRMLossConfig(delta=0.5, delta_avg=0.02),
+    "minpro": PrefixRatioLossConfig(ratio="minimum"),
+    "pnpo": PrefixRatioLossConfig(ratio="mean"),
+    "vanilla": PolicyLossConfig(loss_mode="vanilla"),
+    "cispo": PolicyLossConfig(loss_mode="cispo"),
+}
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def batch(seed=0, rows=24):
+    """Responses with tool output between their tokens, from next to mu to far off, and log pi for each row."""
+    g = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        return [torch.randint(0, 100, (int(n),), generator=g) for n in torch.randint(low, high, (rows,), generator=g)]
+
+    prompts, responses = tokens(1, 6), tokens(1, 40)
+    masks = [torch.ones(len(r), dtype=torch.int64) for r in responses]
+    for mask in masks[::3]:
+        mask[1:-1] = torch.rand(len(mask[1:-1]), generator=g) > 0.3
+    masks[5][:] = 0  # left out
+    # off the mask, what verl's agent loops put there, and the trainer's of tool output
+    log_mu = [torch.where(m > 0, -2 * torch.rand(len(m), generator=g), 0.0) for m in masks]
+    scale = torch.linspace(0.01, 0.4, rows)
+    log_pi = [
+        (mu + s * torch.randn(len(mu), generator=g)).clamp_max(-0.01) for mu, s in zip(log_mu, scale, strict=True)
+    ]
+    advantages = [torch.where(m > 0, float(torch.randn((), generator=g)), 0.0) for m in masks]
+    scores = [torch.zeros(len(m)) for m in masks]
+    for row, score in enumerate(scores):
+        score[-1] = row
+    fields = {
+        "prompts": prompts,
+        "responses": responses,
+        "response_mask": masks,
+        "old_log_probs": log_mu,
+        "rollout_log_probs": log_mu,
+        "advantages": advantages,
+        "rm_scores": scores,
+    }
+    return TensorDict({name: nested(rows) for name, rows in fields.items()}, batch_size=rows), log_pi
+
+
+def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, measured=None):
+    """The records of a step, as verl's engine makes its workers' loss leave them: the policy stays where it is."""
+    actor = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=method,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+    )
+    data = data.copy()
+    data.update(dump.row_field(drawn, len(data)))
+    loss = partial(dump.recording_loss, partial(ppo_loss, config=actor))
+    for _ in range(epochs):
+        for begin in range(0, len(data), micro_batch):
+            rows = list(range(begin, begin + micro_batch))
+            part = tu.index_select_tensor_dict(data, rows)
+            tu.assign_non_tensor(part, dp_size=1, batch_num_tokens=100, global_batch_size=mini_batch)
+            # log pi(y_t) stands where y_t is predicted, one before it; elsewhere stands what nobody reads
+            packed = []
+            for prompt, pi in zip(part["prompts"].unbind(), log_pi[begin : begin + micro_batch], strict=True):
+                packed += [torch.full((len(prompt) - 1,), math.nan), pi, torch.tensor([math.nan])]
+            output = {"log_probs": torch.cat(packed).requires_grad_()}
+            result, metrics = loss(model_output=output, data=part, dp_group=None)
+            result.backward()
+            assert metrics and output["log_probs"].grad is not None
+    return dump.take(None)
+
+
+def writer(folder, megabytes=1.0, every=1, method=None):
+    config = {
+        "actor": {"policy_loss": method or {"loss_mode": "cppo"}, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28},
+        "model": {"path": "some/model"},
+    }
+    settings = DumpConfig(every=every, responses=8, megabytes=megabytes, folder=str(folder))
+    return dump.DumpWriter(OmegaConf.create({"actor_rollout_ref": config}), settings)
+
+
+def dumped(tmp_path, method, drawn=None, **kwargs):
+    """What the reader makes of a step with ``method``: {row: [its responses in the order of the updates]}."""
+    data, log_pi = batch()
+    drawn = dump.draw(data["response_mask"], len(data), step=3) if drawn is None else drawn
+    records = train(method, data, log_pi, drawn, **kwargs)
+    keys = {row: f"prompt{row // 4}_{row % 4}_0" for row in drawn}
+    writer(tmp_path).write(3, None, records, keys, tu.index_select_tensor_dict(data, drawn))
+    result = read_tokens(tmp_path)
+    assert result.notes == []
+    by_row = {row: [] for row in drawn}
+    for response in result.responses:
+        by_row[int(response.score)].append(response)
+    return data, log_pi, by_row
+
+
+# --- what is recorded -----------------------------------------------------------------------------------------
+
+
+def divergence(kind, m, p):
+    if kind == "tv":
+        return abs(math.exp(p) - math.exp(m))
+    mu, pi = math.exp(m), math.exp(p)
+    return mu * (m - p) + ((1 - mu) * math.log((1 - mu) / (1 - pi)) if mu < 1 else 0.0)
+
+
+def expected(method, log_mu, log_pi, adv, valid):
+    """Per token: D_t, the reason, and whether rounding could change it; per response: w D, c and delta_b."""
+    tokens = range(len(valid))
+    kind = "kl" if getattr(method, "divergence", "").endswith("kl") else "tv"
+    div = [divergence(kind, m, p) if v else 0.0 for m, p, v in zip(log_mu, log_pi, valid, strict=True)]
+    kept = [t for t in tokens if valid[t]]
+    reason, sure = ["" for _ in tokens], [True for _ in tokens]
+    if isinstance(method, CPPOLossConfig):
+        w = oracle.position_weights(valid, method.w_min)
+        delta_b = {"none": None, "fixed": DELTA_B}.get(method.budget, oracle.adaptive_budget(div, valid, DELTA_B))
+        c = oracle.effective_threshold(div, valid, w, DELTA, delta_b)
+        sure = oracle.decided(div, valid, w, DELTA, delta_b, 1e-5)
+        for t in kept:
+            away = oracle.moves_away(log_mu[t], log_pi[t], adv[t])
+            rejected = "token" if w[t] * div[t] > DELTA else "budget"
+            reason[t] = "kept" if w[t] * div[t] <= c[t] else rejected if away else "towards_one"
+        return div, reason, sure, [a * b for a, b in zip(w, div, strict=True)], c, delta_b
+    if isinstance(method, TRMLossConfig):
+        bad = method.delta is not None and max(div) > method.delta
+        bad |= method.delta_avg is not None and sum(div) / len(kept) > method.delta_avg
+        for t in kept:
+            reason[t] = "response" if bad else "kept"
+    elif isinstance(method, PrefixRatioLossConfig):
+        lowest, total = math.inf, 0.0
+        for n, t in enumerate(kept, start=1):
+            log_ratio = log_pi[t] - log_mu[t]
+            total += log_ratio
+            if method.ratio == "minimum":
+                ratio = math.exp(log_ratio + (lowest if n > 1 else 0.0))
+            else:
+                ratio = math.exp(total / n)
+            lowest = min(lowest, log_ratio)
+            reason[t] = "kept" if 0.8 <= ratio <= 1.28 else "clipped"
+    return div, reason, sure, None, None, None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_reasons_and_numbers_are_the_loops(name, tmp_path):
+    method = METHODS[name]
+    data, log_pi, by_row = dumped(tmp_path, method)
+    found = set()
+    assert sorted(by_row) == [row for row in range(24) if row != 5]
+    for row, (response,) in by_row.items():
+        valid = data["response_mask"][row].bool().tolist()
+        mu, adv = data["rollout_log_probs"][row].tolist(), data["advantages"][row].tolist()
+        div, reason, sure, weighted, c, delta_b = expected(method, mu, log_pi[row].tolist(), adv, valid)
+        assert response.update == row // 8
+        assert response.key == f"prompt{row // 4}_{row % 4}_0" and response.uid == f"prompt{row // 4}"
+        assert response.prompt.tolist() == data["prompts"][row].tolist()
+        assert response.response.tolist() == data["responses"][row].tolist()
+        assert response.mask.tolist() == valid
+        assert response.position[response.mask].tolist() == list(range(1, sum(valid) + 1))
+        np.testing.assert_array_equal(response.log_mu, mu)
+        np.testing.assert_array_equal(response.log_pi, np.where(valid, log_pi[row], 0))
+        np.testing.assert_array_equal(response.advantage, adv)
+        np.testing.assert_allclose(response.divergence, div, atol=1e-6)
+        if isinstance(method, CPPOLossConfig):
+            np.testing.assert_allclose(response.weighted_divergence, weighted, atol=1e-6)
+            np.testing.assert_allclose(response.threshold, c, atol=1e-5)
+            assert response.delta_b == (None if delta_b is None else pytest.approx(delta_b, abs=1e-6))
+        else:
+            assert response.weighted_divergence is response.threshold is response.delta_b is None
+        if type(method) is PolicyLossConfig:
+            assert response.reason is response.update_mask is None
+            continue
+        got = [REASONS[code] for code in response.reason]
+        assert [r for r, s in zip(got, sure, strict=True) if s] == [r for r, s in zip(reason, sure, strict=True) if s]
+        rejected = np.isin(got, ["token", "budget", "response", "clipped"])
+        if getattr(method, "gate", "hard") in ("hard", "soft"):
+            assert ((response.update_mask < 1) == (rejected | ~response.mask)).all()
+        assert (response.update_mask[~response.mask] == 0).all()
+        found |= set(got)
+    if type(method) is not PolicyLossConfig:
+        rejections = {
+            CPPOLossConfig: {"token", "towards_one"} | ({"budget"} if name != "dppo" else set()),
+            TRMLossConfig: {"response"},
+            PrefixRatioLossConfig: {"clipped"},
+        }
+        assert found == {"", "kept"} | rejections[type(method)]
+
+
+def test_a_measured_divergence_is_recorded_as_it_was_measured(tmp_path):
+    data, log_pi = batch()
+    data, log_pi = tu.index_select_tensor_dict(data, [0, 1, 2, 3]), log_pi[:4]
+    lengths = data["responses"].offsets().diff()
+    measured = torch.rand(4, int(lengths.max()), generator=torch.Generator().manual_seed(1))
+    with measured_divergence(measured):
+        records = train(CPPO(divergence="topk_tv"), data, log_pi, [2], mini_batch=4)
+    (record,) = records
+    valid = data["response_mask"][2].bool()
+    want = torch.where(valid, measured[2, : lengths[2]], 0)
+    np.testing.assert_array_equal(record.columns["divergence"], want)
+
+
+def test_only_drawn_responses_are_recorded_once_an_update_whatever_the_split(tmp_path):
+    drawn = [0, 7, 8, 13, 23]
+    for micro_batch in (2, 8):
+        folder = tmp_path / str(micro_batch)
+        _, _, by_row = dumped(folder, METHODS["cppo"], drawn, micro_batch=micro_batch, epochs=2)
+        updates = {row: [response.update for response in responses] for row, responses in by_row.items()}
+        assert updates == {row: [row // 8, row // 8 + 3] for row in drawn}
+    assert dump.take(None) == []
+
+
+def test_a_step_without_a_dump_leaves_nothing(tmp_path):
+    data, log_pi = batch()
+    actor = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=CPPO())
+    tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=100, global_batch_size=24)
+    packed = [
+        torch.cat([torch.zeros(len(p) - 1), x, torch.zeros(1)]) for p, x in zip(data["prompts"], log_pi, strict=True)
+    ]
+    output = {"log_probs": torch.cat(packed)}
+    loss = partial(ppo_loss, config=actor)
+    plain = loss(model_output=output, data=data, dp_group=None)
+    recorded = dump.recording_loss(loss, model_output=output, data=data, dp_group=None)
+    assert torch.equal(plain[0], recorded[0])
+    assert dump.take(None) == []
+
+
+def test_ranks_that_share_their_rows_write_them_once(tmp_path):
+    data, log_pi = batch()
+    records = train(CPPO(), data, log_pi, [3, 9])
+    keys = {3: "a_0_0", 9: "a_1_0"}
+    writer(tmp_path).write(1, None, records + records, keys, tu.index_select_tensor_dict(data, [3, 9]))
+    assert [r.key for r in read_tokens(tmp_path).responses] == ["a_0_0", "a_1_0"]
+
+
+# --- which responses ------------------------------------------------------------------------------------------
+
+
+def test_every_response_with_a_valid_token_is_as_likely_to_be_drawn():
+    data, _ = batch(rows=60)
+    times, steps = np.zeros(60), 2000
+    for step in range(steps):
+        drawn = dump.draw(data["response_mask"], 8, step)
+        assert len(set(drawn)) == 8 and drawn == sorted(drawn)
+        times[drawn] += 1
+    assert times[5] == 0
+    share = 8 / 59
+    spread = math.sqrt(steps * share * (1 - share))
+    assert abs(np.delete(times, 5) - steps * share).max() < 4 * spread
+    assert abs(times.reshape(-1, 10)[1:].sum(1) - 10 * steps * share).max() < 4 * math.sqrt(10) * spread
+
+
+def test_a_draw_is_the_steps_own_and_takes_all_of_a_smaller_batch():
+    mask = batch()[0]["response_mask"]
+    before = torch.get_rng_state()
+    assert dump.draw(mask, 8, 5) == dump.draw(mask, 8, 5) != dump.draw(mask, 8, 6)
+    assert dump.draw(mask, 100, 5) == [row for row in range(24) if row != 5]
+    assert dump.draw(mask * 0, 8, 5) == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_steps_are_due_from_the_first_multiple_on(tmp_path):
+    assert [step for step in range(1, 12) if writer(tmp_path, every=5).due(step)] == [5, 10]
+
+
+# --- the bound ------------------------------------------------------------------------------------------------
+
+
+def write(target, step, rows=(0, 1, 2)):
+    data, log_pi = batch()
+    keys = {row: f"a_{row}_0" for row in rows}
+    records = train(CPPO(), data, log_pi, list(rows))
+    target.write(step, None, records, keys, tu.index_select_tensor_dict(data, list(rows)))
+
+
+def test_a_folder_does_not_grow_beyond_its_bound_and_the_log_says_so_once(tmp_path, caplog):
+    write(writer(tmp_path), 1)
+    size = (tmp_path / "step-000001.parquet").stat().st_size
+    bounded = writer(tmp_path, megabytes=2.5 * size / 1e6)
+    with caplog.at_level(logging.WARNING):
+        write(bounded, 2)
+        content = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        assert sorted(content) == ["step-000001.parquet", "step-000002.parquet"]
+        assert bounded.due(3) and caplog.records == []
+        write(bounded, 3)
+        assert not bounded.due(4)
+    (record,) = caplog.records
+    assert "trust_region.dump.megabytes=" in record.getMessage()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == content
+
+
+def test_a_step_trained_again_replaces_its_own_file_only(tmp_path):
+    write(writer(tmp_path), 1)
+    size = (tmp_path / "step-000001.parquet").stat().st_size
+    write(writer(tmp_path), 2)
+    again = writer(tmp_path, megabytes=2.1 * size / 1e6)  # room for two
+    write(again, 2, rows=(6, 8))
+    assert not again.full
+    assert [(r.step, r.key) for r in read_tokens(tmp_path).responses] == [
+        *((1, f"a_{row}_0") for row in (0, 1, 2)),
+        *((2, f"a_{row}_0") for row in (6, 8)),
+    ]
+
+
+def test_a_folder_that_cannot_be_written_ends_the_dump_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    target = writer(tmp_path / "file")
+    with caplog.at_level(logging.WARNING):
+        write(target, 1)
+    assert not target.due(2)
+    assert "choose another trust_region.dump.folder" in caplog.text
+
+
+# --- the file -------------------------------------------------------------------------------------------------
+
+
+def response(i=0, length=40, **changed):
+    g = np.random.default_rng(i)
+    mask = np.ones(length, dtype=bool)
+    mask[2:5] = False
+    names = ("log_mu", "log_pi", "advantage", "divergence", "weighted_divergence", "threshold", "update_mask")
+    columns = {name: np.where(mask, g.normal(size=length), 0).astype(np.float32) for name in names}
+    columns |= {"reason": np.where(mask, g.integers(1, 5, length), 0).astype(np.uint8), "mask": mask}
+    columns |= {name: g.integers(0, 150_000, length).astype(np.int32) for name in ("prompt", "response")}
+    return Response(**{"step": 4, "update": i, "key": f"u_{i}_0", "score": 1.0, "delta_b": 0.5} | columns | changed)
+
+
+def save(folder, step, responses, **header):
+    file = folder / f"step-{step:06d}.parquet"
+    file.write_bytes(encode(responses, {"step": step} | header))
+    return file
+
+
+def test_a_file_gives_back_what_it_was_given(tmp_path):
+    none = dict.fromkeys(("weighted_divergence", "threshold", "update_mask", "reason", "delta_b"))
+    sent = [response(0), response(1, length=5, **none), response(2, length=5, mask=np.zeros(5, dtype=bool))]
+    (tmp_path / "run" / "tokens").mkdir(parents=True)
+    file = save(tmp_path / "run" / "tokens", 4, sent, method={"delta": 0.1}, tokenizer="m")
+    for path in (file, file.parent, tmp_path / "run"):
+        got = read_tokens(path)
+        assert got.notes == []
+        assert got.headers == {4: {"format": 1, "step": 4, "method": {"delta": 0.1}, "tokenizer": "m"}}
+        for a, b in zip(sent, got.responses, strict=True):
+            for name, value in vars(a).items():
+                if isinstance(value, np.ndarray):
+                    assert getattr(b, name).dtype == value.dtype
+                    np.testing.assert_array_equal(getattr(b, name), value)
+                else:
+                    assert getattr(b, name) == value
+    assert got.responses[0].position[:8].tolist() == [1, 2, 0, 0, 0, 3, 4, 5]
+
+
+def test_the_file_is_compact(tmp_path):
+    # nine columns of 4 bytes and two of one, most of them noise here, and as long a prompt
+    assert encode([response(i, length=2000) for i in range(32)], {}).size < 32 * 2000 * 40
+
+
+def test_no_dump_is_said_with_the_override_that_makes_one(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"no dump of tokens at .*trust_region.dump.every=10"):
+            read_tokens(path)
+
+
+def test_dumps_of_several_folders_are_read_as_one_and_named(tmp_path):
+    for folder, step in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder, step, [response(step=step)])
+    got = read_tokens(tmp_path)
+    assert [r.step for r in got.responses] == [1, 2]
+    assert got.notes == [f"dumps of 2 folders are taken for one run's: {tmp_path / 'a'}, {tmp_path / 'b'}"]
+
+
+def damaged(file, part):
+    content = file.read_bytes()
+    file.write_bytes(part(content))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda x: x[: len(x) // 2], lambda x: b"", lambda x: x[:-1], lambda x: b"PAR1", lambda x: x[:-9] + x[-8:]],
+    ids=["half", "empty", "last byte", "four bytes", "hole"],
+)
+def test_a_file_cut_off_is_named_and_the_others_are_read(tmp_path, part):
+    for step in (1, 2, 3):
+        save(tmp_path, step, [response(step=step)])
+    damaged(tmp_path / "step-000002.parquet", part)
+    got = read_tokens(tmp_path)
+    assert [r.step for r in got.responses] == [1, 3]
+    (note,) = got.notes
+    assert note.startswith("step-000002.parquet: not readable, skipped (")
+
+
+def test_changed_bytes_cost_their_part_of_a_file_only(tmp_path):
+    n = 3 * RESPONSES_A_GROUP
+    file = save(tmp_path, 4, [response(i, length=60) for i in range(n)])
+    lost = set()
+    for where in np.linspace(0.1, 0.7, 7):
+        content = bytearray(file.read_bytes())
+        content[int(where * len(content))] ^= 0x55
+        other = tmp_path / "changed" / file.name
+        other.parent.mkdir(exist_ok=True)
+        other.write_bytes(content)
+        got = read_tokens(other)
+        updates = {r.update for r in got.responses}
+        lost.add(n - len(updates))
+        for r in got.responses:
+            np.testing.assert_array_equal(r.log_pi, response(r.update, length=60).log_pi)
+        assert got.notes == [f"{file.name}: {RESPONSES_A_GROUP} response(s) in a damaged part of the file were skipped"]
+    assert lost == {RESPONSES_A_GROUP}
+
+
+def test_another_version_and_other_files_are_named(tmp_path):
+    save(tmp_path, 1, [response(step=1)])
+    save(tmp_path, 2, [response(step=2)], format=2)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "step-000003.parquet")
+    pq.write_table(
+        pa.table({"a": [1]}).replace_schema_metadata({HEADER: b'{"format": 1}'}), tmp_path / "step-000004.parquet"
+    )
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({HEADER: b"{"}), tmp_path / "step-000005.parquet")
+    (tmp_path / "step-000006.parquet.123.tmp").write_text("being written")
+    got = read_tokens(tmp_path)
+    assert [r.step for r in got.responses] == [1]
+    two, three, four, five = got.notes
+    assert two == "step-000002.parquet: of format 2, skipped; this version reads format 1"
+    assert three == "step-000003.parquet: no dump of tokens, skipped"
+    assert four.startswith("step-000004.parquet: columns missing or of another type ['advantage', 'delta_b', ")
+    assert five.startswith("step-000005.parquet: not readable, skipped")
+
+
+def test_responses_that_cannot_be_right_are_left_out_and_counted(tmp_path):
+    length = 10
+    bad = np.zeros(length, dtype=np.float32)
+    bad[7] = math.nan
+    strange = [
+        response(1, length, log_pi=bad),
+        response(2, length, log_pi=bad),
+        response(3, length, divergence=bad + np.inf),
+        response(4, length, score=math.nan),
+        response(5, length, mask=np.ones(3, dtype=bool)),
+        response(6, length, prompt=None),
+        response(7, length, reason=np.full(length, 99, dtype=np.uint8)),
+    ]
+    save(tmp_path, 4, [response(0, length), *strange, response(8, length)])
+    got = read_tokens(tmp_path)
+    assert [r.update for r in got.responses] == [0, 8]
+    assert got.notes == [
+        f"step-000004.parquet: {n} response(s) with {fault} were skipped"
+        for n, fault in (
+            (2, "values of log_pi that are not finite"),
+            (1, "values of divergence that are not finite"),
+            (1, "values of score that are not finite"),
+            (1, "mask of another length than the response"),
+            (1, "no prompt"),
+            (1, "unknown reasons"),
+        )
+    ]
