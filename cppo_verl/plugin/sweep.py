@@ -75,7 +75,7 @@ class Processes(Launcher):
         folder = os.path.relpath(self.config.hydra.sweep.dir)
         log.info(f"{len(points)} points in {folder}, {len(finished)} of them finished before")
         failed, stopped_by = self.run([point for point in points if point not in finished], len(points))
-        left = [point for point in points if not has_finished(point) and point not in failed]
+        left = [point for point in points if point not in failed and not has_finished(point)]
         log.info(f"{len(points) - len(failed) - len(left)} finished, {len(failed)} failed, {len(left)} to be run")
         for point in failed:
             log.info(f"failed: {point.name}")
@@ -95,11 +95,7 @@ class Processes(Launcher):
         swept = self.swept(overrides)
         name = folder_name(swept)
         folder = os.path.abspath(os.path.join(self.config.hydra.sweep.dir, name))
-        own = {
-            key: value.replace("{folder}", folder).replace("{name}", name) if isinstance(value, str) else value
-            for key, value in self.point_overrides.items()
-        }
-        own = [f"{key}={written(value)}" for key, value in own.items()]
+        own = [f"{key}={written(value, folder, name)}" for key, value in self.point_overrides.items()]
         # Where its folder is makes no other point of it.
         placed = [key for key, value in self.point_overrides.items() if "{folder}" in str(value)]
         command = [text for text in overrides if text.partition("=")[0] not in placed]
@@ -239,9 +235,11 @@ def folder_name(swept: list[str]) -> str:
     return name if name == exact else f"{name}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
 
-def written(value) -> str:
-    """In hydra's grammar of overrides."""
-    return launch.quoted(value) if isinstance(value, str) else json.dumps(value)
+def written(value, folder: str, name: str) -> str:
+    """A value of ``point_overrides`` in hydra's grammar of overrides."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    return launch.quoted(value.replace("{folder}", folder).replace("{name}", name))
 
 
 def end_of_log(point: Point) -> str:
