@@ -62,7 +62,7 @@ class Run:
         self.code = self.process.wait()
         return self
 
-    def survivors(self, patience=20):
+    def survivors(self, patience=90):  # a Ray process was seen to take half a minute, on a machine with other work
         """Processes of this run that are still alive after ``patience`` seconds."""
         deadline = time.time() + patience
         while True:
