@@ -463,7 +463,10 @@ def node() -> int:
     """Ray on this node until standard input ends."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     host = socket.gethostname()
-    order = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:  # the launcher has ended already
+        return NODE_FAILED
+    order = json.loads(line)
     try:
         os.chdir(order["folder"])
     except OSError as error:
@@ -568,9 +571,7 @@ def _end(process: subprocess.Popen, patience: float = 20) -> None:
 
 def _end_children() -> None:
     """End all that descends from this process; as a subreaper it is the parent of what has lost its own."""
-    while children := [
-        child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE
-    ]:
+    while children := psutil.Process().children(recursive=True):
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()

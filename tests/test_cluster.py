@@ -196,20 +196,31 @@ def test_the_doctor_names_each_node_and_the_remedy(session, nodes):
         assert sum(text in line for line in second) == 3, (text, doctor["output"])  # three of the four are there
     assert sum("cppo-verl is 0.0.9, here it is 0.1.0: install the same for" in line for line in second) == 1
     assert sum("cppo-verl is not installed, here it is 0.1.0" in line for line in second) == 1
-    assert sum("the plug-in does not load (No module named 'cppo_verl')" in line for line in second) == 1
+    assert (
+        sum("the plug-in does not load (ModuleNotFoundError: No module named 'cppo_verl')" in line for line in second)
+        == 1
+    )
     assert any("4 of 5 have joined Ray" in line for line in lines)
     assert any("trainer.nnodes=5 trainer.n_gpus_per_node=1, but in Ray" in line for line in lines)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_nothing(nodes, number):
-    # the command leaves a child behind that is in no process group of the launcher's
-    command = "setsid sleep 1000 & echo started; sleep 1000"
-    launch = Launch(nodes, "bash", "-c", command).read_until("started")
+    # the command's child is in no session of the launcher's
+    launch = Launch(nodes, "bash", "-c", "setsid sleep 1000 & echo started; sleep 1000").read_until("started")
     launch.process.send_signal(number)
     launch.finish()
-    assert launch.code == (-number if number == signal.SIGKILL else 128 + number)
+    assert launch.code == 128 + number
+    assert launch.survivors() == []
+
+
+@pytest.mark.process
+def test_ray_and_the_command_end_also_with_a_launcher_that_is_killed(nodes):
+    launch = Launch(nodes, sys.executable, "-c", "import time; print('started', flush=True); time.sleep(1000)")
+    launch.read_until("started").process.kill()
+    launch.finish()
+    assert launch.code == -signal.SIGKILL
     assert launch.survivors() == []
 
 
@@ -362,7 +373,7 @@ def test_two_nodes_give_the_losses_of_one(runs, nodes):
     assert len(one) == len(two) == 2
     for there, here in zip(one, two, strict=True):
         assert there["critic/score/mean"] == pytest.approx(here["critic/score/mean"], abs=1e-6)
-        for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "response_length/mean"):
+        for name in ("actor/pg_loss", "actor/grad_norm", "response_length/mean"):
             assert there[name] == pytest.approx(here[name], rel=1e-4), name
     assert one[0]["actor/grad_norm"] > 0.01
     assert one[0]["actor/pg_loss"] != one[1]["actor/pg_loss"]
