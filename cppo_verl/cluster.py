@@ -47,6 +47,8 @@ OWN_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOK
 """Of a cluster: another's would lead to that one."""
 READY = "cppo_verl node: "
 """Before what an agent tells the launcher, on its standard output."""
+NODE_FAILED = 3
+"""Exit code of an agent; others are those of ssh, srun and the interpreter."""
 WELL = b"well"
 """Before the end of an agent's input where nothing went wrong: Ray's logs need not be kept."""
 STARTED = "will now block forever"
@@ -353,6 +355,7 @@ def ray_cluster(names: list[str], args: argparse.Namespace, signals: Signals) ->
     order = {
         "token": secrets.token_hex(32),
         "folder": os.getcwd(),
+        "timeout": str(int(args.timeout)),
         "ray_start": shlex.split(args.ray_start),
         "environment": {
             name: value
@@ -441,28 +444,34 @@ def _wait_ready(nodes: list[Node], deadline: float) -> None:
             for key, _ in waiting.select(max(0.0, deadline - time.monotonic())):
                 node = key.data
                 if not node.read():
+                    code = node.process.wait()
+                    installed = "" if code == NODE_FAILED else "; is cppo-verl installed for that interpreter there?"
                     problems.append(
-                        f"{node.name}: `{shlex.join(node.command)}` ended with exit code {node.process.wait()} (its "
-                        "output is above); cppo-verl must be installed for that interpreter there"
+                        f"{node.name}: `{shlex.join(node.command)}` ended with exit code {code}, its output is above"
+                        + installed
                     )
                 if problems or node.ready is not None:
                     waiting.unregister(key.fileobj)
         if not problems:
-            problems = [f"{key.data.name}: Ray did not start there in time" for key in waiting.get_map().values()]
+            late = [key.data.name for key in waiting.get_map().values()]
+            problems = [f"{name}: Ray does not run there yet; --timeout SECONDS gives it longer" for name in late]
     if problems:
-        raise ClusterError("; ".join(problems) + ". --timeout SECONDS gives the nodes longer")
+        raise ClusterError("; ".join(problems))
 
 
 def node() -> int:
     """Ray on this node until standard input ends."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     host = socket.gethostname()
-    order = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:  # the launcher has ended already
+        return NODE_FAILED
+    order = json.loads(line)
     try:
         os.chdir(order["folder"])
     except OSError as error:
         print(f"cppo_verl node {host}: {error}: start from a folder that all nodes have", file=sys.stderr)
-        return 1
+        return NODE_FAILED
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     token, well = folder / "token", False
     token.touch(0o600)
@@ -485,12 +494,13 @@ def node() -> int:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 print(f"cppo_verl node {host}: Ray's logs are in {folder}", file=sys.stderr)
-    return 0 if well else 1
+    return 0 if well else NODE_FAILED
 
 
 def _start_ray(order: dict, folder: Path) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
     environment |= order["environment"] | _token_variables(folder)
+    environment["RAY_raylet_start_wait_time_s"] = order["timeout"]  # Ray's 30 s are few for a busy machine
     environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # or Ray waits for its workers to become idle
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--temp-dir={folder / 'ray'}"]
     if "address" in order:
@@ -561,9 +571,7 @@ def _end(process: subprocess.Popen, patience: float = 20) -> None:
 
 def _end_children() -> None:
     """End all that descends from this process; as a subreaper it is the parent of what has lost its own."""
-    while children := [
-        child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE
-    ]:
+    while children := psutil.Process().children(recursive=True):
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()

@@ -40,8 +40,8 @@ def look(distributions: list[str], files: list[str], hub_model: str | None, fold
         from cppo_verl.doctor import registered
 
         found["registered"] = registered()
-    except ImportError as error:
-        found["import_error"] = str(error)
+    except Exception as error:  # verl's own of a platform that only the plug-in knows, for one
+        found["import_error"] = f"{type(error).__name__}: {error}"
     found["missing"] = [x for x in files if not os.path.exists(os.path.expanduser(x.partition("=")[2]))]
     if hub_model is not None:
         found["hub"] = _hub_problem(hub_model)

@@ -71,7 +71,9 @@ found["job"] = end(start(*submit, "python", "-c", "print('hello from a job')"))
 found["no token"] = end(start(*submit, "true", env=plain | {"HOME": "/nonexistent"}))
 
 # What a run would miss, on both nodes and on one that has another version of the plug-in and one without it.
-others = [start(*node(other_version, "other")), start(*node(without, "without"))]
+# (a checkout on PYTHONPATH would be everywhere)
+own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+others = [start(*node(other_version, "other"), env=own), start(*node(without, "without"), env=own)]
 doctor = [sys.executable, "-m", "cppo_verl", "doctor", "--cluster", "--nodes=4", "--"]
 doctor += ["+method=cppo", "+platform=cpu", "trainer.nnodes=5", "trainer.n_gpus_per_node=1", "trainer.logger=[wandb]"]
 doctor += ["data.train_files=/nowhere/train.parquet", "data.val_files=x.parquet", f"trainer.default_local_dir={full}"]
