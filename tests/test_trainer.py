@@ -292,7 +292,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(preempted, resumed, on_policy):
     rates = set()
     for step in range(1, 7):
         want = {name: value for name, value in whole[step].items() if of_the_run.match(name)}
-        assert {name: joint[step][name] for name in want} == pytest.approx(want, rel=1e-4, abs=1e-6)
+        assert {name: joint[step][name] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-6)
         rates.add(want["actor/lr"])
     assert len(rates) == 6
     assert whole[6]["actor/grad_norm"] > 0
