@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from shown import shown
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -19,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml"))
 METHODS = sorted(path.stem for path in (ROOT / "cppo_verl" / "config" / "method").glob("[!_]*.yaml"))
+MODULE = "verl.trainer.main_ppo"
 FOLDERS = ["data_dir=/shared/data", "output=/shared/runs/a"]
 
 
@@ -108,7 +112,7 @@ def test_a_recipe_follows_its_overrides(recipe):
     ],
 )
 def test_verls_own_command_says_what_is_missing(arguments, message):
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES), "--config-name", "paper"]
+    command = [sys.executable, "-m", MODULE, "--config-dir", str(RECIPES), "--config-name", "paper"]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
     assert message in result.stderr
@@ -131,6 +135,21 @@ def test_the_readmes_table_is_the_papers_and_its_commands_compose(recipe):
             else:
                 assert [float(value) for value in printed] == [float(value) for value in values]
     assert len(commands) >= len(TABLE) * 7
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md"])
+def test_a_sweep_that_a_page_shows_is_one_to_hydra(recipe, page):
+    commands = [words for words in shown(page, "python -m verl.trainer.main_ppo") if words[1:3] == ["-m", MODULE]]
+    sweeps = [words for words in commands if "-m" in words[3:] or "+sweep" in " ".join(words)]
+    assert sweeps
+    for command in sweeps:
+        # argparse takes the overrides in one piece: those after a -m in their midst are unknown to it.
+        args = get_args_parser().parse_args(command[3:])
+        swept = [o for o in OverridesParser.create().parse_overrides(args.overrides) if o.is_sweep_override()]
+        assert args.multirun == bool(swept)
+        points = [override.get_key_element() for override in swept]
+        recipe(*(o.input_line for o in OverridesParser.create().parse_overrides(args.overrides) if o not in swept))
+        assert points == (["method", "seed"] if swept else [])
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -350,10 +350,11 @@ METHODS = ["grpo", "cispo", "trm_max_avg", "minpro", "drpo"]
 def sweep(output):
     """Every kind of loss for two steps, as a sweep over the quickstart's config."""
     # The config file has chosen a method: no plus sign.
-    command = [f"method={','.join(METHODS)}", "trainer.total_training_steps=2", "trainer.save_freq=-1"]
-    command += ["trainer.test_freq=2", "trainer.val_before_train=false", "data.val_max_samples=4"]
+    command = [f"output={output}", f"method={','.join(METHODS)}", "trainer.total_training_steps=2"]
+    command += ["trainer.save_freq=-1", "trainer.test_freq=2", "trainer.val_before_train=false"]
+    command += ["data.val_max_samples=4"]
     command += ["trainer.logger=[console]", "data.train_batch_size=16"]
-    config = ["--config-dir", str(QUICKSTART.parent), "--config-name", "quickstart", f"output={output}"]
+    config = ["--config-dir", str(QUICKSTART.parent), "--config-name", "quickstart"]
     return Run(output, *command, program=["-m", "verl.trainer.main_ppo", *config, "-m"])
 
 
