@@ -34,23 +34,25 @@ def trainer(
     Raises:
         Stopped: the run ended early, for SIGTERM or for any other request.
     """
-    asked, ended = threading.Event(), threading.Event()
+    signalled, asked, ended = threading.Event(), threading.Event(), threading.Event()
 
     def on_sigterm(*_):
+        # `timeout` and others signal a process and its group: two at once are one.
         if checkpoints is None or asked.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        signalled.set()
 
     def keep_asking():
         # A run that is just starting takes a request for one from before its start.
         while not ended.wait(1):
-            if asked.is_set():
+            if signalled.is_set():
                 stop.request_stop(checkpoints, "SIGTERM")
+                asked.set()
 
-    if checkpoints is not None:
-        stop.start_over(checkpoints)
+    asking = threading.Thread(target=keep_asking, daemon=True)
     handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, on_sigterm)}
     try:
+        asking.start()
         # exec keeps an ignored SIGINT, which a shell script's background jobs have: the trainer's must end it.
         handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("w") as file:
@@ -62,10 +64,8 @@ def trainer(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        signal.signal(signal.SIGINT, handlers[signal.SIGINT])
-        asking = threading.Thread(target=keep_asking, daemon=True)
-        asking.start()
         try:
+            signal.signal(signal.SIGINT, handlers[signal.SIGINT])
             yield process
             process.wait()
         finally:
@@ -75,11 +75,11 @@ def trainer(
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 process.wait()
-            ended.set()
-            asking.join()
-            if asked.is_set():
-                stop.withdraw(checkpoints)
     finally:
+        ended.set()
+        asking.join()
+        if signalled.is_set():
+            stop.withdraw(checkpoints)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if checkpoints is not None and process.returncode == 0 and (what := stop.stopped(checkpoints)):

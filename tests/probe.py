@@ -1,12 +1,14 @@
 """Loaded into every process of a test run by VERL_USE_EXTERNAL_MODULES=probe: what CPPO_VERL_PROBE names.
 
 dump:FOLDER saves what each look at the logits was given and returned; shift moves mu's most likely tokens by one
-token, in the rollout engine's answer. Also holds an agent loop of two turns, and one whose samples depend on nothing
-but the weights, the prompt, the step and the number of the sample; and a reward for a model that has learnt nothing.
+token, in the rollout engine's answer; full leaves no room for the checkpoint of step 2. Also holds an agent loop of
+two turns, one whose samples depend on nothing but the weights, the prompt, the step and the number of the sample, and a
+reward for a model that has learnt nothing.
 """
 
 import json
 import os
+import resource
 import zlib
 from pathlib import Path
 from uuid import uuid4
@@ -48,6 +50,21 @@ def _shift(module):
         return result._replace(ids=np.roll(result.ids, 1, axis=0), codes=np.roll(result.codes, 1, axis=0))
 
     module.captured = shifted
+
+
+@wrapt.when_imported("verl.utils.checkpoint.fsdp_checkpoint_manager")
+def _full(module):
+    if WHAT != "full":
+        return
+    original = module.FSDPCheckpointManager.save_checkpoint
+
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, *args, **kwargs):
+        if global_step == 2:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, most))
+        original(self, local_path, hdfs_path, global_step, *args, **kwargs)
+
+    module.FSDPCheckpointManager.save_checkpoint = save_checkpoint
 
 
 @wrapt.when_imported("verl.experimental.agent_loop.agent_loop")

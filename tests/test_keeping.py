@@ -1,11 +1,13 @@
 """What a run keeps: metrics files, the sources of its answers, the best checkpoint, and its line a step."""
 
 import json
+import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from cppo_verl.plugin import keeping
 
@@ -98,3 +100,46 @@ def test_the_line_says_what_is_known():
 def test_a_checkpoint_that_is_elsewhere_leaves_nothing(tmp_path):
     keeping.link_checkpoint(tmp_path, 5)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_resume_that_would_start_from_scratch_is_refused(config, tmp_path):
+    run = tmp_path / "run"
+    with open_dict(config):
+        config.trainer.resume_mode = "auto"
+    keeping.check_resume(config)  # a first start
+    for step in (3, 6):
+        checkpoint(run, step, "weights")
+    tracker = run / keeping.TRACKER
+    tracker.write_text("6")
+    keeping.check_resume(config)
+    for damaged in ("9", "", "6\0"):
+        tracker.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"says {re.escape(repr(damaged))}, but .* are: 3, 6\. Write one of them"):
+            keeping.check_resume(config)
+    config.trainer.resume_mode = "disable"
+    keeping.check_resume(config)
+
+
+def test_checkpoints_of_earlier_attempts_rotate_too(tmp_path):
+    for step in (3, 6, 8, 9, 12):
+        checkpoint(tmp_path, step, "weights")
+    keeping.rotate(tmp_path, 9, "critic", 1)
+    keeping.rotate(tmp_path, 9, "actor", None)
+    assert all((tmp_path / f"global_step_{step}" / "actor").exists() for step in (3, 6, 8, 9, 12))
+    keeping.rotate(tmp_path, 9, "actor", 2)
+    # 12 may be half of a checkpoint, of an attempt that was killed
+    left = [step for step in (3, 6, 8, 9, 12) if (tmp_path / f"global_step_{step}" / "actor").exists()]
+    assert left == [8, 9, 12]
+
+
+def test_a_failed_checkpoint_names_node_folder_and_what_is_whole(tmp_path):
+    error = OSError(
+        "ray::WorkerDict.save_checkpoint() (pid=7, ip=10.0.0.3, actor_id=1f)\nOSError: No space left on device"
+    )
+    message = keeping.not_written(tmp_path, 6, error)
+    assert message.startswith(f"on 10.0.0.3: the checkpoint of step 6 could not be written to {tmp_path} (")
+    assert "No space left on device; there is none before it. Make room" in message
+    (tmp_path / keeping.TRACKER).write_text("3")
+    message = keeping.not_written(tmp_path, 6, OSError(28, "No space left on device"))
+    assert message.startswith(f"on {socket.gethostname()}: ")
+    assert "No space left on device; that of step 3 is whole" in message

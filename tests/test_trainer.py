@@ -5,6 +5,7 @@ import atexit
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 
 from cppo_verl import top_k_divergence
 from cppo_verl.runs import read_generations, read_run
+from cppo_verl.stop import request_stop
 
 pytestmark = pytest.mark.trainer
 
@@ -95,39 +97,50 @@ def first(tmp_path_factory):
     return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()
 
 
-@pytest.fixture(scope="module")
-def interrupted(first):
-    """Continued to step 12 from the checkpoint of step 6, stopped by Ctrl-C after step 9's checkpoint."""
-    run = Run(first.output, *SHORT, "trainer.total_training_steps=12").read_until(r"^step +10 ")
-    run.process.send_signal(signal.SIGINT)
-    return run.finish()
-
-
-@pytest.fixture(scope="module")
-def resumed(interrupted):
-    """The same command again."""
-    return Run(interrupted.output, *SHORT, "trainer.total_training_steps=12").finish()
+def on_two_ranks(output, first):
+    """Six steps with a KL reference, and a single update a rollout batch, so that pi is still mu."""
+    if not (output / "data").exists():
+        link(first, output)
+    return Run(
+        output,
+        *SHORT,
+        "trainer.n_gpus_per_node=2",
+        "ray_kwargs.ray_init.num_gpus=2",
+        "data.train_batch_size=16",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=seeded",
+        "trainer.logger=[console,file]",
+        probe="seeded",
+    )
 
 
 @pytest.fixture(scope="module")
 def on_policy(first, tmp_path_factory):
-    """Two ranks, a KL reference, and a single update a rollout batch, so that pi is still mu."""
-    output = tmp_path_factory.mktemp("two_ranks")
-    for name in ("data", "model"):
-        (output / name).symlink_to(first.output / name)
-    return Run(
-        output,
-        *SHORT,
-        "trainer.total_training_steps=2",
-        "trainer.test_freq=-1",
-        "trainer.save_freq=-1",
-        "trainer.n_gpus_per_node=2",
-        "ray_kwargs.ray_init.num_gpus=2",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=32",
-        "actor_rollout_ref.actor.use_kl_loss=true",
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
-        "trainer.logger=[console,file]",
-    ).finish()
+    """Uninterrupted."""
+    return on_two_ranks(tmp_path_factory.mktemp("on_policy"), first).finish()
+
+
+@pytest.fixture(scope="module")
+def preempted(first, tmp_path_factory):
+    """The same once more, with SIGTERM once step 3 is done, the last before step 6 that verl itself saves."""
+    run = on_two_ranks(tmp_path_factory.mktemp("preempted"), first).read_until(r"^step +3 ")
+    run.process.send_signal(signal.SIGTERM)
+    return run.finish()
+
+
+@pytest.fixture(scope="module")
+def resumed(first, preempted):
+    """The same command again, where a later attempt was killed while it wrote its checkpoint."""
+    checkpoints = preempted.output / "checkpoints"
+    step = (checkpoints / "latest_checkpointed_iteration.txt").read_text()
+    half = checkpoints / "global_step_6"
+    shutil.copytree(checkpoints / f"global_step_{step}" / "actor", half / "actor")
+    with next(half.glob("actor/model_*rank_0.pt")).open("r+b") as file:
+        file.truncate(1000)
+    return on_two_ranks(preempted.output, first).finish()
 
 
 def test_the_job_ends_well_and_leaves_nothing_running(first):
@@ -183,32 +196,32 @@ def test_validations_answers_are_kept_and_make_up_its_metric(first):
         assert sum(values) / 16 == pytest.approx(accuracies[step]["reasoning_gym/number_sorting"])
 
 
-def test_the_best_checkpoint_is_kept_out_of_the_rotation(first, resumed):
+def test_the_best_checkpoint_is_kept_out_of_the_rotation(resumed):
     folder = resumed.output / "checkpoints"
     best = json.loads((folder / "best" / "best.json").read_text())
-    # an attempt that resumes validates its checkpoint anew, with other samples
+    # an attempt that resumes validates its checkpoint first
     key = "val-core/reasoning_gym/number_sorting/acc/mean@16"
     validated = [
         (step, values[key])
-        for attempt in range(3)
+        for attempt in range(2)
         for step, values in sorted(metrics(resumed.output, attempt).items())
         if step and key in values
     ]
-    assert len(validated) == 6
+    assert len(validated) == 3
     step, accuracy = max(validated, key=lambda item: item[1])
     assert best == {"step": step, "accuracy": pytest.approx(accuracy)}
     kept = [path.name for path in (folder / "best").glob("global_step_*")]
     assert kept == [f"global_step_{best['step']}"]
     # verl keeps two: the best is one of them, sharing its files, or is kept here alone
-    weights = folder / "best" / kept[0] / "actor" / "model_world_size_1_rank_0.pt"
+    weights = folder / "best" / kept[0] / "actor" / "model_world_size_2_rank_0.pt"
     assert weights.stat().st_size > 100_000
     rotated = folder / kept[0] / "actor" / weights.name
     assert weights.stat().st_nlink == 1 + rotated.exists()
 
 
-def test_a_checkpoint_is_evaluated_by_verls_validation_killed_and_again(first, resumed, tmp_path):
+def test_a_checkpoint_is_evaluated_by_verls_validation_killed_and_again(first, tmp_path):
     command = [sys.executable, "-m", "cppo_verl", "evaluate", "--output", str(tmp_path / "e"), "--samples", "4"]
-    command += ["--checkpoint", str(resumed.output / "checkpoints" / "global_step_12"), "--"]
+    command += ["--checkpoint", str(first.output / "checkpoints" / "global_step_6"), "--"]
     command += ["--config-dir", str(QUICKSTART.parent), "--config-name", "quickstart", f"output={first.output}"]
     command += ["data.val_max_samples=12"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -226,7 +239,7 @@ def test_a_checkpoint_is_evaluated_by_verls_validation_killed_and_again(first, r
     result = json.loads((tmp_path / "e" / "result.json").read_text())
     benchmark = result["benchmarks"]["reasoning_gym/number_sorting"]
     assert (benchmark["problems"], benchmark["answers"], benchmark["short"]) == (12, 48, 0)
-    assert result["step"] == 12
+    assert result["step"] == 6
     # the same number as verl's own metric, and nothing of the run's touched
     metrics = read_run(tmp_path / "e" / "metrics.jsonl").steps
     key = "val-core/reasoning_gym/number_sorting/acc/mean@4"
@@ -238,20 +251,49 @@ def test_a_checkpoint_is_evaluated_by_verls_validation_killed_and_again(first, r
     assert "is there: showing it" in third.stdout
 
 
-def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(interrupted):
-    assert interrupted.code == 130, interrupted.text
-    assert "the same command continues from the last checkpoint" in interrupted.text
-    assert interrupted.survivors() == []
+def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint_of_it(preempted):
+    assert preempted.code == 143, preempted.text
+    step = max(metrics(preempted.output, 0))
+    assert step in (4, 5)
+    assert f"stopped after step {step} of 6: SIGTERM; the same command continues" in preempted.text
+    log = (preempted.output / "logs" / "train-0.log").read_text()
+    assert f"cppo_verl  stopped after step {step} of 6: SIGTERM" in log
+    assert "Traceback" not in log
+    assert not (preempted.output / "checkpoints" / "stop").exists()
+    assert preempted.survivors() == []
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint_and_overwrites_no_log(resumed):
-    assert resumed.code == 0, resumed.text
-    assert sorted(metrics(resumed.output, 0)) == list(range(7))
-    assert max(metrics(resumed.output, 1)) in (10, 11)
-    # verl validates once more where it resumes, step 9, and trains on from there
-    assert sorted(metrics(resumed.output, 2)) == [9, 10, 11, 12]
-    assert "at step 0 -> " in resumed.text
-    assert " at step 12" in resumed.text
+def test_a_resumed_run_is_the_uninterrupted_one(preempted, resumed, on_policy):
+    assert (resumed.code, on_policy.code) == (0, 0), resumed.text + on_policy.text
+    stopped = max(metrics(preempted.output, 0))
+    assert sorted(metrics(resumed.output, 1)) == list(range(stopped, 7))
+    # nothing was trained twice: of the step it resumes at there is a validation alone
+    assert "actor/lr" not in metrics(resumed.output, 1)[stopped]
+    joint, whole = read_run(resumed.output / "logs").steps, read_run(on_policy.output / "logs").steps
+    assert list(joint) == list(whole) == list(range(7))
+    of_the_run = re.compile(
+        r"actor/(?!perf)|critic/|trust_region/|val-core/.*/mean@|(response|prompt)_length|training/(global|epoch)"
+    )
+    rates = set()
+    for step in range(1, 7):
+        want = {name: value for name, value in whole[step].items() if of_the_run.match(name)}
+        assert {name: joint[step][name] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-6)
+        rates.add(want["actor/lr"])
+    assert len(rates) == 6
+    assert whole[6]["actor/grad_norm"] > 0
+
+
+def test_what_two_signals_interrupt_while_it_starts_leaves_nothing(first):
+    run = Run(first.output, *SHORT, "trainer.total_training_steps=12").read_until("starting Ray")
+    time.sleep(15)
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(3)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish().code == 130
+    assert "interrupted; the same command continues from the last checkpoint" in run.text
+    assert not (first.output / "checkpoints" / "stop").exists()
+    assert run.survivors() == []
 
 
 def test_before_the_first_update_pi_is_mu_on_every_rank(on_policy):
@@ -270,6 +312,20 @@ def test_a_missing_model_stops_the_trainer_with_its_path(first, tmp_path):
     run.finish()
     assert run.code == 1
     assert "no actor_rollout_ref.model.path=/nowhere/model" in run.text
+    assert run.survivors() == []
+
+
+def test_a_checkpoint_that_finds_no_room_ends_the_run_and_spares_the_one_before(first, tmp_path):
+    link(first, tmp_path)
+    run = Run(tmp_path, *BRIEF, "trainer.save_freq=1", "trainer.total_training_steps=3", probe="full").finish()
+    assert run.code == 1
+    folder = tmp_path / "checkpoints"
+    assert re.search(
+        rf"on [\d.]+: the checkpoint of step 2 could not be written to {folder} .*; that of step 1 is whole", run.text
+    )
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "1"
+    weights = torch.load(folder / "global_step_1" / "actor" / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert sum(tensor.numel() for tensor in weights.values()) > 250_000
     assert run.survivors() == []
 
 
@@ -385,23 +441,27 @@ def test_a_capture_shifted_by_one_token_stops_the_run(first, tmp_path):
 
 def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, tmp_path):
     """The asynchronous trainer trains step 2 on responses of the initial weights: at its first update mu is the
-    model on disk and pi the checkpoint of step 1."""
+    model on disk and pi the checkpoint of step 1. Asked to stop while step 2 is at work, it does so in order."""
     from transformers import AutoModelForCausalLM
 
     link(first, tmp_path)
-    command = [*BRIEF, "method=trm_max_avg", "divergence=topk_kl", "trainer.total_training_steps=2"]
+    command = [*BRIEF, "method=trm_max_avg", "divergence=topk_kl", "trainer.total_training_steps=50"]
     # All prompts take part: which of them have answers of both kinds is drawn anew in each run.
     command += ["actor_rollout_ref.actor.policy_loss.mask_std_0=false"]
-    command += ["trainer.save_freq=1", "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"]
+    command += ["trainer.save_freq=1", "trainer.max_actor_ckpt_to_keep=null"]
+    command += ["actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"]
     command += ["trainer.v1.trainer_mode=cppo_colocate_async", "trainer.n_gpus_per_node=2"]
     command += ["ray_kwargs.ray_init.num_gpus=2", "actor_rollout_ref.actor.use_dynamic_bsz=true"]
     command += ["actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true"]
     command += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512"]
     command += ["actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=512"]
-    run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'}").finish()
-    assert run.code == 0, run.text
+    run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'}").read_until(r"^step +1 ")
+    request_stop(tmp_path / "checkpoints", "enough")
+    assert run.finish().code == 143, run.text
     assert run.survivors() == []
     steps = metrics(tmp_path, 0)
+    assert f"stopped after step {max(steps)} of 50: enough; the same command continues" in run.text
+    assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(max(steps))
     for values in steps.values():
         stale = values["training/off_policy/trajectory_staleness/mean"] > 0
         assert (values["trust_region/first_update/divergence"] > 1e-4) == stale

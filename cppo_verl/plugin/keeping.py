@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
@@ -13,6 +14,8 @@ from cppo_verl.runs import ACCURACY, SOURCES_SUFFIX
 
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 BEST = "best"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's file beside its checkpoints that names the newest one, written once all ranks have written theirs."""
 
 
 def log_to_file(config: DictConfig) -> Path:
@@ -29,6 +32,58 @@ def log_to_file(config: DictConfig) -> Path:
         attempts = [int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"metrics-(\d+)\.jsonl", p.name))]
         os.environ[METRICS_PATH] = str(folder / f"metrics-{max(attempts, default=-1) + 1}.jsonl")
     return Path(os.environ[METRICS_PATH])
+
+
+def check_resume(config: DictConfig) -> None:
+    """Refuse what verl would silently start from scratch on, over the checkpoints that are there.
+
+    Raises:
+        ValueError: the tracker file names a checkpoint that is not there, or none.
+    """
+    folder = Path(config.trainer.default_local_dir)
+    step = newest(folder)
+    if config.trainer.resume_mode != "auto" or step is None:
+        return
+    if not (step.isdigit() and (folder / f"global_step_{step}").is_dir()):
+        found = ", ".join(map(str, _steps(folder))) or "none"
+        raise ValueError(
+            f"{folder / TRACKER} says {step!r}, but the steps with a checkpoint beside it are: {found}. Write one of "
+            "them into the file to resume from it, or use trainer.resume_mode=disable to start from scratch"
+        )
+
+
+def not_written(folder: str | Path, step: int, error: Exception) -> str:
+    """Where the checkpoint of a step could not be written, why, and what a run can resume from."""
+    folder = Path(folder).absolute()
+    # The error of a Ray worker tells its node's address in its text only.
+    worker = re.search(r"\bip=([\w.:]+)", str(error))
+    node = worker[1] if worker else socket.gethostname()
+    free = shutil.disk_usage(folder).free / 1e6
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    whole = newest(folder)
+    rest = f"that of step {whole} is whole" if whole else "there is none before it"
+    return (
+        f"on {node}: the checkpoint of step {step} could not be written to {folder} ({free:,.0f} MB free, seen from "
+        f"{socket.gethostname()}): {lines[-1]}; {rest}. Make room; the same command continues"
+    )
+
+
+def newest(folder: str | Path) -> str | None:
+    """The step that verl's tracker file names: of the newest checkpoint that all ranks have written."""
+    tracker = Path(folder) / TRACKER
+    return tracker.read_text().strip() if tracker.exists() else None
+
+
+def rotate(folder: str | Path, step: int, role: str, keep: int | None) -> None:
+    """Remove this machine's checkpoints of a role ("actor", "critic") up to ``step`` but the last ``keep``, if any
+    number is given. verl does so with what the same attempt has written; what those before it left would stay."""
+    steps = [n for n in _steps(folder) if n <= step and (Path(folder) / f"global_step_{n}" / role).exists()]
+    for old in steps[:-keep] if keep else ():
+        shutil.rmtree(Path(folder) / f"global_step_{old}" / role, ignore_errors=True)
+
+
+def _steps(folder: str | Path) -> list[int]:
+    return sorted(int(m[1]) for p in Path(folder).iterdir() if (m := re.fullmatch(r"global_step_(\d+)", p.name)))
 
 
 def write_sources(folder: str | Path, step: int, uids: list[str], data_sources: list[str]) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,11 +37,15 @@ from cppo_verl.plugin.config import (
 )
 from cppo_verl.plugin.keeping import (
     best_so_far,
+    check_resume,
     forget_others,
     link_checkpoint,
     log_to_file,
     mean_accuracy,
+    newest,
+    not_written,
     progress_line,
+    rotate,
     write_best,
     write_sources,
 )
@@ -65,6 +69,7 @@ class TrustRegionTrainer:
         self.captures = getattr(method, "captures", False)  # verl's own losses have no divergence
         if self.captures:
             capture_top_k(config)
+        check_resume(config)
         left_over = stop.start_over(config.trainer.default_local_dir)
         if left_over is not None:
             logger.warning("a request to stop from before this start does not count and is removed: %s", left_over)
@@ -120,7 +125,7 @@ class TrustRegionTrainer:
             with marked_timer("save_checkpoint", self.timing_raw, color="green"):
                 self._save_checkpoint()
         what = f"stopped {when} step {step} of {self.total_training_steps}: {reason}"
-        logger.info(what)
+        print(f"cppo_verl  {what}", flush=True)
         stop.answer(folder, what)
         self.stopping = True
         # What fit compares the next step with.
@@ -135,8 +140,22 @@ class TrustRegionTrainer:
         return super()._validate()
 
     def _save_checkpoint(self):
-        super()._save_checkpoint()
-        self.saved_step = self.global_steps
+        trainer = self.config.trainer
+        folder, step = os.path.abspath(trainer.default_local_dir), self.global_steps
+        try:
+            super()._save_checkpoint()
+        except Exception as error:
+            raise RuntimeError(not_written(folder, step, error)) from error
+        self.saved_step = step
+        if trainer.resume_mode != "disable" and newest(folder) == str(step):
+            for role in ("actor", "critic"):
+                keep = trainer.get(f"max_{role}_ckpt_to_keep")
+                self._everywhere(lambda role=role, keep=keep: rotate(folder, step, role, keep))
+
+    def _everywhere(self, function: Callable[[], None]) -> None:
+        """On the machines that hold a part of a checkpoint, several times on each, and on the trainer's."""
+        ray.get([worker.__ray_call__.remote(lambda _: function()) for worker in self.actor_rollout_wg.workers])
+        function()
 
     def _val_metrics_update(self, data_sources, sample_uids, *args, **kwargs):
         self.validation = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
@@ -152,19 +171,14 @@ class TrustRegionTrainer:
     def _keep_best(self, accuracy: float | None) -> None:
         """Keep the checkpoint of the step just validated if none before was better."""
         folder, step = os.path.abspath(self.config.trainer.default_local_dir), self.global_steps
-        # verl names a checkpoint in this file once all ranks have written theirs.
-        tracker = Path(folder, "latest_checkpointed_iteration.txt")
-        if accuracy is None or not tracker.exists() or tracker.read_text().strip() != str(step):
+        if accuracy is None or newest(folder) != str(step):
             return
         best = best_so_far(folder)
         if best is not None and best["accuracy"] >= accuracy:
             return
-        workers = self.actor_rollout_wg.workers
-        ray.get([worker.__ray_call__.remote(lambda _: link_checkpoint(folder, step)) for worker in workers])
-        link_checkpoint(folder, step)  # the trainer's own part, where its machine is none of theirs
+        self._everywhere(lambda: link_checkpoint(folder, step))
         write_best(folder, step, accuracy)
-        ray.get([worker.__ray_call__.remote(lambda _: forget_others(folder, step)) for worker in workers])
-        forget_others(folder, step)
+        self._everywhere(lambda: forget_others(folder, step))
 
     def _compute_metrics(self, batch, metrics, timing_raw, *args, **kwargs):
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
