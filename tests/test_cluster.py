@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from cppo_verl.__main__ import main
 from cppo_verl.cluster import head_address, trainer_arguments
@@ -295,6 +296,28 @@ def test_a_mistake_in_the_command_shows_before_anything_starts(capsys):
 def test_an_unknown_first_node(capsys):
     assert main(["cluster", "hosts", "--nodes", "no.such.host.invalid", "--", "true"]) == 1
     assert "no.such.host.invalid" in capsys.readouterr().err
+
+
+def test_the_manifests_numbers_fit_its_command():
+    """(KubeRay's own schemas were tried by hand, see recipes/cluster/README.md.)"""
+    job = yaml.safe_load((ROOT / "recipes" / "cluster" / "kuberay.yaml").read_text())["spec"]
+    cluster = job["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    pods = [cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]]
+    command = job["entrypoint"].split()
+    assert command[:6] == ["python", "-m", "cppo_verl", "cluster", "run", "--"]
+    assert f"trainer.nnodes={workers['replicas']}" in command
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
+    resources = workers["template"]["spec"]["containers"][0]["resources"]
+    assert f"trainer.n_gpus_per_node={resources['limits']['nvidia.com/gpu']}" in command
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert f"ray[default]=={cluster['rayVersion']}" in (ROOT / "requirements" / "gpu.txt").read_text().split()
+    assert job["shutdownAfterJobFinishes"]
+    for pod in [*pods, job["submitterPodTemplate"]["spec"]]:
+        assert pod["securityContext"]["runAsNonRoot"]
+    for pod in pods:
+        assert pod["containers"][0]["volumeMounts"] == pods[0]["containers"][0]["volumeMounts"]
+        assert pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
 
 
 def test_the_trainers_arguments_and_the_heads_address():
