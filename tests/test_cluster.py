@@ -56,9 +56,8 @@ def nodes():
 class Launch:
     """`cluster hosts` on the first node, every process of it findable by an environment variable."""
 
-    def __init__(self, nodes, *command, names=None, options=(), environment=None, folder=None):
+    def __init__(self, nodes, *command, names=None, options=(), environment=None):
         self.mark = uuid.uuid4().hex
-        self.folder = folder
         arguments = ["--nodes", ",".join(names or nodes), "--rsh", "ip netns exec"]
         arguments += ["--ray-start", "--num-gpus=1 --num-cpus=16", *options, "--", *command]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -69,6 +68,7 @@ class Launch:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            cwd="/",  # Ray's workers import from a driver's folder, and `python -m` does: not from the checkout
         )
         self.text = ""
 
@@ -254,15 +254,12 @@ def test_a_node_that_never_comes_is_named(nodes, tmp_path):
 @pytest.mark.process
 def test_a_node_without_the_plug_in_is_named(nodes, tmp_path):
     python = environment_of_a_node(tmp_path / "without", None)
-    # a checkout on PYTHONPATH would bring it
-    launch = Launch(nodes, "true", options=["--python", str(python)], environment={"PYTHONPATH": ""}, folder=tmp_path)
-    launch.finish()
+    rsh = "env -u PYTHONPATH ip netns exec"  # a checkout on PYTHONPATH would bring it
+    launch = Launch(nodes, "true", options=["--python", str(python), "--rsh", rsh]).finish()
     assert launch.code == 1
     assert "No module named cppo_verl" in launch.text
-    assert (
-        f"{nodes[1]}: `ip netns exec {nodes[1]} {python} -m cppo_verl cluster node` ended with exit code 1"
-        in launch.text
-    )
+    command = f"{rsh} {nodes[1]} {python} -m cppo_verl cluster node"
+    assert f"{nodes[1]}: `{command}` ended with exit code 1" in launch.text
     assert "is cppo-verl installed for that interpreter there?" in launch.text
     assert launch.survivors() == []
 
