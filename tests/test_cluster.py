@@ -206,10 +206,10 @@ def test_the_doctor_names_each_node_and_the_remedy(session, nodes):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_nothing(nodes, number):
+@pytest.mark.parametrize(("number", "when"), [(signal.SIGTERM, "started"), (signal.SIGINT, "Ray runs on")])
+def test_a_signal_leaves_nothing(nodes, number, when):
     # the command's child is in no session of the launcher's
-    launch = Launch(nodes, "bash", "-c", "setsid sleep 1000 & echo started; sleep 1000").read_until("started")
+    launch = Launch(nodes, "bash", "-c", "setsid sleep 1000 & echo started; sleep 1000").read_until(when)
     launch.process.send_signal(number)
     launch.finish()
     assert launch.code == 128 + number
@@ -241,10 +241,10 @@ def test_the_commands_exit_code_and_rays_logs_are_kept_where_it_fails(nodes):
 @pytest.mark.process
 def test_a_node_that_never_comes_is_named(nodes, tmp_path):
     script = tmp_path / "rsh"
-    script.write_text('#!/bin/sh\ncase $1 in silent) exec sleep 1000;; esac\nexec ip netns exec "$@"\n')
+    script.write_text("#!/bin/sh\nexec sleep 1000\n")
     script.chmod(0o755)
-    options = ["--rsh", str(script), "--timeout", "60"]
-    launch = Launch(nodes, "touch", str(tmp_path / "ran"), names=[*nodes, "silent"], options=options).finish()
+    options = ["--rsh", str(script), "--timeout", "75"]
+    launch = Launch(nodes, "touch", str(tmp_path / "ran"), names=[nodes[0], "silent"], options=options).finish()
     assert launch.code == 1
     assert "cluster: silent: Ray does not run there yet; --timeout SECONDS gives it longer" in launch.text
     assert launch.survivors() == []
