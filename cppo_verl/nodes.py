@@ -151,17 +151,16 @@ def _check_nodes(report, config, distributions, expected, patience):
 
 def _check_slots(report, nodes: list[dict], trainer: DictConfig) -> None:
     """A node may have none, as a head that only schedules does, where enough others have."""
-    slots = {
-        node["NodeManagerAddress"]: int(node["Resources"].get("GPU", node["Resources"].get("NPU", 0))) for node in nodes
-    }
-    few = [address for address, count in slots.items() if count < trainer.n_gpus_per_node]
+    resources = {node["NodeManagerAddress"]: node["Resources"] for node in nodes}
+    slots = {address: int(has.get("GPU", has.get("NPU", 0))) for address, has in resources.items()}
+    enough = sum(count >= trainer.n_gpus_per_node for count in slots.values())
     report.check(
-        len(nodes) - len(few) >= trainer.nnodes,
+        enough >= trainer.nnodes,
         "GPUs",
-        f"{trainer.n_gpus_per_node} or more on {len(nodes) - len(few)} node(s)",
+        f"{trainer.n_gpus_per_node} or more on {enough} node(s)",
         f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}, but in Ray "
-        + ", ".join(f"{address} has {slots[address]}" for address in few)
-        + ": lower the one or the other, or start Ray there with --num-gpus",
+        + ", ".join(f"{address} has {count}" for address, count in slots.items())
+        + ": lower the one or the other, or start Ray with --num-gpus there",
     )
 
 

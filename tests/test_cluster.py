@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from cppo_verl.__main__ import main
 from cppo_verl.cluster import head_address, trainer_arguments
@@ -55,9 +56,8 @@ def nodes():
 class Launch:
     """`cluster hosts` on the first node, every process of it findable by an environment variable."""
 
-    def __init__(self, nodes, *command, names=None, options=(), environment=None, folder=None):
+    def __init__(self, nodes, *command, names=None, options=(), environment=None):
         self.mark = uuid.uuid4().hex
-        self.folder = folder
         arguments = ["--nodes", ",".join(names or nodes), "--rsh", "ip netns exec"]
         arguments += ["--ray-start", "--num-gpus=1 --num-cpus=16", *options, "--", *command]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -68,6 +68,7 @@ class Launch:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            cwd="/",  # Ray's workers import from a driver's folder, and `python -m` does: not from the checkout
         )
         self.text = ""
 
@@ -205,10 +206,10 @@ def test_the_doctor_names_each_node_and_the_remedy(session, nodes):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_nothing(nodes, number):
+@pytest.mark.parametrize(("number", "when"), [(signal.SIGTERM, "started"), (signal.SIGINT, "Ray runs on")])
+def test_a_signal_leaves_nothing(nodes, number, when):
     # the command's child is in no session of the launcher's
-    launch = Launch(nodes, "bash", "-c", "setsid sleep 1000 & echo started; sleep 1000").read_until("started")
+    launch = Launch(nodes, "bash", "-c", "setsid sleep 1000 & echo started; sleep 1000").read_until(when)
     launch.process.send_signal(number)
     launch.finish()
     assert launch.code == 128 + number
@@ -240,10 +241,10 @@ def test_the_commands_exit_code_and_rays_logs_are_kept_where_it_fails(nodes):
 @pytest.mark.process
 def test_a_node_that_never_comes_is_named(nodes, tmp_path):
     script = tmp_path / "rsh"
-    script.write_text('#!/bin/sh\ncase $1 in silent) exec sleep 1000;; esac\nexec ip netns exec "$@"\n')
+    script.write_text("#!/bin/sh\nexec sleep 1000\n")
     script.chmod(0o755)
-    options = ["--rsh", str(script), "--timeout", "60"]
-    launch = Launch(nodes, "touch", str(tmp_path / "ran"), names=[*nodes, "silent"], options=options).finish()
+    options = ["--rsh", str(script), "--timeout", "75"]
+    launch = Launch(nodes, "touch", str(tmp_path / "ran"), names=[nodes[0], "silent"], options=options).finish()
     assert launch.code == 1
     assert "cluster: silent: Ray does not run there yet; --timeout SECONDS gives it longer" in launch.text
     assert launch.survivors() == []
@@ -253,15 +254,12 @@ def test_a_node_that_never_comes_is_named(nodes, tmp_path):
 @pytest.mark.process
 def test_a_node_without_the_plug_in_is_named(nodes, tmp_path):
     python = environment_of_a_node(tmp_path / "without", None)
-    # a checkout on PYTHONPATH would bring it
-    launch = Launch(nodes, "true", options=["--python", str(python)], environment={"PYTHONPATH": ""}, folder=tmp_path)
-    launch.finish()
+    rsh = "env -u PYTHONPATH ip netns exec"  # a checkout on PYTHONPATH would bring it
+    launch = Launch(nodes, "true", options=["--python", str(python), "--rsh", rsh]).finish()
     assert launch.code == 1
     assert "No module named cppo_verl" in launch.text
-    assert (
-        f"{nodes[1]}: `ip netns exec {nodes[1]} {python} -m cppo_verl cluster node` ended with exit code 1"
-        in launch.text
-    )
+    command = f"{rsh} {nodes[1]} {python} -m cppo_verl cluster node"
+    assert f"{nodes[1]}: `{command}` ended with exit code 1" in launch.text
     assert "is cppo-verl installed for that interpreter there?" in launch.text
     assert launch.survivors() == []
 
@@ -295,6 +293,28 @@ def test_a_mistake_in_the_command_shows_before_anything_starts(capsys):
 def test_an_unknown_first_node(capsys):
     assert main(["cluster", "hosts", "--nodes", "no.such.host.invalid", "--", "true"]) == 1
     assert "no.such.host.invalid" in capsys.readouterr().err
+
+
+def test_the_manifests_numbers_fit_its_command():
+    """(KubeRay's own schemas were tried by hand, see recipes/cluster/README.md.)"""
+    job = yaml.safe_load((ROOT / "recipes" / "cluster" / "kuberay.yaml").read_text())["spec"]
+    cluster = job["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    pods = [cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]]
+    command = job["entrypoint"].split()
+    assert command[:6] == ["python", "-m", "cppo_verl", "cluster", "run", "--"]
+    assert f"trainer.nnodes={workers['replicas']}" in command
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
+    resources = workers["template"]["spec"]["containers"][0]["resources"]
+    assert f"trainer.n_gpus_per_node={resources['limits']['nvidia.com/gpu']}" in command
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert f"ray[default]=={cluster['rayVersion']}" in (ROOT / "requirements" / "gpu.txt").read_text().split()
+    assert job["shutdownAfterJobFinishes"]
+    for pod in [*pods, job["submitterPodTemplate"]["spec"]]:
+        assert pod["securityContext"]["runAsNonRoot"]
+    for pod in pods:
+        assert pod["containers"][0]["volumeMounts"] == pods[0]["containers"][0]["volumeMounts"]
+        assert pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
 
 
 def test_the_trainers_arguments_and_the_heads_address():
@@ -374,7 +394,7 @@ def test_two_nodes_give_the_losses_of_one(runs, nodes):
     for there, here in zip(one, two, strict=True):
         assert there["critic/score/mean"] == pytest.approx(here["critic/score/mean"], abs=1e-6)
         for name in ("actor/pg_loss", "actor/grad_norm", "response_length/mean"):
-            assert there[name] == pytest.approx(here[name], rel=1e-4), name
+            assert there[name] == pytest.approx(here[name], rel=1e-5), name
     assert one[0]["actor/grad_norm"] > 0.01
     assert one[0]["actor/pg_loss"] != one[1]["actor/pg_loss"]
 
