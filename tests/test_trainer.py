@@ -354,7 +354,7 @@ def sweep(output):
     command += ["trainer.test_freq=2", "trainer.val_before_train=false", "data.val_max_samples=4"]
     command += ["trainer.logger=[console]", "data.train_batch_size=16"]
     config = ["--config-dir", str(QUICKSTART.parent), "--config-name", "quickstart", f"output={output}"]
-    return Run(output, *command, program=["-m", "verl.trainer.main_ppo", *config, "-m"])
+    return Run(output, *command, "-m", program=["-m", "verl.trainer.main_ppo", *config])
 
 
 @pytest.fixture(scope="module")
