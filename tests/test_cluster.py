@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from trainer_run import MARK, survivors
 
 from cppo_verl.__main__ import main
 from cppo_verl.cluster import head_address, trainer_arguments
 
 ROOT = Path(__file__).parents[1]
-MARK = "CPPO_VERL_TEST_RUN"
 SITE_PACKAGES = Path(psutil.__file__).parents[1]
 
 
@@ -84,19 +84,8 @@ class Launch:
         self.code = self.process.wait()
         return self
 
-    def survivors(self, patience=30):
-        deadline = time.time() + patience
-        while True:
-            alive = []
-            for process in psutil.process_iter():
-                try:
-                    if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                        alive.append(process.cmdline())
-                except psutil.Error:
-                    continue
-            if not alive or time.time() > deadline:
-                return alive
-            time.sleep(0.5)
+    def survivors(self):
+        return survivors(self.mark)
 
 
 def environment_of_a_node(folder, version):
@@ -330,23 +319,23 @@ def test_the_trainers_arguments_and_the_heads_address():
 @pytest.fixture(scope="module")
 def runs(nodes, tmp_path_factory):
     """Two updates of an untrained model: two ranks on one node, and one on each of two."""
-    sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
     import pandas
     import torch
-    import warmup
 
+    from cppo_verl import tiny
     from cppo_verl.reasoning_gym import write_parquet
 
     shared = tmp_path_factory.mktemp("shared")
     numbers = {"min_numbers": 5, "max_numbers": 5, "min_value": 10, "max_value": 99, "max_decimals": 0}
     write_parquet("number_sorting", shared / "data", train_size=64, validation_size=16, seed=1, **numbers)
     rows = pandas.read_parquet(shared / "data" / "train.parquet")
-    tokenizer = warmup.build_tokenizer(
+    tokenizer = tiny.build_tokenizer(
         [prompt[0]["content"] for prompt in rows["prompt"]], [reward["ground_truth"] for reward in rows["reward_model"]]
     )
     torch.manual_seed(1)
-    for part in (tokenizer, warmup.build_model(tokenizer, warmup.Settings())):
-        part.save_pretrained(shared / "model")
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
+    model = tiny.build_model(tokenizer, num_key_value_heads=3, max_position_embeddings=128, **sizes)
+    tiny.save(model, tokenizer, shared / "model", "made_by.json", {"made_by": __file__})
 
     def command(output):
         output.mkdir()
@@ -359,8 +348,8 @@ def runs(nodes, tmp_path_factory):
         # one update a step: how verl orders a batch, and so what shares a mini-batch, varies from run to run
         settings += ["data.train_batch_size=16", "actor_rollout_ref.actor.ppo_mini_batch_size=16"]
         settings += ["actor_rollout_ref.rollout.agent.default_agent_loop=seeded"]
-        settings += [f"reward.custom_reward_function.path={ROOT / 'tests' / 'probe.py'}"]
-        return [*python, *settings, "reward.custom_reward_function.name=digit_share"]
+        settings += ["reward.custom_reward_function.path=pkg://cppo_verl.tiny"]
+        return [*python, *settings, "reward.custom_reward_function.name=share_of_digits"]
 
     def environment(output):
         paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]

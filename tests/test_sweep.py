@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -20,7 +19,6 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -354,19 +352,6 @@ def test_every_named_sweep_is_one_of_runs_that_compose(name, points):
         key, _, value = override.partition("=")
         assert str(last.hydra.runtime.choices.get(key, OmegaConf.select(last, key))) == value
     omega_conf_to_dataclass(last.actor_rollout_ref.actor)
-
-
-@pytest.mark.parametrize("page", ["README.md", "recipes/README.md"])
-def test_hydra_takes_the_sweeps_of_the_readme(page):
-    """It wants -m before or after all overrides."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
-    commands = [shlex.split(line, comments=True) for line in blocks.replace("\\\n", " ").splitlines()]
-    sweeps = [
-        words for words in commands if words[:3] == ["python", "-m", "verl.trainer.main_ppo"] and "-m" in words[3:]
-    ]
-    assert sweeps
-    for words in sweeps:
-        assert get_args_parser().parse_args(words[3:]).multirun
 
 
 def test_every_named_sweep_is_tested():

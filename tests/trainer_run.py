@@ -62,20 +62,24 @@ class Run:
         self.code = self.process.wait()
         return self
 
-    def survivors(self, patience=90):  # a Ray process was seen to take half a minute, on a machine with other work
-        """Processes of this run that are still alive after ``patience`` seconds."""
-        deadline = time.time() + patience
-        while True:
-            alive = []
-            for process in psutil.process_iter():
-                try:
-                    if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                        alive.append(process.cmdline())
-                except psutil.Error:
-                    continue
-            if not alive or time.time() > deadline:
-                return alive
-            time.sleep(0.5)
+    def survivors(self):
+        return survivors(self.mark)
+
+
+def survivors(mark, patience=90):  # a Ray process was seen to take half a minute, on a machine with other work
+    """Processes whose environment holds ``mark`` that are still alive after ``patience`` seconds."""
+    deadline = time.time() + patience
+    while True:
+        alive = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process.cmdline())
+            except psutil.Error:
+                continue
+        if not alive or time.time() > deadline:
+            return alive
+        time.sleep(0.5)
 
 
 def metrics(output, attempt):
