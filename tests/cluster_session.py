@@ -73,10 +73,13 @@ found["no token"] = end(start(*submit, "true", env=plain | {"HOME": "/nonexisten
 # What a run would miss, on both nodes and on one that has another version of the plug-in and one without it.
 # (a checkout on PYTHONPATH would be everywhere)
 own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_raylet_start_wait_time_s": "300"}
-others = [start(*node(other_version, "other"), env=own), start(*node(without, "without"), env=own)]
-for other in others:
+others = []
+for python, folder in ((other_version, "other"), (without, "without")):
+    other = start(*node(python, folder), env=own)
+    others.append(other)
+    # one after the other: Ray gives a node's agent fifteen seconds to start
     while "will now block forever" not in (line := other.stdout.readline()):
-        assert line, f"{other.args} ended"
+        assert line, f"{folder} ended: {other.wait()}"
 doctor = [sys.executable, "-m", "cppo_verl", "doctor", "--cluster", "--nodes=4", "--"]
 doctor += ["+method=cppo", "+platform=cpu", "trainer.nnodes=5", "trainer.n_gpus_per_node=1", "trainer.logger=[wandb]"]
 doctor += ["data.train_files=/nowhere/train.parquet", "data.val_files=x.parquet", f"trainer.default_local_dir={full}"]

@@ -1,5 +1,6 @@
 """The launchers on a real Ray cluster of two nodes: network namespaces of this machine, joined by a bridge."""
 
+import atexit
 import json
 import os
 import re
@@ -70,6 +71,8 @@ class Launch:
             cwd="/",  # Ray's workers import from a driver's folder, and `python -m` does: not from the checkout
         )
         self.text = ""
+        # An interrupted test session must not leave a cluster behind.
+        atexit.register(self.process.send_signal, signal.SIGTERM)
 
     def read_until(self, words):
         for line in self.process.stdout:
