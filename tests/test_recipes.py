@@ -18,6 +18,8 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from cppo_verl import paper
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml"))
@@ -46,7 +48,6 @@ def test_there_is_a_recipe_for_every_column_of_the_papers_table():
     assert set(SCALES) == TABLE.keys() == set(paper.MODELS)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
@@ -101,7 +102,6 @@ def test_a_recipe_follows_its_overrides(recipe):
     assert {OmegaConf.select(swept, key) for key in (*seeds, "actor_rollout_ref.actor.fsdp_config.seed")} == {7}
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -51,6 +51,7 @@ def leaves(config, path=""):
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["cppo_kl", "grpo"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_recipe_shrinks_in_size_and_changes_platform_and_nothing_else(shrink, scale, method):
