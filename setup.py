@@ -22,7 +22,7 @@ setup(
     # package resources read like an ordinary install.
     package_dir={"": "."},
     packages=find_packages(include=["cppo_verl", "cppo_verl.*"]),
-    package_data={"cppo_verl": ["config/**/*.yaml"]},
+    package_data={"cppo_verl": ["config/**/*.yaml", "look/templates/*"]},
     install_requires=["torch>=2.6", "numpy>=2.0", "wrapt>=1.16"],
     extras_require={
         "gpu": pinned("gpu.txt"),

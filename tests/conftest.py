@@ -1,7 +1,9 @@
 import os
 
+import browser as chromium
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 from trainer_run import SHORT, Run
 
 # Unit tests are many small tensors: threads only get in each other's way.
@@ -27,3 +29,11 @@ def compose():
 def first(tmp_path_factory):
     """The quickstart in short, six steps on one rank: four updates a rollout batch."""
     return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with sync_playwright() as playwright:
+        started = chromium.launch(playwright)
+        yield started
+        started.close()

@@ -78,9 +78,8 @@ def batch(seed=0, rows=24):
     return TensorDict({name: nested(rows) for name, rows in fields.items()}, batch_size=rows), log_pi
 
 
-def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, measured=None):
-    """The records of a step, as verl's engine makes its workers' loss leave them: the policy stays where it is."""
-    actor = FSDPActorConfig(
+def actor(method):
+    return FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=1,
@@ -88,9 +87,13 @@ def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, me
         clip_ratio_low=0.2,
         clip_ratio_high=0.28,
     )
+
+
+def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, measured=None):
+    """The records of a step, as verl's engine makes its workers' loss leave them: the policy stays where it is."""
     data = data.copy()
     data.update(dump.row_field(drawn, len(data)))
-    loss = partial(dump.recording_loss, partial(ppo_loss, config=actor))
+    loss = partial(dump.recording_loss, partial(ppo_loss, config=actor(method)))
     for _ in range(epochs):
         for begin in range(0, len(data), micro_batch):
             rows = list(range(begin, begin + micro_batch))
@@ -113,7 +116,12 @@ def writer(folder, megabytes=1.0, every=1, method=None):
         "model": {"path": "some/model"},
     }
     settings = DumpConfig(every=every, responses=8, megabytes=megabytes, folder=str(folder))
-    return dump.DumpWriter(OmegaConf.create({"actor_rollout_ref": config}), settings)
+    run = {
+        "actor_rollout_ref": config,
+        "trust_region": {"partition": "binary", "delta": 0.05, "dump": {"every": every}},
+        "data": {"max_response_length": 12},
+    }
+    return dump.DumpWriter(OmegaConf.create(run), settings)
 
 
 def dumped(tmp_path, method, drawn=None, **kwargs):
@@ -247,13 +255,12 @@ def test_only_drawn_responses_are_recorded_once_an_update_whatever_the_split(tmp
 
 def test_a_step_without_a_dump_leaves_nothing(tmp_path):
     data, log_pi = batch()
-    actor = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=CPPO())
     tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=100, global_batch_size=24)
     packed = [
         torch.cat([torch.zeros(len(p) - 1), x, torch.zeros(1)]) for p, x in zip(data["prompts"], log_pi, strict=True)
     ]
     output = {"log_probs": torch.cat(packed)}
-    loss = partial(ppo_loss, config=actor)
+    loss = partial(ppo_loss, config=actor(CPPO()))
     plain = loss(model_output=output, data=data, dp_group=None)
     recorded = dump.recording_loss(loss, model_output=output, data=data, dp_group=None)
     assert torch.equal(plain[0], recorded[0])

@@ -177,6 +177,8 @@ class DumpWriter:
             "clip_ratio_low": actor.clip_ratio_low,
             "clip_ratio_high": actor.clip_ratio_high,
             "divergence": method.get("divergence", "binary_tv"),
+            "trust_region": {key: value for key, value in config.trust_region.items() if key != "dump"},
+            "max_response_length": config.data.max_response_length,
             "tokenizer": model.get("tokenizer_path") or model.path,
         }
         self.full = False

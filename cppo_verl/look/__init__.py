@@ -1,0 +1,1 @@
+"""Looking at runs: what other methods would have done, which thresholds fit, and a report of it all."""
