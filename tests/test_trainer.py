@@ -344,11 +344,11 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_spares_the_one_before(
     assert run.survivors() == []
 
 
-METHODS = ["grpo", "cispo", "trm_max_avg", "minpro", "drpo"]
+METHODS = ["grpo", "trm_max_avg", "minpro"]  # the losses beside CPPO's: verl's own and the plug-in's other two
 
 
 def sweep(output):
-    """Every kind of loss for two steps, as a sweep over the quickstart's config."""
+    """These losses for two steps, as a sweep over the quickstart's config."""
     # The config file has chosen a method: no plus sign.
     command = [f"output={output}", f"method={','.join(METHODS)}", "trainer.total_training_steps=2"]
     command += ["trainer.save_freq=-1", "trainer.test_freq=2", "trainer.val_before_train=false"]
@@ -360,11 +360,11 @@ def sweep(output):
 
 @pytest.fixture(scope="module")
 def killed_sweep(first, tmp_path_factory):
-    """Killed as its third point starts."""
+    """Killed as its second point starts."""
     output = tmp_path_factory.mktemp("methods")
     link(first, output)
-    run = sweep(output).read_until(rf"3/5 method={METHODS[2]}: started")
-    while not (output / "sweep" / f"method={METHODS[2]}" / "train-0.log").exists():
+    run = sweep(output).read_until(rf"2/3 method={METHODS[1]}: started")
+    while not (output / "sweep" / f"method={METHODS[1]}" / "train-0.log").exists():
         time.sleep(0.1)
     run.process.send_signal(signal.SIGINT)
     return run.finish()
@@ -378,24 +378,24 @@ def resumed_sweep(killed_sweep):
 
 def test_a_killed_sweep_leaves_no_process_and_says_how_to_go_on(killed_sweep):
     assert killed_sweep.code == 130, killed_sweep.text
-    assert "2 finished, 0 failed, 3 to be run" in killed_sweep.text
+    assert "1 finished, 0 failed, 2 to be run" in killed_sweep.text
     assert killed_sweep.survivors() == []
 
 
 def test_a_resumed_sweep_runs_no_finished_point_again(resumed_sweep):
     assert resumed_sweep.code == 0, resumed_sweep.text
-    assert "5 finished, 0 failed, 0 to be run" in resumed_sweep.text
+    assert "3 finished, 0 failed, 0 to be run" in resumed_sweep.text
     attempts = [len(list((resumed_sweep.output / "sweep" / f"method={m}").glob("train-*.log"))) for m in METHODS]
-    assert attempts == [1, 1, 2, 1, 1]
+    assert attempts == [1, 2, 1]
     assert resumed_sweep.survivors() == []
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_kind_of_loss_trains(resumed_sweep, method):
+def test_every_loss_trains(resumed_sweep, method):
     run = read_run(resumed_sweep.output / "sweep" / f"method={method}")
     assert [run.steps[step]["actor/grad_norm"] > 0 for step in (1, 2)] == [True, True]
     assert 0 <= run.steps[1]["trust_region/left_out_prompt_share"] < 1
-    assert ("trust_region/masked_share" in run.steps[1]) == (method not in ("grpo", "cispo"))
+    assert ("trust_region/masked_share" in run.steps[1]) == (method != "grpo")
 
 
 def test_a_sweep_becomes_a_table_of_its_methods(resumed_sweep):
