@@ -338,7 +338,6 @@ class Cluster:
 
 
 def _launch(names: list[str], args: argparse.Namespace, signals: Signals) -> tuple[int, int | None]:
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     with ray_cluster(names, args, signals) as cluster:
         code, asked_by = _check_and_run(args, signals, cluster)
         cluster.well = code in (0, EXIT_CODE_STOPPED)
@@ -350,8 +349,9 @@ def ray_cluster(names: list[str], args: argparse.Namespace, signals: Signals) ->
     """Ray on all nodes, the first of which is this machine.
 
     Raises:
-        ClusterError: a node did not join.
+        ClusterError: the first node is not known here, before anything has started; or a node did not join.
     """
+    first = head_address(names)
     order = {
         "token": secrets.token_hex(32),
         "folder": os.getcwd(),
@@ -366,8 +366,9 @@ def ray_cluster(names: list[str], args: argparse.Namespace, signals: Signals) ->
     agent = ["-m", "cppo_verl", "cluster", "node"]
     cluster = Cluster({name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}, [])
     deadline = time.monotonic() + args.timeout
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        head = Node(names[0], [sys.executable, *agent], order | {"head": head_address(names)})
+        head = Node(names[0], [sys.executable, *agent], order | {"head": first})
         cluster.nodes.append(head)
         _wait_ready(cluster.nodes, deadline)
         cluster.environment |= head.ready["environment"]

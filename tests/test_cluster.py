@@ -286,6 +286,19 @@ def test_an_unknown_first_node(capsys):
     assert "no.such.host.invalid" in capsys.readouterr().err
 
 
+@pytest.mark.process
+def test_a_mistake_ends_nothing_and_adopts_nothing():
+    """The launcher ends all that descends from its process and becomes the parent of orphans, but only with Ray."""
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        assert main(["cluster", "hosts", "--nodes", "no.such.host.invalid", "--", "true"]) == 1
+        assert bystander.poll() is None
+        bystander.kill()
+    orphan = psutil.Process(int(subprocess.check_output("sleep 60 >/dev/null & echo $!", shell=True)))
+    parent = orphan.ppid()
+    orphan.kill()
+    assert parent != os.getpid()
+
+
 def test_the_manifests_numbers_fit_its_command():
     """(KubeRay's own schemas were tried by hand, see recipes/cluster/README.md.)"""
     job = yaml.safe_load((ROOT / "recipes" / "cluster" / "kuberay.yaml").read_text())["spec"]
