@@ -17,7 +17,8 @@ import yaml
 from trainer_run import MARK, survivors
 
 from cppo_verl.__main__ import main
-from cppo_verl.cluster import head_address, trainer_arguments
+from cppo_verl.agents import head_address
+from cppo_verl.cluster import trainer_arguments
 
 ROOT = Path(__file__).parents[1]
 SITE_PACKAGES = Path(psutil.__file__).parents[1]
