@@ -228,22 +228,20 @@ def _check_and_run(args: argparse.Namespace, signals: Signals, cluster: Cluster)
     doctor += trainer_arguments(args.command) or []
     if subprocess.run(doctor, env=cluster.environment, start_new_session=True).returncode:
         raise ClusterError("not every node can run this command (FAIL above); it was not started")
-    if args.folder is not None:
-        stop.start_over(args.folder)
-    try:
-        process = subprocess.Popen(
-            args.command, env=cluster.environment, start_new_session=True, preexec_fn=end_with_parent
-        )
-    except OSError as error:
-        raise ClusterError(f"{args.command[0]}: {error.strerror}") from error
-    try:
-        with signals.collecting() as received:
+    with signals.collecting() as received:
+        try:
+            process = subprocess.Popen(
+                args.command, env=cluster.environment, start_new_session=True, preexec_fn=end_with_parent
+            )
+        except OSError as error:
+            raise ClusterError(f"{args.command[0]}: {error.strerror}") from error
+        try:
             code = _wait(process, received, args, cluster)
-    finally:
-        signals.ignore()
-        end_process(process)
-        if args.folder is not None:
-            stop.withdraw(args.folder)
+        finally:
+            signals.ignore()
+            end_process(process)
+            if args.folder is not None and received:
+                stop.withdraw(args.folder)
     if args.folder is not None and code == 0 and (what := stop.stopped(args.folder)):
         print(f"cppo_verl cluster: {what}; the same command continues", flush=True)
         code = EXIT_CODE_STOPPED

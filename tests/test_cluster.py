@@ -208,6 +208,35 @@ def test_a_signal_leaves_nothing(nodes, number, when):
     assert launch.survivors() == []
 
 
+LISTENS = """
+import sys, time
+from cppo_verl import stop
+folder = sys.argv[-1].removeprefix("trainer.default_local_dir=")
+print("left over:", stop.start_over(folder), flush=True)
+while (asked := stop.requested(folder)) is None:
+    time.sleep(0.1)
+stop.answer(folder, f"stopped after step 1 of 2: {asked}")
+"""
+
+
+@pytest.mark.process
+def test_a_signal_asks_a_run_and_what_was_asked_before_is_for_the_run_to_find(nodes, tmp_path):
+    """A program in the trainer's place, to which tests/test_trainer.py makes the same request."""
+    (tmp_path / "stop").write_text("yesterday's")
+    arguments = ["+method=cppo", "+platform=cpu", "trainer.n_gpus_per_node=1", "trainer.logger=[console]"]
+    arguments += [f"{key}={tmp_path}" for key in ("data.train_files", "data.val_files")]
+    arguments += [f"actor_rollout_ref.model.path={tmp_path}", f"trainer.default_local_dir={tmp_path}"]
+    command = [sys.executable, "-c", LISTENS, "verl.trainer.main_ppo", *arguments]
+    launch = Launch(nodes, *command, names=nodes[:1]).read_until("left over")
+    assert "left over: yesterday's" in launch.text
+    launch.process.send_signal(signal.SIGTERM)
+    launch.finish()
+    assert "cppo_verl cluster: stopped after step 1 of 2: SIGTERM; the same command continues" in launch.text
+    assert launch.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
+    assert launch.survivors() == []
+
+
 @pytest.mark.process
 def test_ray_and_the_command_end_also_with_a_launcher_that_is_killed(nodes):
     launch = Launch(nodes, sys.executable, "-c", "import time; print('started', flush=True); time.sleep(1000)")
