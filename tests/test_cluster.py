@@ -1,6 +1,5 @@
 """The launchers on a real Ray cluster of two nodes: network namespaces of this machine, joined by a bridge."""
 
-import atexit
 import json
 import os
 import re
@@ -8,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from trainer_run import MARK, survivors
+from trainer_run import MARK, Program
 
 from cppo_verl.__main__ import main
 from cppo_verl.agents import head_address
@@ -54,41 +52,20 @@ def nodes():
         subprocess.run(["ip", "link", "del", bridge], stderr=subprocess.DEVNULL)
 
 
-class Launch:
-    """`cluster hosts` on the first node, every process of it findable by an environment variable."""
+class Launch(Program):
+    """`cluster hosts` on the first node."""
 
     def __init__(self, nodes, *command, names=None, options=(), environment=None):
-        self.mark = uuid.uuid4().hex
         arguments = ["--nodes", ",".join(names or nodes), "--rsh", "ip netns exec"]
         arguments += ["--ray-start", "--num-gpus=1 --num-cpus=16", *options, "--", *command]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.process = subprocess.Popen(
+        super().__init__(
             ["ip", "netns", "exec", nodes[0], sys.executable, "-m", "cppo_verl", "cluster", "hosts", *arguments],
-            env=os.environ | {"PATH": path, MARK: self.mark, "TMPDIR": "/tmp"} | (environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            {"PATH": path, "TMPDIR": "/tmp"} | (environment or {}),
+            signal.SIGTERM,
             start_new_session=True,
             cwd="/",  # Ray's workers import from a driver's folder, and `python -m` does: not from the checkout
         )
-        self.text = ""
-        # An interrupted test session must not leave a cluster behind.
-        atexit.register(self.process.send_signal, signal.SIGTERM)
-
-    def read_until(self, words):
-        for line in self.process.stdout:
-            self.text += line
-            if words in line:
-                return self
-        raise AssertionError(f"{words!r} never came:\n{self.text}")
-
-    def finish(self):
-        self.text += self.process.stdout.read()
-        self.code = self.process.wait()
-        return self
-
-    def survivors(self):
-        return survivors(self.mark)
 
 
 def environment_of_a_node(folder, version):
