@@ -79,8 +79,7 @@ def train(output, overrides, config, show):
         print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
         return 130
     if trainer.returncode:
-        print(f"\nthe trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
-        print(launch.last_lines(log), file=sys.stderr)
+        launch.show_failure(trainer, log)
     return trainer.returncode
 
 
