@@ -56,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
     platform = get_platform()
-    report.say("ok", "device", _device(platform))
+    _device(report, platform)
     _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
+    if platform.device_name == "cpu" and _installed("vllm"):
+        _kernels(report)
     _registered(report, "this process", registered())
     config = _compose(report, args.overrides) if args.overrides else None
     if args.cluster:
@@ -113,13 +115,18 @@ def registered() -> dict[str, bool]:
     return found
 
 
-def _device(platform) -> str:
+def _device(report: Report, platform) -> None:
     import torch
 
-    if platform.device_name != "cpu":
-        return f"{platform.device_name} ({platform.vendor_name}), {platform.device_count()} visible here"
-    why = "VERL_PLATFORM=cpu" if os.environ.get("VERL_PLATFORM") else f"torch {torch.__version__} has no accelerator"
-    return f"cpu, {os.cpu_count()} cores ({why}); add +platform=cpu to the command"
+    if platform.device_name == "cpu":
+        forced = os.environ.get("VERL_PLATFORM")
+        why = "VERL_PLATFORM=cpu" if forced else f"torch {torch.__version__} has no accelerator"
+        report.say("ok", "device", f"cpu, {os.cpu_count()} cores ({why}); add +platform=cpu to the command")
+        return
+    count = platform.device_count()
+    found = f"{platform.device_name} ({platform.vendor_name}), {count} visible here"
+    way_out = f": to train on this machine see its driver and {platform.visible_devices_envvar()}"
+    report.say("ok" if count else "warn", "device", found if count else found + way_out)
 
 
 def _installed(name: str) -> str | None:
@@ -151,6 +158,24 @@ def _versions(report: Report, extra: str) -> None:
             report.say("ok", name, installed)
         else:
             report.say("warn", name, f"{installed}; tested with {wanted}")
+
+
+def _kernels(report: Report) -> None:
+    """Load vLLM's kernels for the CPU: vLLM only warns where they do not load, and its engine fails later."""
+    import torch
+
+    reason = "this vllm is no build for the CPU"
+    try:
+        from vllm.platforms import current_platform
+
+        current_platform.import_kernels()  # of several builds the one for this processor
+        loaded = hasattr(torch.ops._C, "cpu_attention_with_kv_cache")
+        if not loaded:
+            import vllm._C  # noqa: F401  for its error
+    except ImportError as error:
+        loaded, reason = False, str(error)
+    way_out = "install the system library libnuma1" if "libnuma" in reason else "run `make install`"
+    report.check(loaded, "vLLM's kernels", "loaded", f"{reason}: {way_out}")
 
 
 def _registered(report: Report, where: str, found: dict[str, bool]) -> None:

@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
         print("\ninterrupted; the same command starts over", flush=True)
         return 130
     if trainer.returncode:
-        print(f"verl ended with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
-        print(launch.last_lines(log), file=sys.stderr)
+        launch.show_failure(trainer, log)
         return trainer.returncode
     dumps = [path for path in (output / GENERATIONS).glob("*.jsonl") if path.stem.isdigit()]
     if not dumps:

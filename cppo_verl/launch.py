@@ -96,6 +96,12 @@ def trainer(
         raise Stopped(what)
 
 
+def show_failure(trainer: subprocess.Popen, log: Path) -> None:
+    """Print the exit code of a trainer that failed, and the end of its log."""
+    print(f"\nverl's trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
+    print(last_lines(log), file=sys.stderr)
+
+
 def last_lines(log: Path, count: int = 30) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
 

@@ -24,26 +24,39 @@ def build_tokenizer(questions, answers):
     The instructions that every question ends with are one token, digits in them or not, so a question is
     about as long as the numbers in it. Text made of other pieces becomes ``<unk>``.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     tail = os.path.commonprefix([question[::-1] for question in questions])[::-1]
     # ".0" stays with the text after it: the decimals of a whole number carry no information.
     piece = (re.escape(tail) + "|" if tail else "") + r"[0-9]|(?:\.0)?[^0-9]+"
     pieces = sorted({match for text in [*questions, *answers] for match in re.findall(piece, text)})
     vocabulary = [PAD, EOS, USER, ASSISTANT, UNKNOWN, *pieces]
-    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return word_tokenizer(
+        vocabulary,
+        piece,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
         additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def word_tokenizer(vocabulary, piece, *, unk_token, **settings):
+    """A fast tokenizer with ``vocabulary`` in its order, for text that the regular expression ``piece`` cuts up.
+
+    ``settings`` are those of transformers' ``PreTrainedTokenizerFast``.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=unk_token))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=unk_token,
         clean_up_tokenization_spaces=False,
         padding_side="left",
+        **settings,
     )
 
 

@@ -133,8 +133,7 @@ def train(output, arguments):
         print("interrupted", flush=True)
         return 130
     if trainer.returncode:
-        print(f"the trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
-        print(launch.last_lines(log), file=sys.stderr)
+        launch.show_failure(trainer, log)
     else:
         print(f"metrics: {output / 'checkpoints'}/metrics-*.jsonl")
     return trainer.returncode

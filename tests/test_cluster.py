@@ -1,6 +1,5 @@
 """The launchers on a real Ray cluster of two nodes: network namespaces of this machine, joined by a bridge."""
 
-import atexit
 import json
 import os
 import re
@@ -8,16 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from trainer_run import MARK, survivors
+from trainer_run import MARK, Program
 
 from cppo_verl.__main__ import main
-from cppo_verl.cluster import head_address, trainer_arguments
+from cppo_verl.agents import head_address
+from cppo_verl.cluster import trainer_arguments
 
 ROOT = Path(__file__).parents[1]
 SITE_PACKAGES = Path(psutil.__file__).parents[1]
@@ -53,41 +52,20 @@ def nodes():
         subprocess.run(["ip", "link", "del", bridge], stderr=subprocess.DEVNULL)
 
 
-class Launch:
-    """`cluster hosts` on the first node, every process of it findable by an environment variable."""
+class Launch(Program):
+    """`cluster hosts` on the first node."""
 
     def __init__(self, nodes, *command, names=None, options=(), environment=None):
-        self.mark = uuid.uuid4().hex
         arguments = ["--nodes", ",".join(names or nodes), "--rsh", "ip netns exec"]
         arguments += ["--ray-start", "--num-gpus=1 --num-cpus=16", *options, "--", *command]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.process = subprocess.Popen(
+        super().__init__(
             ["ip", "netns", "exec", nodes[0], sys.executable, "-m", "cppo_verl", "cluster", "hosts", *arguments],
-            env=os.environ | {"PATH": path, MARK: self.mark, "TMPDIR": "/tmp"} | (environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            {"PATH": path, "TMPDIR": "/tmp"} | (environment or {}),
+            signal.SIGTERM,
             start_new_session=True,
             cwd="/",  # Ray's workers import from a driver's folder, and `python -m` does: not from the checkout
         )
-        self.text = ""
-        # An interrupted test session must not leave a cluster behind.
-        atexit.register(self.process.send_signal, signal.SIGTERM)
-
-    def read_until(self, words):
-        for line in self.process.stdout:
-            self.text += line
-            if words in line:
-                return self
-        raise AssertionError(f"{words!r} never came:\n{self.text}")
-
-    def finish(self):
-        self.text += self.process.stdout.read()
-        self.code = self.process.wait()
-        return self
-
-    def survivors(self):
-        return survivors(self.mark)
 
 
 def environment_of_a_node(folder, version):
@@ -207,6 +185,35 @@ def test_a_signal_leaves_nothing(nodes, number, when):
     assert launch.survivors() == []
 
 
+LISTENS = """
+import sys, time
+from cppo_verl import stop
+folder = sys.argv[-1].removeprefix("trainer.default_local_dir=")
+print("left over:", stop.start_over(folder), flush=True)
+while (asked := stop.requested(folder)) is None:
+    time.sleep(0.1)
+stop.answer(folder, f"stopped after step 1 of 2: {asked}")
+"""
+
+
+@pytest.mark.process
+def test_a_signal_asks_a_run_and_what_was_asked_before_is_for_the_run_to_find(nodes, tmp_path):
+    """A program in the trainer's place, to which tests/test_trainer.py makes the same request."""
+    (tmp_path / "stop").write_text("yesterday's")
+    arguments = ["+method=cppo", "+platform=cpu", "trainer.n_gpus_per_node=1", "trainer.logger=[console]"]
+    arguments += [f"{key}={tmp_path}" for key in ("data.train_files", "data.val_files")]
+    arguments += [f"actor_rollout_ref.model.path={tmp_path}", f"trainer.default_local_dir={tmp_path}"]
+    command = [sys.executable, "-c", LISTENS, "verl.trainer.main_ppo", *arguments]
+    launch = Launch(nodes, *command, names=nodes[:1]).read_until("left over")
+    assert "left over: yesterday's" in launch.text
+    launch.process.send_signal(signal.SIGTERM)
+    launch.finish()
+    assert "cppo_verl cluster: stopped after step 1 of 2: SIGTERM; the same command continues" in launch.text
+    assert launch.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
+    assert launch.survivors() == []
+
+
 @pytest.mark.process
 def test_ray_and_the_command_end_also_with_a_launcher_that_is_killed(nodes):
     launch = Launch(nodes, sys.executable, "-c", "import time; print('started', flush=True); time.sleep(1000)")
@@ -284,6 +291,19 @@ def test_a_mistake_in_the_command_shows_before_anything_starts(capsys):
 def test_an_unknown_first_node(capsys):
     assert main(["cluster", "hosts", "--nodes", "no.such.host.invalid", "--", "true"]) == 1
     assert "no.such.host.invalid" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_a_mistake_ends_nothing_and_adopts_nothing():
+    """The launcher ends all that descends from its process and becomes the parent of orphans, but only with Ray."""
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        assert main(["cluster", "hosts", "--nodes", "no.such.host.invalid", "--", "true"]) == 1
+        assert bystander.poll() is None
+        bystander.kill()
+    orphan = psutil.Process(int(subprocess.check_output("sleep 60 >/dev/null & echo $!", shell=True)))
+    parent = orphan.ppid()
+    orphan.kill()
+    assert parent != os.getpid()
 
 
 def test_the_manifests_numbers_fit_its_command():

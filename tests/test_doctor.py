@@ -1,6 +1,12 @@
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from cppo_verl.__main__ import main
+from cppo_verl.doctor import Report, _device
 
 COMMAND = [
     "+method=cppo",
@@ -26,6 +32,7 @@ def test_a_sound_environment_and_command(doctor):
     assert "registered: policy losses, trainers, top-K rollout, hydra groups, platform cpu, FSDP2 engine on cpu" in out
     assert "divergence=binary_tv top_k=20 ratio_cap=20.0 delta=0.15 delta_b=0.02 budget=adaptive" in out
     assert "the rollout engine's own log-probabilities (processed_logprobs, temperature 1.0, top_p 1, top_k -1)" in out
+    assert "vLLM's kernels          loaded" in out
     assert "FAIL" not in out
 
 
@@ -56,6 +63,29 @@ def test_a_command_without_the_method_is_not_cppo(doctor):
     code, out = doctor("+platform=cpu")
     assert code == 1
     assert "add +method=cppo to the command" in out
+
+
+@pytest.mark.process
+def test_a_system_library_that_vllm_lacks_is_named(tmp_path):
+    (tmp_path / "libnuma.so.1").touch()  # the loader finds this one first, and cannot use it
+    command = [sys.executable, "-m", "cppo_verl", "doctor", "--no-ray"]
+    result = subprocess.run(
+        command, env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    (failure,) = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
+    assert f"{tmp_path}/libnuma.so.1: file too short: install the system library libnuma1" in failure
+
+
+def test_a_gpu_platform_without_a_gpu_is_warned_of(capsys):
+    from verl.plugin.platform import PlatformRegistry
+
+    if torch.cuda.device_count():
+        pytest.skip("this machine has one")
+    _device(Report(), PlatformRegistry.get("nvidia")())
+    out = capsys.readouterr().out
+    assert out.startswith("warn  device ")
+    assert "cuda (nvidia), 0 visible here: to train on this machine see its driver and CUDA_VISIBLE_DEVICES" in out
 
 
 @pytest.mark.trainer

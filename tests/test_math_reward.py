@@ -372,7 +372,14 @@ def test_verl_calls_the_rewards_and_reports_accuracy(compose, name):
 
 def _verifiers():
     """The running verifier processes of this process."""
-    return [child for child in psutil.Process().children() if math_reward.__file__ in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if math_reward.__file__ in _command(child)]
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # or a zombie
+        return []
 
 
 def _alive(process):

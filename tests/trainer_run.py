@@ -27,28 +27,22 @@ SHORT = [
 ]
 
 
-class Run:
-    """One attempt of the quickstart, of another script that trains to ``--output``, or of a program as Python's
-    arguments name it; every process that it starts is findable by an environment variable."""
+class Program:
+    """A command that a test starts, every process of which is findable by an environment variable."""
 
-    def __init__(self, output, *overrides, script=QUICKSTART, program=(), probe=""):
+    def __init__(self, command, environment, ended_by, **settings):
         self.mark = uuid.uuid4().hex
-        environment = {MARK: self.mark, "PYTHONUNBUFFERED": "1"}
-        if probe:
-            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-            environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        self.output = output
         self.process = subprocess.Popen(
-            [sys.executable, *(program or [str(script), "--output", str(output)]), *overrides],
-            env=os.environ | environment,
+            command,
+            env=os.environ | {MARK: self.mark} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            **settings,
         )
         self.text = ""
-        # An interrupted test session must not leave a trainer behind.
-        atexit.register(self.process.send_signal, signal.SIGINT)
+        # An interrupted test session must not leave a trainer or a cluster behind.
+        atexit.register(self.process.send_signal, ended_by)
 
     def read_until(self, pattern):
         for line in self.process.stdout:
@@ -64,6 +58,21 @@ class Run:
 
     def survivors(self):
         return survivors(self.mark)
+
+
+class Run(Program):
+    """One attempt of the quickstart, of another script that trains to ``--output``, or of a program as Python's
+    arguments name it."""
+
+    def __init__(self, output, *overrides, script=QUICKSTART, program=(), probe=""):
+        environment = {"PYTHONUNBUFFERED": "1"}
+        if probe:
+            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        self.output = output
+        program = program or [str(script), "--output", str(output)]
+        super().__init__([sys.executable, *program, *overrides], environment, signal.SIGINT)
 
 
 def survivors(mark, patience=90):  # a Ray process was seen to take half a minute, on a machine with other work

@@ -184,7 +184,7 @@ class DumpWriter:
         self.full = False
 
     def due(self, step: int) -> bool:
-        return self.settings.every > 0 and step % self.settings.every == 0 and not self.full
+        return step % self.settings.every == 0 and not self.full
 
     def write(self, step: int, part: int | None, records: list[Record], keys: dict[int, str], data: TensorDict) -> None:
         """Write a step's file, unless the folder would grow beyond its bound or cannot be written to.

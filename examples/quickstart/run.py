@@ -34,20 +34,30 @@ ACCURACY = f"val-core/reasoning_gym/{TASK}/acc/mean@16"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
-    args, overrides = parser.parse_known_args(argv)
-    output = args.output.resolve()
     begin = time.time()
-
-    data = output / "data"
-    if not (data / "validation.parquet").exists():
-        write_parquet(TASK, data, train_size=8192, validation_size=48, seed=1, **TASK_SETTINGS)
-    warmup.warm_up(data / "train.parquet", data / "validation.parquet", output / "model", warmup.Settings())
+    output, overrides = arguments(argv, __doc__, "outputs/quickstart")
+    files = write_data(output / "data", TASK, TASK_SETTINGS)
+    warmup.warm_up(*files, output / "model", warmup.Settings())
     code = train(output, overrides, HERE / "quickstart.yaml", progress)
     if code == 0:
         summarise(output, time.time() - begin)
     return code
+
+
+def arguments(argv, description, default):
+    """The run's folder and hydra's overrides."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(default), help="default: %(default)s")
+    args, overrides = parser.parse_known_args(argv)
+    return args.output.resolve(), overrides
+
+
+def write_data(folder, task, settings):
+    """A task's training and validation file, made unless they are there."""
+    files = folder / "train.parquet", folder / "validation.parquet"
+    if not files[-1].exists():
+        write_parquet(task, folder, train_size=8192, validation_size=48, seed=1, **settings)
+    return files
 
 
 def train(output, overrides, config, show):
@@ -79,8 +89,7 @@ def train(output, overrides, config, show):
         print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
         return 130
     if trainer.returncode:
-        print(f"\nthe trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
-        print(launch.last_lines(log), file=sys.stderr)
+        launch.show_failure(trainer, log)
     return trainer.returncode
 
 

@@ -7,6 +7,8 @@ import torch
 import warmup  # the quickstart's
 from verl.tools.function_tool import get_function_tool
 
+from cppo_verl import tiny
+
 PAD, START, END, UNKNOWN = "<|pad|>", "<|im_start|>", "<|im_end|>", "<unk>"
 # Qwen's format for conversations with tools (Hermes'), without its instructions.
 CHAT_TEMPLATE = """\
@@ -31,7 +33,7 @@ EXPRESSION = r"[0-9]+ \* [0-9]+"
 
 def build_tokenizer(questions):
     """A fast tokenizer with one token per digit, line break, marker of the chat, and stretch of text between them."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     piece = r"[0-9]|\n|<\|\w+\|>|[^0-9\n<]+|<[^<0-9\n|]*"
@@ -43,18 +45,14 @@ def build_tokenizer(questions):
     ]
     pieces = sorted({match for text in texts for match in re.findall(piece, text)} - {START, END})
     vocabulary = [PAD, START, END, UNKNOWN, *pieces]
-    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return tiny.word_tokenizer(
+        vocabulary,
+        piece,
         pad_token=PAD,
         eos_token=END,
         unk_token=UNKNOWN,
         additional_special_tokens=[START],
         chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
     )
 
 

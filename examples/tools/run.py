@@ -10,7 +10,6 @@ do not advance t, and the weights, the budget and the masks of CPPO run on over 
 Each part is skipped if FOLDER already holds it; an interrupted training continues from its last checkpoint.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -23,25 +22,16 @@ import chat  # noqa: E402
 import run as quickstart  # noqa: E402
 import warmup  # noqa: E402
 
-from cppo_verl.reasoning_gym import write_parquet  # noqa: E402
-
 TASK = "products"
 TASK_SETTINGS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 ACCURACY = f"val-core/reasoning_gym/{TASK}/acc/mean@4"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/tools"), help="default: %(default)s")
-    args, overrides = parser.parse_known_args(argv)
-    output = args.output.resolve()
     begin = time.time()
-
-    data = output / "data"
-    if not (data / "validation.parquet").exists():
-        write_parquet(TASK, data, train_size=8192, validation_size=48, seed=1, **TASK_SETTINGS)
-    settings = warmup.Settings(batch_size=32, noise=0.05, target=0.8)
-    chat.warm_up(data / "train.parquet", data / "validation.parquet", output / "model", settings)
+    output, overrides = quickstart.arguments(argv, __doc__, "outputs/tools")
+    files = quickstart.write_data(output / "data", TASK, TASK_SETTINGS)
+    chat.warm_up(*files, output / "model", warmup.Settings(batch_size=32, noise=0.05, target=0.8))
     tool = f"actor_rollout_ref.rollout.multi_turn.function_tool_path={HERE.resolve() / 'calculator.py'}"
     code = quickstart.train(output, [tool, *overrides], HERE / "tools.yaml", progress)
     if code == 0:
