@@ -508,6 +508,7 @@ def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, mode
     command += ["trainer.total_training_steps=50", "actor_rollout_ref.actor.policy_loss.mask_std_0=false"]
     command += ["trainer.save_freq=1", "trainer.max_actor_ckpt_to_keep=null"]
     command += ["actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"]
+    command += ["trust_region.dump.every=1", "trust_region.dump.responses=1000"]
     if mode == "colocate_async":
         command += ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2"]
         command += ["actor_rollout_ref.actor.use_dynamic_bsz=true"]
@@ -529,6 +530,16 @@ def test_divergences_of_stale_responses_are_those_of_two_checkpoints(first, mode
         assert (values["trust_region/first_update/divergence"] > 1e-4) == stale
         assert values["trust_region/later_updates/divergence"] > 1e-4
     assert steps[2]["training/off_policy/trajectory_staleness/min"] == 1
+    tokens = read_tokens(tmp_path)
+    assert tokens.notes == [] and sorted(tokens.headers) == sorted(steps)
+    for step, values in steps.items():
+        of_step = [response for response in tokens.responses if response.step == step]
+        # The separate trainer's metrics of a step are means over its parts, each of one update.
+        parts = {response.update for response in of_step} if mode == "separate_async" else {None}
+        means = [
+            np.concatenate([r.divergence[r.mask] for r in of_step if part in (r.update, None)]).mean() for part in parts
+        ]
+        assert np.mean(means) == pytest.approx(values["trust_region/divergence"], rel=1e-4)
 
     mu, pi = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
