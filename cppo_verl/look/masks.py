@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cppo_verl.diagnostics import POSITION_BINS
 from cppo_verl.look.hindsight import Verdict
 from cppo_verl.tokens import REASONS, Response
 
-BINS = 8
-"""Of the position in the response: bin i holds i / BINS < t / T <= (i + 1) / BINS."""
 REJECTING = ("token", "budget", "response", "clipped")
 
 
@@ -29,11 +28,15 @@ class Masks:
     sign: np.ndarray
     """Of A_t."""
     bin: np.ndarray
+    """Of the position; bin b holds t = 1..T with b / POSITION_BINS < t / T <= (b + 1) / POSITION_BINS."""
     update: np.ndarray
 
     @classmethod
     def of(cls, responses: Sequence[Response], verdicts: Sequence[Sequence[Verdict]]) -> "Masks":
-        """Args: verdicts: of each setting, one a response."""
+        """Args:
+        responses: with a generated token each.
+        verdicts: of each setting, one a response.
+        """
         masks = [response.mask for response in responses]
 
         def flat(arrays):
@@ -43,7 +46,7 @@ class Masks:
             rejected=np.stack([flat([rejected(v) for v in of_setting]) for of_setting in verdicts]),
             reason=np.stack([flat([v.reason for v in of_setting]) for of_setting in verdicts]),
             sign=flat([np.sign(r.advantage) for r in responses]).astype(np.int8),
-            bin=flat([(r.position - 1) * BINS // max(r.mask.sum(), 1) for r in responses]),
+            bin=flat([(r.position * POSITION_BINS - 1) // r.mask.sum() for r in responses]),
             update=flat([np.full(len(r.mask), r.update) for r in responses]),
         )
 

@@ -11,10 +11,11 @@ import numpy as np
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl.diagnostics import POSITION_BINS
 from cppo_verl.look import hindsight, token_text
 from cppo_verl.look.hindsight import Setting, Verdict
 from cppo_verl.look.inspect import RUN
-from cppo_verl.look.masks import BINS, REJECTING, Masks, rejected
+from cppo_verl.look.masks import REJECTING, Masks, rejected
 from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
 from cppo_verl.tokens import REASONS, Response, read_tokens
 
@@ -49,6 +50,7 @@ def read(path: Path, steps: Sequence[int] | None = None) -> Look:
     notes, headers = dump.notes, dict(dump.headers)
     for step, header in dump.headers.items():
         missing = [key for key in _READ if key not in header]
+        missing += [key for key in ("method", "trust_region") if not isinstance(header.get(key, {}), dict)]
         if missing:
             notes.append(f"step {step}: its header lacks {', '.join(missing)}, skipped")
             del headers[step]
@@ -93,10 +95,9 @@ def settings(look: Look, methods: list[str] | None) -> list[Judged]:
     found: list[Judged] = []
     own = None
     if RUN in asked:
-        shipped = composed if methods is None else [hindsight.setting(m, look.header) for m in hindsight.METHODS]
         own = _same_thresholds(look)
         try:
-            found.append(_the_runs(look, shipped))
+            found.append(_the_runs(look, composed if methods is None else []))
         except ValueError as error:
             look.notes.append(str(error))
     for setting in composed:
@@ -136,8 +137,7 @@ def _the_runs(look: Look, shipped: list[Setting]) -> Judged:
             line = str(error).splitlines()[0]
             raise ValueError(f"the run's own setting: not readable from the header of step {step} ({line})") from error
 
-    def name(setting: Setting) -> str:
-        return next((s.label for s in shipped if _equal(s, setting)), setting.actor.policy_loss.loss_mode)
+    names = dict.fromkeys(s.label for setting in runs.values() for s in shipped if _equal(s, setting))
 
     def verdicts(responses: list[Response]) -> list[Verdict]:
         by_step = defaultdict(list)
@@ -151,7 +151,7 @@ def _the_runs(look: Look, shipped: list[Setting]) -> Judged:
         return [judged[id(response)] for response in responses]
 
     return Judged(
-        f"this run ({', then '.join(dict.fromkeys(map(name, runs.values())))})",
+        f"this run ({', then '.join(names)})" if names else "this run",
         "; then ".join(dict.fromkeys(map(_about, runs.values()))),
         lambda response: getattr(runs[response.step].actor.policy_loss, "delta", None),
         verdicts,
@@ -199,7 +199,8 @@ def _flat(value, prefix: str = "") -> dict:
 
 def _equal(a: Setting, b: Setting) -> bool:
     return all(
-        getattr(a.actor, name) == getattr(b.actor, name) for name in ("policy_loss", "clip_ratio_low", "clip_ratio_high")
+        getattr(a.actor, name) == getattr(b.actor, name)
+        for name in ("policy_loss", "clip_ratio_low", "clip_ratio_high")
     )
 
 
@@ -250,9 +251,9 @@ def _tables(judged: list[Judged], masks: Masks) -> list[Table]:
     first = Table(
         "share",
         "Masked share and why",
-        "Per cent of all generated tokens. A smooth gate that leaves M_t of an update counts as 1 - M_t of a token. The "
-        "reasons add up to the masked share: token is w_t D_t > delta, budget is c_t < w_t D_t <= delta, response a whole "
-        "response dropped, clipped a clipped ratio"
+        "Per cent of all generated tokens. A smooth gate that leaves M_t of an update counts as 1 - M_t of a token. "
+        "The reasons add up to the masked share: token is w_t D_t > delta, budget is c_t < w_t D_t <= delta, response "
+        "a whole response dropped, clipped a clipped ratio"
         + (", inside what a smooth gate takes of tokens within their thresholds" if smooth else "")
         + ". Towards one: tokens that violate a threshold and are kept, as their update moves the ratio towards one. "
         "Last, the masked share of the tokens of each advantage sign.",
@@ -270,7 +271,7 @@ def _tables(judged: list[Judged], masks: Masks) -> list[Table]:
         "position",
         "By position in the response",
         "Masked share, in per cent, of the tokens in each eighth of their response, t / T from first to last.",
-        ["setting", *(f"{i}/{BINS}–{i + 1}/{BINS}" for i in by_bin)],
+        ["setting", *(f"{i}/{POSITION_BINS}–{i + 1}/{POSITION_BINS}" for i in by_bin)],
         [[name, *(values[i] for values in by_bin.values())] for i, name in enumerate(names)],
     )
     update = Table(
@@ -391,7 +392,8 @@ def page_values(look: Look, judged: list[Judged], limit: int, tokenizer_path: st
         "summary": (
             f"{masks.rejected.shape[1]} generated tokens of {len(responses)} responses, "
             f"{'step' if len(steps) == 1 else 'steps'} {', '.join(map(str, steps))}, "
-            f"{updates} {'update' if updates == 1 else 'updates'} a step; D_t in the dump is {look.header['divergence']}"
+            f"{updates} {'update' if updates == 1 else 'updates'} a step; "
+            f"D_t in the dump is {look.header['divergence']}"
         ),
         "number": len(responses),
         "settings": len(judged),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-_SHOWN = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_SHOWN = {" ": "·", "\n": "¶", "\t": "\\t", "\r": "\\r"}
 
 
 def load(path: str) -> PreTrainedTokenizerBase:
@@ -26,7 +26,7 @@ def texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -> dict
     shown = {}
     for token in ids:
         text = None if tokenizer is None else _text(tokenizer, token)
-        shown[token] = f"⟨{token}⟩" if not text else visible(text)
+        shown[token] = f"‹{token}›" if not text else visible(text)
     return shown
 
 
@@ -52,7 +52,7 @@ def visible(text: str) -> str:
         if character in _SHOWN:
             shown.append(_SHOWN[character])
         elif category[0] in "CZ":
-            shown.append(f"⟨U+{ord(character):04X}⟩")
+            shown.append(f"‹U+{ord(character):04X}›")
         elif category[0] == "M" and (position == 0 or text[position - 1] in _SHOWN):
             shown.append("◌" + character)
         else:

@@ -58,7 +58,7 @@
   };
   const append = (place, ids) => {
     const nodes = ids.map(shown);
-    place.replaceChildren(...nodes.flatMap((node) => (node.textContent.endsWith("⏎") ? [node, make("br")] : [node])));
+    place.replaceChildren(...nodes.flatMap((node) => (node.textContent.endsWith("¶") ? [node, make("br")] : [node])));
     return nodes;
   };
 
@@ -131,11 +131,10 @@
       node.style.backgroundColor = back;
       node.style.borderBottomColor = taken > 0 ? rgb(why, taken) : "transparent";
     });
-    const key = (style, text, className = "") => make("span", {}, Object.assign(make("i", { className }), {}), text);
     const swatch = (background, text, className = "") => {
-      const item = key("", text, className);
-      item.firstChild.style.background = background;
-      return item;
+      const sample = make("i", { className });
+      sample.style.background = background;
+      return make("span", {}, sample, text);
     };
     const items = [];
     const what = verdict.weighted ? "w_t D_t" : "D_t";
@@ -192,12 +191,13 @@
   }
 
   function look(i) {
-    if (state.now !== null) tokens[state.now].classList.remove("now");
+    if (state.now !== null) {
+      tokens[state.now].classList.remove("now");
+      tokens[state.now].tabIndex = -1;
+    }
     state.now = i;
     const node = tokens[i];
-    if (!node) return at("detail").replaceChildren();
     node.classList.add("now");
-    tokens.forEach((each) => (each.tabIndex = -1));
     node.tabIndex = 0;
     const head = make("p", {}, make("b", { textContent: valid(i) ? `t = ${position[i]} ` : "not generated " }), "token ");
     head.append(make("bdi", { textContent: data.texts[response.ids[i]][0] }), ` · id ${response.ids[i]}`);
