@@ -196,6 +196,7 @@ def test_masks_in_the_page_are_the_loops(responses, inspect, tmp_path):
         valid = response.mask.tolist()
         mask = [True] * len(valid) if shown["mask"] is None else [m == "1" for m in shown["mask"]]
         assert mask == valid
+        assert shown["sign"] == ("> 0" if response.advantage.max() > 0 else "< 0")
         assert (shown["ids"], shown["prompt"]) == (response.response.tolist(), response.prompt.tolist())
         for name in ("log_mu", "log_pi", "advantage"):
             np.testing.assert_array_equal(column(shown, shown[name])[mask], getattr(response, name)[mask])
@@ -268,9 +269,8 @@ def test_what_the_dump_cannot_judge_is_named_with_the_way_out(responses, inspect
     assert "topk_tv" in (tmp_path / "page.html").read_text()
     code, _, err, _ = inspect(tmp_path, "--method", text)
     assert code == 1 and "no method is left" in err
-    # the way out
     code, _, _, data = inspect(tmp_path, "--method", f"{text} divergence=binary_tv")
-    assert code == 0
+    assert code == 0 and data["settings"] == [f"{text} divergence=binary_tv"]
 
 
 def test_a_run_that_went_on_with_other_settings(responses, inspect, tmp_path):
@@ -319,7 +319,7 @@ def test_without_a_tokenizer_ids_are_shown_and_the_page_says_so(responses, inspe
     save(tmp_path, 3, responses, **STATED, tokenizer=str(tmp_path / "nowhere"))
     code, _, err, data = inspect(tmp_path, "--method", "run")
     assert code == 0 and "nowhere" in err and "give --tokenizer FOLDER" in err
-    assert all(text == f"‹{token}›" for token, (text, _) in data["texts"].items())
+    assert all(text == f"‹{token}›" for token, text in data["texts"].items())
     assert "give --tokenizer FOLDER" in (tmp_path / "page.html").read_text()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text('{"model": ')
@@ -438,7 +438,11 @@ def test_hostile_text_is_text(page, browser):
     with opened(browser, page[0]) as it:
         shown = it.locator("#text bdi").all_inner_texts()
         assert shown[:6] == BLANKLESS
-        assert it.locator("#text *").evaluate_all("x => [...new Set(x.map(y => y.tagName))].sort()") == ["BDI", "BR"]
+        assert it.locator("#text *").evaluate_all("x => [...new Set(x.map(y => y.tagName))].sort()") == [
+            "BDI",
+            "BR",
+            "DIV",
+        ]
         assert it.locator("#text bdi.special").first.inner_text() == "<eos>"
         # tokens stay in their order on a line, whatever the script they are written in
         boxes = [node.bounding_box() for node in it.locator("#text bdi").all()[:9]]
@@ -465,12 +469,12 @@ def test_hover_focus_and_tap_show_the_dumps_numbers(page, browser):
             wanted = {
                 "log μ": response.log_mu[i],
                 "log π": response.log_pi[i],
-                "ρ": math.exp(float(response.log_pi[i]) - float(response.log_mu[i])),
-                "A": response.advantage[i],
-                "D": response.divergence[i],
-                "w D": response.weighted_divergence[i],
-                "c": response.threshold[i],
-                "M": response.update_mask[i],
+                "ρ_t": math.exp(float(response.log_pi[i]) - float(response.log_mu[i])),
+                "A_t": response.advantage[i],
+                "D_t": response.divergence[i],
+                "w_t D_t": response.weighted_divergence[i],
+                "c_t": response.threshold[i],
+                "M_t": response.update_mask[i],
             }
             assert got == {name: pytest.approx(float(value), rel=1e-3, abs=1e-9) for name, value in wanted.items()}
             masks = "this run" in text.split("Masked by")[1]

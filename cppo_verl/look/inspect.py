@@ -63,7 +63,11 @@ def run(args: argparse.Namespace) -> int:
     for table in values["tables"]:
         print(f"\n{table.title}\n{fill(table.caption, 100)}\n\n{markdown(table.header, table.text())}")
     _print_notes(look.notes)
-    write_page(args.output, "inspect.html", title=f"{TITLE}: {args.dump}", **values)
+    try:
+        write_page(args.output, "inspect.html", title=f"{TITLE}: {args.dump}", **values)
+    except OSError as error:
+        print(f"--output {args.output}: {error.strerror}", file=sys.stderr)
+        return 1
     print(f"\n{args.output}: {len(values['data']['responses'])} of {len(look.responses)} responses, token by token")
     return 0
 

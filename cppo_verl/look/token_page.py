@@ -19,9 +19,10 @@ from cppo_verl.look.masks import REJECTING, Masks, rejected
 from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
 from cppo_verl.tokens import REASONS, Response, read_tokens
 
-MEGABYTES = 12
+MEGABYTES = 10
 """Of the responses in a page; longer ones are fewer."""
 _READ = ("method", "divergence", "clip_ratio_low", "clip_ratio_high", "trust_region", "max_response_length")
+_SIGNS = {(1.0,): "> 0", (-1.0,): "< 0", (0.0,): "= 0"}
 _KEPT = [REASONS.index("kept"), REASONS.index("towards_one")]
 
 
@@ -352,6 +353,7 @@ def _packed(response: Response, verdicts: Sequence[Verdict], deltas: Sequence[fl
         "update": response.update,
         "key": response.key,
         "score": response.score,
+        "sign": _SIGNS.get(tuple(np.unique(np.sign(response.advantage[response.mask]))), "of both signs"),
         "prompt": response.prompt.tolist(),
         "ids": response.response.tolist(),
         "mask": None if response.mask.all() else "".join("01"[int(m)] for m in response.mask),
@@ -383,7 +385,7 @@ def page_values(look: Look, judged: list[Judged], limit: int, tokenizer_path: st
     data = {
         "settings": [setting.label for setting in judged],
         "reasons": list(REASONS),
-        "texts": _texts(look, shown, tokenizer_path),
+        **_texts(look, shown, tokenizer_path),
         "responses": shown,
     }
     steps, updates = sorted(look.headers), len(np.unique(masks.update))
@@ -404,7 +406,7 @@ def page_values(look: Look, judged: list[Judged], limit: int, tokenizer_path: st
 
 
 def _texts(look: Look, shown: list[dict], tokenizer_path: str | None) -> dict:
-    """{id: [text, whether it is a special token]} of the tokens in the page."""
+    """``texts``, {id: what to show}, and ``special``, ids, of the tokens in the page."""
     path, tokenizer = tokenizer_path or look.header.get("tokenizer"), None
     if path is None:
         look.notes.append("the dump names no tokenizer: tokens are shown as ids; give --tokenizer FOLDER")
@@ -415,6 +417,6 @@ def _texts(look: Look, shown: list[dict], tokenizer_path: str | None) -> dict:
             look.notes.append(
                 f"no tokenizer at {path} ({error}): tokens are shown as ids; give --tokenizer FOLDER for their text"
             )
-    special = set(tokenizer.all_special_ids) if tokenizer else set()
     ids = {token for response in shown for token in [*response["prompt"], *response["ids"]]}
-    return {token: [text, token in special] for token, text in token_text.texts(tokenizer, sorted(ids)).items()}
+    special = ids.intersection(tokenizer.all_special_ids) if tokenizer else ()
+    return {"texts": token_text.texts(tokenizer, sorted(ids)), "special": sorted(special)}

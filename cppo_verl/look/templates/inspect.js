@@ -10,6 +10,7 @@
     response: "response: dropped whole",
     clipped: "clipped ratio",
   };
+  const PART = 256;
   const REJECTING = ["token", "budget", "response", "clipped"];
   const state = { response: 0, setting: 0, now: null };
   let response, verdict, tokens, position, cursor;
@@ -32,8 +33,8 @@
     if (place === null) return null;
     const content = of.arrays[place];
     if (typeof content === "number") return () => content;
-    const values = new Float32Array(Uint8Array.from(atob(content), (c) => c.charCodeAt(0)).buffer);
-    return (i) => values[i];
+    let values;
+    return (i) => (values ??= new Float32Array(Uint8Array.from(atob(content), (c) => c.charCodeAt(0)).buffer))[i];
   };
   const unpacked = (of) => {
     if (of.log_mu instanceof Function) return of;
@@ -52,23 +53,21 @@
   const largest = () => response.ids.reduce((most, _, i) => (valid(i) ? Math.max(most, against(i)) : most), 1e-9);
   const delta = () => verdict.delta ?? largest();
 
-  const shown = (id) => {
-    const [text, special] = data.texts[id];
-    return make("bdi", { textContent: text, className: special ? "special" : "" });
-  };
+  const special = new Set(data.special);
+  const shown = (id) => make("bdi", { textContent: data.texts[id], className: special.has(id) ? "special" : "" });
   const append = (place, ids) => {
-    const nodes = ids.map(shown);
-    place.replaceChildren(...nodes.flatMap((node) => (node.textContent.endsWith("¶") ? [node, make("br")] : [node])));
+    const nodes = ids.map(shown), parts = [];
+    // The browser lays out only the parts in sight.
+    for (let begin = 0; begin < nodes.length; begin += PART) {
+      const ended = (node) => (node.textContent.endsWith("¶") ? [node, make("br")] : [node]);
+      parts.push(make("div", {}, ...nodes.slice(begin, begin + PART).flatMap(ended)));
+    }
+    place.replaceChildren(...parts);
     return nodes;
   };
 
-  const sign = (of) => {
-    const signs = new Set();
-    for (let i = 0; i < of.ids.length; i++) if (of.mask === null || of.mask[i] === "1") signs.add(Math.sign(unpacked(of).advantage(i)));
-    return signs.size > 1 ? "A of both signs" : "A " + { "1": "> 0", "-1": "< 0", "0": "= 0" }[[...signs][0]];
-  };
   const title = (of) =>
-    `${percent(of.verdicts[state.setting].share)} masked · step ${of.step} · update ${of.update} · ${sign(of)} · ` +
+    `${percent(of.verdicts[state.setting].share)} masked · step ${of.step} · update ${of.update} · A ${of.sign} · ` +
     `score ${number(of.score)} · ${of.ids.length} tokens · ${of.key}`;
 
   function listResponses() {
@@ -200,7 +199,7 @@
     node.classList.add("now");
     node.tabIndex = 0;
     const head = make("p", {}, make("b", { textContent: valid(i) ? `t = ${position[i]} ` : "not generated " }), "token ");
-    head.append(make("bdi", { textContent: data.texts[response.ids[i]][0] }), ` · id ${response.ids[i]}`);
+    head.append(make("bdi", { textContent: data.texts[response.ids[i]] }), ` · id ${response.ids[i]}`);
     if (!valid(i)) {
       cursor.setAttribute("d", "");
       at("detail").replaceChildren(head, make("p", { className: "faint", textContent: "Tool output: no part of the loss, and no method looks at it." }));
@@ -211,13 +210,13 @@
     const numbers = [
       ["log μ", number(response.log_mu(i))],
       ["log π", number(response.log_pi(i))],
-      ["ρ", number(ratio)],
-      ["A", number(response.advantage(i))],
-      ["D", number(verdict.divergence(i))],
+      ["ρ_t", number(ratio)],
+      ["A_t", number(response.advantage(i))],
+      ["D_t", number(verdict.divergence(i))],
     ];
-    if (verdict.weighted) numbers.push(["w D", number(verdict.weighted(i))]);
-    if (verdict.threshold) numbers.push(["c", number(verdict.threshold(i))]);
-    numbers.push(["M", number(left(verdict, i))]);
+    if (verdict.weighted) numbers.push(["w_t D_t", number(verdict.weighted(i))]);
+    if (verdict.threshold) numbers.push(["c_t", number(verdict.threshold(i))]);
+    numbers.push(["M_t", number(left(verdict, i))]);
     const list = make("dl", {}, ...numbers.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
     const by = response.verdicts.flatMap((each, n) => {
       const taken = rejected(each, i);
