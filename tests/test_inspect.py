@@ -236,6 +236,7 @@ def _mask(shown):
     return np.array([True] * len(shown["ids"]) if shown["mask"] is None else [m == "1" for m in shown["mask"]])
 
 
+@pytest.mark.process  # composes every method
 def test_by_default_the_runs_own_masks_and_every_method_at_its_thresholds(responses, inspect, tmp_path):
     save(tmp_path, 3, responses, **HEADER)
     code, out, err, data = inspect(tmp_path, "--responses", "3")
@@ -251,6 +252,7 @@ def test_by_default_the_runs_own_masks_and_every_method_at_its_thresholds(respon
     assert "3 of 23 responses" in out
 
 
+@pytest.mark.process  # composes every method
 def test_a_shipped_method_at_the_runs_thresholds_is_not_shown_twice(responses, inspect, tmp_path):
     method = vars(hindsight.setting("dppo", HEADER).actor.policy_loss)
     method = {key: value for key, value in method.items() if key != "shuffle" and isinstance(value, str | int | float)}
@@ -265,7 +267,7 @@ def test_what_the_dump_cannot_judge_is_named_with_the_way_out(responses, inspect
     text = "cppo divergence=topk_tv"
     code, _, err, data = inspect(tmp_path, "--method", text, "--method", "cppo")
     assert code == 0 and data["settings"] == ["cppo"]
-    assert "its D_t is topk_tv, the dump has binary_tv" in err and f"--method '{text} divergence=binary_tv'" in err
+    assert f"{text}: D_t is topk_tv, the dump has binary_tv" in err and f"--method '{text} divergence=binary_tv'" in err
     assert "topk_tv" in (tmp_path / "page.html").read_text()
     code, _, err, _ = inspect(tmp_path, "--method", text)
     assert code == 1 and "no method is left" in err

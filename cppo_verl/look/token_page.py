@@ -43,9 +43,11 @@ class Look:
 
 
 def read(path: Path, steps: Sequence[int] | None = None) -> Look:
-    """Raises:
-    FileNotFoundError: no dump there.
-    ValueError: nothing in it is readable, or none of ``steps``.
+    """What can be judged of the dump at ``path``, or of some steps of it.
+
+    Raises:
+        FileNotFoundError: no dump there.
+        ValueError: nothing in it is readable, or it lacks one of ``steps``.
     """
     dump = read_tokens(path)
     notes, headers = dump.notes, dict(dump.headers)
@@ -93,8 +95,7 @@ def settings(look: Look, methods: list[str] | None) -> list[Judged]:
     """
     asked = [RUN, *hindsight.METHODS] if methods is None else list(dict.fromkeys(methods))
     composed = [hindsight.setting(text, look.header) for text in asked if text != RUN]
-    found: list[Judged] = []
-    own = None
+    found, lacking, own = [], defaultdict(list), None
     if RUN in asked:
         own = _same_thresholds(look)
         try:
@@ -104,17 +105,18 @@ def settings(look: Look, methods: list[str] | None) -> list[Judged]:
     for setting in composed:
         if methods is None and found and own is not None and _equal(setting, own):
             continue  # the run's own, under its shipped name
-        lacking = [step for step, header in look.headers.items() if not hindsight.can_judge(setting, header)]
-        if lacking:
-            has = "/".join(sorted({look.headers[step]["divergence"] for step in lacking}))
-            binary = setting.divergence.replace("topk", "binary")
-            look.notes.append(
-                f"{setting.label}: its D_t is {setting.divergence}, the dump has {has}, and log-probabilities of the "
-                f"sampled tokens do not make the one of the other; a run with divergence={setting.divergence} records "
-                f"it, --method '{setting.label} divergence={binary}' judges the method by what is here"
-            )
+        if not all(hindsight.can_judge(setting, header) for header in look.headers.values()):
+            lacking[setting.divergence].append(setting.label)
             continue
         found.append(_judged(setting))
+    has = "/".join(sorted({header["divergence"] for header in look.headers.values()}))
+    for divergence, labels in lacking.items():
+        binary = divergence.replace("topk", "binary")
+        look.notes.append(
+            f"{', '.join(labels)}: D_t is {divergence}, the dump has {has}, and log-probabilities do not make it; a "
+            f"run with divergence={divergence} records it, --method '{labels[0]} divergence={binary}' judges by what "
+            "is here"
+        )
     return found
 
 

@@ -147,9 +147,14 @@
       const all = response.verdicts.length;
       items.push(swatch(`linear-gradient(90deg, transparent, ${rgb("clipped", 0.85)})`, `masked by none to all ${all} methods`, "scale"));
     }
+    const inside = tokens.some((_, i) => reason(verdict, i) === "kept" && rejected(verdict, i) > 0.005);
     const present = new Set([...verdict.reason].map((code) => data.reasons[code]));
     for (const [name, text] of Object.entries(REASONS)) {
-      if (!present.has(name) || name === "kept" || (name === "towards_one" && view !== "reason")) continue;
+      if (!present.has(name) || (name === "kept" && !inside) || (name === "towards_one" && view !== "reason")) continue;
+      if (name === "kept") {
+        items.push(swatch(rgb(name, 0.65), "inside: taken by the smooth gate within the thresholds", view === "reason" ? "" : "line"));
+        continue;
+      }
       items.push(view === "reason" ? swatch(rgb(name, name === "towards_one" ? 0.4 : 0.65), text) : swatch(rgb(name, 1), text, "line"));
     }
     if (present.has("")) items.push(make("span", { className: "faint", textContent: "hatched: not generated (tool output)" }));
@@ -220,7 +225,7 @@
     const list = make("dl", {}, ...numbers.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
     const by = response.verdicts.flatMap((each, n) => {
       const taken = rejected(each, i);
-      return taken < 0.005 ? [] : [data.settings[n] + (taken < 0.995 ? ` ${Math.round(100 * taken)} %` : "") + ` (${reason(each, i)})`];
+      return taken < 0.005 ? [] : [data.settings[n] + (taken < 0.995 ? ` ${Math.round(100 * taken)} %` : "") + ` (${reason(each, i).replace("kept", "inside")})`];
     });
     at("detail").replaceChildren(
       head,
