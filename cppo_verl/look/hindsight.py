@@ -4,6 +4,8 @@ The tokens are those that the run's policies wrote; under a method that had mask
 written other tokens.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +64,14 @@ class Verdict:
 
 
 def run_setting(header: dict) -> Setting:
-    """The setting that a dump's header tells of."""
+    """The setting that a dump's header tells of.
+
+    Raises:
+        ValueError: its class is no loss's config; hydra would call whatever a file names.
+    """
+    for target in re.findall(r'"_target_": "(.*?)"', json.dumps(header["method"])):
+        if not re.fullmatch(r"(cppo_verl\.plugin|verl\.workers)\.config\.\w+Config", target):
+            raise ValueError(f"{target} is no config of a policy loss")
     return Setting("the run's", _actor(header | {"policy_loss": header["method"]}))
 
 

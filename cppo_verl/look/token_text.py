@@ -1,0 +1,70 @@
+"""Tokens as a person can read them one by one."""
+
+import unicodedata
+from collections.abc import Iterable
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+_SHOWN = {" ": "·", "\n": "¶", "\t": "\\t", "\r": "\\r"}
+
+
+def load(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``path``, or of that name in the local cache; never asked for elsewhere, no code of it run.
+
+    Raises:
+        ValueError: there is none, or it is not readable.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes of it
+        lines = str(error).splitlines()
+        raise ValueError(lines[0] if lines else type(error).__name__) from error
+
+
+def texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -> dict[int, str]:
+    """What to show for each id: its text, made visible; the id in brackets where there is none."""
+    shown = {}
+    for token in ids:
+        text = None if tokenizer is None else _text(tokenizer, token)
+        shown[token] = f"‹{token}›" if not text else visible(text)
+    return shown
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
+    if not 0 <= token < len(tokenizer):
+        return None
+    name = tokenizer.convert_ids_to_tokens(token)
+    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if "\ufffd" in text:  # bytes that are no whole character
+        try:
+            return bytes(_BYTES[character] for character in name).decode(errors="backslashreplace")
+        except KeyError:
+            return name
+    # Of a token alone, SentencePiece's decoder drops the blank before a word.
+    return f" {text}" if name and name.startswith("▁") and not text.startswith(" ") else text
+
+
+def visible(text: str) -> str:
+    """Blanks, line ends, control and format characters as signs; a combining character has something to stand on."""
+    shown = []
+    for position, character in enumerate(text):
+        category = unicodedata.category(character)
+        if character in _SHOWN:
+            shown.append(_SHOWN[character])
+        elif category[0] in "CZ":
+            shown.append(f"‹U+{ord(character):04X}›")
+        elif category[0] == "M" and (position == 0 or text[position - 1] in _SHOWN):
+            shown.append("◌" + character)
+        else:
+            shown.append(character)
+    return "".join(shown)
+
+
+def _byte_level() -> dict[str, int]:
+    """{character: the byte that it stands for in the names of GPT-2's byte-level tokens}."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_level()
