@@ -5,15 +5,17 @@ import importlib
 import sys
 
 COMMANDS = {
+    "calibrate": ("look.calibrate", "thresholds for a wanted masked share, from a dump of tokens"),
     "cluster": ("cluster", "one command on several nodes: Slurm, given hosts, a Ray job"),
     "doctor": ("doctor", "check this environment, and the settings that decide where mu comes from"),
     "evaluate": ("evaluate", "Avg@n, pass@k and intervals of a checkpoint, by verl's own validation"),
     "inspect": ("look.inspect", "which tokens of a dump each method would mask, where and why, as tables and a page"),
     "prepare": ("prepare", "public data sets as parquet files in verl's schema"),
+    "report": ("look.report", "one page of one or more runs, with figures from their logs and dumps"),
     "stop": ("stop", "ask a run to end after its step, with a checkpoint"),
     "table": ("table", "many runs in one table, scored as the paper does"),
 }
-"""{name: (module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``, its help)}."""
+"""{name: (module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``, what it does)}."""
 
 
 def main(argv: list[str] | None = None) -> int:

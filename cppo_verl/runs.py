@@ -31,6 +31,8 @@ class Run:
     """{step: {metric: value}}, numbers only, in step order."""
     generations: Path | None = None
     """Folder of verl's validation dumps, {step}.jsonl."""
+    config: Path | None = None
+    """The config.yaml that hydra saved with it."""
     notes: list[str] = field(default_factory=list)
 
     def accuracies(self) -> dict[int, dict[str, float]]:
@@ -47,6 +49,13 @@ def _accuracies(values: dict[str, float]) -> Iterator[tuple[re.Match, float]]:
     for name, value in values.items():
         if match := ACCURACY.match(name):
             yield match, value
+
+
+def labelled(text: str) -> tuple[Path, str | None]:
+    """Path and label of "[LABEL=]PATH"."""
+    label, _, path = text.partition("=")
+    # hydra's sweeps make folders like lr=1e-6.
+    return (Path(text), None) if Path(text).exists() or not path else (Path(path), label)
 
 
 def read_runs(path: Path, label: str | None = None) -> list[Run]:
@@ -170,9 +179,10 @@ def _read_config(folder: Path, run: Run, label: str | None) -> None:
     saved = sorted(folder.rglob("hydra.yaml"))
     if not saved:
         return
+    run.config = saved[0].with_name("config.yaml")
     try:
         choices = OmegaConf.load(saved[0]).hydra.runtime.choices
-        config = OmegaConf.load(saved[0].with_name("config.yaml"))
+        config = OmegaConf.load(run.config)
     except Exception as error:  # a file cut off in the middle, whatever that makes of it
         run.notes.append(f"{saved[0].parent}: not readable ({type(error).__name__})")
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cppo_verl import paper
-from cppo_verl.runs import Run, read_generations, read_runs
+from cppo_verl.runs import Run, labelled, read_generations, read_runs
 from cppo_verl.scores import Comparison, Interval, Selection, compare, interval_over_seeds, select
 
 NOT_RUN = "not run"
@@ -37,12 +37,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     runs = []
     for text in args.runs:
-        # hydra's sweeps make folders like lr=1e-6.
-        label, _, path = text.partition("=")
-        if Path(text).exists() or not path:
-            label, path = None, text
         try:
-            runs += read_runs(Path(path), label)
+            runs += read_runs(*labelled(text))
         except FileNotFoundError as error:
             print(f"skipped: {error}", file=sys.stderr)
     for item in runs:

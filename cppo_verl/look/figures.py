@@ -65,16 +65,25 @@ class Figure:
             self.axes: Axes = self.canvas.add_subplot(title=self.title)
 
     def legend(self, **kwargs) -> None:
-        """Of the labelled artists, if there are any."""
-        if self.axes.get_legend_handles_labels()[0]:
+        """Of the labelled artists, if there are any; ``loc="outside ..."`` puts it beside the panel."""
+        handles, labels = self.axes.get_legend_handles_labels()
+        if handles:
+            outside = kwargs.get("loc", "").startswith("outside")
             with rc_context(_STYLE):
-                self.axes.legend(**kwargs)
+                (self.canvas if outside else self.axes).legend(handles, labels, **kwargs)
+
+    def _lay_out(self) -> None:
+        """Once for all formats: it takes as long as drawing does."""
+        if self.canvas.get_layout_engine() is not None:
+            self.canvas.draw_without_rendering()
+            self.canvas.set_layout_engine(None)
 
     def svg(self) -> Markup:
         """For a page: without a background, as wide as there is room, its text in the page's colour."""
         sink = io.StringIO()
         # Equal ids in two pictures of one page would point to the first one's parts.
         with rc_context(_STYLE | {"svg.hashsalt": self.name}):
+            self._lay_out()
             self.canvas.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
         text = sink.getvalue()
         text = text[text.index("<svg") :]
@@ -89,6 +98,7 @@ class Figure:
         """Write NAME.png and NAME.svg to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         with rc_context(_STYLE | {"svg.hashsalt": self.name}):
+            self._lay_out()
             self.canvas.savefig(folder / f"{self.name}.png", dpi=150)
             self.canvas.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
 
