@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the masked tokens, what trust_region/budget_rejected_share is to be: those that only the prefix budget "
         f"rejects (default: {BUDGET_SHARE})",
     )
-    parser.add_argument("--method", metavar='"NAME OVERRIDES"', help="whose thresholds; default: the run's own, or cppo")
+    parser.add_argument(
+        "--method", metavar='"NAME OVERRIDES"', help="whose thresholds; default: the run's own, or cppo"
+    )
     parser.add_argument("--from-step", type=int, default=0, help="leave earlier steps out")
     parser.add_argument(
         "--output",
@@ -203,7 +205,9 @@ def _show(args, sample: "Sample", wanted: "Wanted", proposed: "Thresholds", head
     }
     print(f"{summary}\n\n{pasted}\n\n{promise}.\n{CHECK}\n")
     print(markdown(*_listable(tables["thresholds"])), "\n")
-    print("What else could be chosen, the other threshold as proposed:\n" + markdown(*_listable(tables["curves"])), "\n")
+    print(
+        "What else could be chosen, the other threshold as proposed:\n" + markdown(*_listable(tables["curves"])), "\n"
+    )
     header, cells = _listable(tables["updates"])
     print("By update of a batch, as proposed:\n" + markdown(header, cells[:UPDATES_SHOWN]))
     if len(cells) > UPDATES_SHOWN:
