@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from cppo_verl.scores import Interval
 
 MASKED_SHARE, BUDGET_SHARE = 0.05, 0.7
-"""Defaults, ours: the paper prints neither share. On dumps of the quickstart they give thresholds whose ratio delta_b :
-delta, 0.09 and 0.15, is about that of the paper's, 0.1 to 0.13: delta is left the outliers, and the prefix budget, which
-sets CPPO apart from DPPO, does most of the masking."""
+"""Defaults, ours: the paper prints neither share. On two dumps of the quickstart they give a ratio delta_b : delta of
+0.09 and 0.15, the paper's being 0.1 to 0.13: outliers are left to delta, and most of the masking to the prefix budget, which
+sets CPPO apart from DPPO."""
 PAPER = {"tv": (0.15, 0.02), "kl": (0.1, 0.002)}
 """Its (delta, delta_b) of the base models, and of the KL variant."""
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-share",
         type=_share,
-        help="of the masked tokens, what trust_region/budget_rejected_share is to be: those that only the prefix budget "
-        f"rejects (default: {BUDGET_SHARE})",
+        help="of the masked tokens, what trust_region/budget_rejected_share is to be: those that only the prefix "
+        f"budget rejects (default: {BUDGET_SHARE})",
     )
     parser.add_argument(
         "--method", metavar='"NAME OVERRIDES"', help="whose thresholds; default: the run's own, or cppo"
@@ -157,8 +157,8 @@ def _sample(text: str | None, responses: list, headers: dict[int, dict], notes: 
         )
     if rule.gate != "hard":
         raise ValueError(
-            f"{setting.label} has the gate {rule.gate}, which masks parts of tokens: seek its thresholds under the hard "
-            'one, --method "cppo"'
+            f"{setting.label} has the gate {rule.gate}, which masks parts of tokens: seek its thresholds under the "
+            'hard one, --method "cppo"'
         )
     if not hindsight.can_judge(setting, header):
         raise ValueError(
@@ -270,8 +270,8 @@ def _row_of(name: str, delta, delta_b, counts: "Counts", sample: "Sample") -> Ro
 def promised(row: Row, prompts: int) -> str:
     counts = row.counts
     text = (
-        f"This masks {counts.masked_share:.1%} of these tokens, 95% interval {row.masked.low:.1%} to {row.masked.high:.1%} "
-        f"by resampling {prompts:,} prompts"
+        f"This masks {counts.masked_share:.1%} of these tokens, 95% interval {row.masked.low:.1%} to "
+        f"{row.masked.high:.1%} by resampling {prompts:,} prompts"
     )
     if row.delta_b is None:
         return text
@@ -308,8 +308,8 @@ def warnings(sample: "Sample", wanted: "Wanted", proposed: "Thresholds", drift: 
         found.append(f"the engines' mismatch alone spends {part:.0%} of delta_b, on average. {MISMATCH}")
     if proposed.delta_b is not None and proposed.delta_b >= proposed.delta * sample.rule.w_min:
         found.append(
-            f"delta_b={proposed.delta_b:g} is not below delta w_min = {proposed.delta * sample.rule.w_min:g}: the prefix "
-            "budget bounds nothing that delta does not; ask for a larger --budget-share"
+            f"delta_b={proposed.delta_b:g} is not below delta w_min = {proposed.delta * sample.rule.w_min:g}: the "
+            "prefix budget bounds nothing that delta does not; ask for a larger --budget-share"
         )
     return found
 
@@ -392,8 +392,8 @@ def draw(sample: "Sample", wanted: "Wanted", rows: list[Row], drift: list[Drift]
         figure = Figure(
             f"masked_by_{name}",
             f"Masked share against {name}" + (f", {other} = {fixed:g}" if fixed else ""),
-            f"What another {name} would have masked of these tokens. The dashed line is the proposal, the dotted one the "
-            "wanted share; bars are 95% intervals.",
+            f"What another {name} would have masked of these tokens. The dashed line is the proposal, the dotted one "
+            "the wanted share; bars are 95% intervals.",
         )
         x = [value for value, _ in points]
         total = np.array([counts.masked_share for _, counts in points])
@@ -414,8 +414,8 @@ def draw(sample: "Sample", wanted: "Wanted", rows: list[Row], drift: list[Drift]
     figure = Figure(
         "mismatch_and_drift",
         "D_t: engine mismatch and policy drift",
-        "Share of tokens whose D_t is above a value. At the first update of a batch pi is mu, so that D_t is what the two "
-        "engines compute differently; later it is what the policy has moved.",
+        "Share of tokens whose D_t is above a value. At the first update of a batch pi is mu, so that D_t is what the "
+        "two engines compute differently; later it is what the policy has moved.",
     )
     smallest = min((part.values[part.values > 0].min() for part in drift if (part.values > 0).any()), default=1e-9)
     for part, colour in zip(drift, (PURPLE, GREEN), strict=False):
