@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 MASKED_SHARE, BUDGET_SHARE = 0.05, 0.7
 """Defaults, ours: the paper prints neither share. On two dumps of the quickstart they give a ratio delta_b : delta of
-0.09 and 0.15, the paper's being 0.1 to 0.13: outliers are left to delta, and most of the masking to the prefix budget, which
-sets CPPO apart from DPPO."""
+0.09 and 0.15, the paper's being 0.1 to 0.13: outliers are left to delta, and most of the masking to the prefix budget,
+which sets CPPO apart from DPPO."""
 PAPER = {"tv": (0.15, 0.02), "kl": (0.1, 0.002)}
 """Its (delta, delta_b) of the base models, and of the KL variant."""
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)

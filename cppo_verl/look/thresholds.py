@@ -201,8 +201,8 @@ def _met(sample: Sample, wanted: Wanted, found: Thresholds, next_lower: Threshol
     if missing > max(GAP * wanted.masked, 1 / below.tokens.sum()):
         raise Unreachable(
             f"no thresholds of three digits mask between {below.masked_share:.2%} and {above.masked_share:.2%} of "
-            f"these {below.tokens.sum():,.0f} tokens, {wanted.masked:.2%} are wanted: ask for one of these shares, or dump "
-            "more responses (trust_region.dump.responses)"
+            f"these {below.tokens.sum():,.0f} tokens, {wanted.masked:.2%} are wanted: ask for one of these shares, or "
+            "dump more responses (trust_region.dump.responses)"
         )
 
 
