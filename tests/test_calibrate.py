@@ -296,6 +296,9 @@ def test_the_command_prints_what_to_paste_and_what_it_gives(run, dump):
     wanted = [values.mean(), *np.quantile(values, [0.5, 0.9, 0.95, 0.99, 0.999, 1])]
     assert [float(cell) for cell in first[1:]] == pytest.approx(wanted, rel=0.06, abs=1e-7)
     assert float(later[3]) > 1000 * float(first[3])
+    of_delta_b = re.search(r"0.0% of the tokens are masked, and D_t is (\S+)% of delta_b on average, P90 (\S+)%", out)
+    spent = [float(text) for text in of_delta_b.groups()]
+    assert spent == pytest.approx([100 * values.mean() / delta_b, 100 * np.quantile(values, 0.9) / delta_b], abs=0.006)
 
 
 def test_later_steps_alone(run, dump):
@@ -421,7 +424,7 @@ def test_a_budget_that_binds_less_than_delta_is_warned_of(run, dump):
 def test_no_first_update_is_said(run, tmp_path):
     save(tmp_path, 2, [r for r in drifting() if r.update], **HEADER)
     code, out, _ = run(tmp_path)
-    assert code == 0 and "no first update of a batch in the dump" in out
+    assert code == 0 and "The dump has no first update of a batch" in out and "warning" not in out
 
 
 def test_settings_that_changed_within_a_run_are_said(run, tmp_path):

@@ -186,6 +186,7 @@ def _show(args, sample: "Sample", wanted: "Wanted", proposed: "Thresholds", head
     drift = drifts(sample, proposed)
     curves = {name: curve(sample, proposed, name) for name, value in proposed._asdict().items() if value is not None}
     promise = promised(rows[0], len(set(sample.prompts)))
+    taken = mismatch(sample, proposed, drift)
     warned = warnings(sample, wanted, proposed, drift)
     steps = sorted(set(sample.steps.tolist()))
     summary = (
@@ -214,6 +215,7 @@ def _show(args, sample: "Sample", wanted: "Wanted", proposed: "Thresholds", head
         print(f"and {len(cells) - UPDATES_SHOWN} more in the page")
     print(f"By step: {', '.join(f'{row[0]}: {row[2]}' for row in tables['steps'][1][:UPDATES_SHOWN])}\n")
     print("Engine mismatch (first update) and policy drift (later ones):\n" + markdown(*_listable(tables["drift"])))
+    print(taken)
     for warning in warned:
         print(f"\nwarning: {warning}")
     figures = draw(sample, wanted, rows, drift, curves)
@@ -229,6 +231,7 @@ def _show(args, sample: "Sample", wanted: "Wanted", proposed: "Thresholds", head
         promise=promise,
         check=CHECK,
         summary=summary,
+        mismatch=taken,
         warnings=warned,
         notes=notes,
         tables=tables,
@@ -296,14 +299,24 @@ def drifts(sample: "Sample", proposed: "Thresholds") -> list[Drift]:
     return found
 
 
+def mismatch(sample: "Sample", proposed: "Thresholds", drift: list[Drift]) -> str:
+    """What the engines' mismatch takes of the thresholds."""
+    first = sample.at(proposed).of(sample.updates == 0)
+    if first is None:
+        return "The dump has no first update of a batch: what of D_t is the engines' mismatch is not known."
+    text = f"At the first update of a batch {first.masked_share:.1%} of the tokens are masked"
+    if proposed.delta_b is not None:
+        mean, p90 = (x / proposed.delta_b for x in (drift[0].mean, drift[0].quantiles[QUANTILES.index(0.9)]))
+        text += f", and D_t is {mean:.2%} of delta_b on average, P90 {p90:.2%}"
+    return text + ": the mismatch's part."
+
+
 def warnings(sample: "Sample", wanted: "Wanted", proposed: "Thresholds", drift: list[Drift]) -> list[str]:
     found = []
     first = sample.at(proposed).of(sample.updates == 0)
-    if first is None:
-        found.append("no first update of a batch in the dump: what of D_t is the engines' mismatch is not known")
-    elif first.masked_share > NOTICEABLE * wanted.masked:
+    if first and first.masked_share > NOTICEABLE * wanted.masked:
         found.append(f"the engines' mismatch alone masks {first.masked_share:.1%} of the tokens. {MISMATCH}")
-    elif proposed.delta_b is not None and drift[0].mean > NOTICEABLE * proposed.delta_b:
+    elif first and proposed.delta_b is not None and drift[0].mean > NOTICEABLE * proposed.delta_b:
         part = drift[0].mean / proposed.delta_b
         found.append(f"the engines' mismatch alone spends {part:.0%} of delta_b, on average. {MISMATCH}")
     if proposed.delta_b is not None and proposed.delta_b >= proposed.delta * sample.rule.w_min:
@@ -422,12 +435,14 @@ def draw(sample: "Sample", wanted: "Wanted", rows: list[Row], drift: list[Drift]
         levels = np.geomspace(max(smallest, 1e-9), max(drift[-1].quantiles[-1], proposed.delta) * 1.2, 300)
         above = 1 - np.searchsorted(np.sort(part.values), levels, side="right") / len(part.values)
         figure.axes.plot(levels, np.where(above > 0, above, np.nan), color=colour, label=part.name)
-    for name, style in (("delta", "--"), ("delta_b", ":")):
-        if getattr(proposed, name) is not None:
-            figure.axes.axvline(getattr(proposed, name), color=GREY, ls=style, lw=1, label=f"{name}, proposed")
+    for name in ("delta", "delta_b"):
+        value = getattr(proposed, name)
+        if value is not None:
+            figure.axes.axvline(value, color=GREY, ls="--", lw=1)
+            figure.axes.text(value, 0.98, f"{name} ", rotation=90, ha="right", va="top", fontsize="small")
     figure.axes.set(xscale="log", xlabel="D_t", ylabel="tokens above", ylim=(0, 1))
     figure.axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.legend(loc="upper right")
+    figure.legend()
     figures.append(figure)
 
     figure = Figure(
