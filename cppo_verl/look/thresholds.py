@@ -22,8 +22,9 @@ RESPONSES_AT_LEAST = 8
 """Of later updates, with an advantage: fewer say nothing of a share."""
 DIGITS = [float(f"{digits}e{exponent}") for exponent in range(-12, 2) for digits in range(100, 1000)]
 """1e-10 to 999 with three digits."""
-GAP = 0.05
-"""Part of the wanted share by which ties among the tokens may keep it from being met."""
+GAP = 0.1
+"""Part of the wanted share that may be missed: ties among the tokens, and a digit of delta_b where long responses spend
+the budget at the same rate, step over several tokens at once."""
 FACTORS = [2 ** (k / 2) for k in range(-6, 7)]
 """Of the proposed threshold, where the curves are drawn."""
 
