@@ -2,6 +2,7 @@
 so that they share one folder and each test reads what they left behind."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from trainer_run import QUICKSTART, SHORT, Run, link, metrics
 from transformers import AutoTokenizer
 
 from cppo_verl import top_k_divergence
+from cppo_verl.look.thresholds import intervals, recorded
 from cppo_verl.reasoning_gym import compute_score
 from cppo_verl.runs import read_generations, read_run
 from cppo_verl.stop import request_stop
@@ -404,6 +407,44 @@ def test_a_sweep_becomes_a_table_of_its_methods(resumed_sweep):
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1:3] for line in result.stdout.splitlines()[2:]]
     assert {tuple(map(str.strip, row)) for row in rows} == {(method, "1") for method in METHODS}
+
+
+# --- calibrated thresholds ---------------------------------------------------------------------------------------
+
+
+def test_calibrated_thresholds_mask_the_share_that_was_promised(first, tmp_path):
+    """Three times as much as the first run masked: larger shares are known better, and the first run's own thresholds
+    would miss this one by far."""
+    command = [sys.executable, "-m", "cppo_verl", "calibrate", str(first.output), "--masked-share", "0.2"]
+    result = subprocess.run([*command, "--output", str(tmp_path / "c.html")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    pasted = re.search(r"^trust_region\.delta=\S+ trust_region\.delta_b=\S+$", result.stdout, re.M)[0].split()
+    promised, *ends = re.search(r"masks (\S+)% of .* interval (\S+)% to (\S+)%", result.stdout).groups()
+    link(first, tmp_path)
+    brief = ["trainer.test_freq=-1", "trainer.save_freq=-1", "trainer.val_before_train=false"]
+    run = Run(tmp_path, *SHORT, *brief, "trainer.logger=[console,file]", *pasted).finish()
+    assert run.code == 0, run.text
+    assert run.survivors() == []
+
+    def steps_of_the_dump(output):
+        """Masked share of each step that dumps, and how many tokens its updates saw."""
+        tokens = Counter()
+        for response in read_tokens(output).responses:
+            tokens[response.step] += int(response.mask.sum())
+        return {step: (metrics(output, 0)[step]["trust_region/masked_share"], n) for step, n in tokens.items()}
+
+    def pooled(shares):
+        return sum(share * n for share, n in shares.values()) / sum(n for _, n in shares.values())
+
+    given, before = steps_of_the_dump(tmp_path), steps_of_the_dump(first.output)
+    assert sorted(given) == sorted(before) == [2, 4, 6]
+    responses = read_tokens(tmp_path).responses
+    interval, _ = intervals(recorded(responses), [response.uid for response in responses])
+    # Both shares are estimates. Three standard errors of their difference, each a quarter of its interval.
+    low, high = (float(end) / 100 for end in ends)
+    allowed = 3 * math.hypot(high - low, interval.high - interval.low) / 4
+    assert abs(pooled(given) - float(promised) / 100) < allowed
+    assert abs(pooled(before) - float(promised) / 100) > allowed
 
 
 # --- top-K divergences ----------------------------------------------------------------------------------------
