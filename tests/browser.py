@@ -48,6 +48,8 @@ def opened(browser: Browser, path: Path, viewport=DESKTOP, scheme="light"):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(path.as_uri())
+    # Without a font everything fits.
+    assert page.evaluate("document.createElement('canvas').getContext('2d').measureText('x').width") > 0
     try:
         yield page
     finally:

@@ -399,8 +399,9 @@ def test_a_page_of_this_command_is_replaced_and_no_other_file(run, dump, tmp_pat
     page.write_text("mine")
     code, _, err = run(dump)
     assert code == 2 and "exists and is no page of this command" in err and page.read_text() == "mine"
-    page.write_text(f"<title>{calibrate.TITLE}</title>")
-    assert run(dump)[0] == 0 and "5.0%" in page.read_text()
+    page.unlink()
+    for _ in range(2):
+        assert run(dump)[0] == 0 and "5.0%" in page.read_text()
 
 
 @pytest.mark.parametrize(("mismatch", "warning"), [(1e-6, None), (0.02, "spends"), (0.5, "masks")])

@@ -411,8 +411,8 @@ def test_only_an_earlier_report_is_replaced(tmp_path, capsys):
     folder = write(tmp_path / "m.jsonl", json.dumps({"step": 7, "data": {"critic/score/mean": 0.5}}))
     page = tmp_path / "page.html"
     page.write_text("mine")
-    assert main(["report", str(folder), "--output", str(page)]) == 1
-    assert page.read_text() == "mine" and "give another --output" in capsys.readouterr().err
+    assert main(["report", str(folder), "--output", str(page)]) == 2
+    assert page.read_text() == "mine" and "name another" in capsys.readouterr().err
     assert main(["report", str(folder), "--output", str(tmp_path)]) == 2
     page.unlink()
     for _ in range(2):

@@ -26,7 +26,6 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 NOTICEABLE = 0.1
 """Part of the wanted share, or of delta_b, that the engines' mismatch may take without a warning."""
 UPDATES_SHOWN = 12
-TITLE = "cppo_verl calibrate"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,14 +87,14 @@ class Drift(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Print thresholds to paste and write the page; 1 if nothing does what is wanted, 2 if there is nothing to read."""
+    from cppo_verl.look.page import refuse_foreign
     from cppo_verl.look.thresholds import Unreachable, Wanted, lacks, propose
     from cppo_verl.tokens import read_tokens
 
-    if args.output.exists() and TITLE not in args.output.read_text(errors="replace"):
-        return _refuse(f"{args.output} exists and is no page of this command: choose another --output", 2)
     try:
+        refuse_foreign(args.output, "calibrate")
         dump = read_tokens(args.dump)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         return _refuse(str(error), 2)
     notes = list(dump.notes)
     for note in notes:
@@ -224,8 +223,7 @@ def _show(args, sample: "Sample", wanted: "Wanted", proposed: "Thresholds", head
         figure.save(folder)
     write_page(
         args.output,
-        "calibrate.html",
-        command=TITLE,
+        "calibrate",
         wanted=wanted,
         overrides=pasted,
         promise=promise,
@@ -394,7 +392,7 @@ def draw(sample: "Sample", wanted: "Wanted", rows: list[Row], drift: list[Drift]
     import numpy as np
     from matplotlib.ticker import PercentFormatter
 
-    from cppo_verl.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, Figure
+    from cppo_verl.look.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Figure
     from cppo_verl.look.thresholds import intervals
 
     proposed = rows[0]
@@ -439,7 +437,7 @@ def draw(sample: "Sample", wanted: "Wanted", rows: list[Row], drift: list[Drift]
         value = getattr(proposed, name)
         if value is not None:
             figure.axes.axvline(value, color=GREY, ls="--", lw=1)
-            figure.axes.text(value, 0.98, f"{name} ", rotation=90, ha="right", va="top", fontsize="small")
+            figure.axes.text(value, 0.98, f"{name} ", rotation=90, ha="right", va="top", fontsize="small", color=INK)
     figure.axes.set(xscale="log", xlabel="D_t", ylabel="tokens above", ylim=(0, 1))
     figure.axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.legend()

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, PercentFormatter
 
 from cppo_verl.diagnostics import POSITION_BINS
 from cppo_verl.look.figures import SERIES, Figure, plain
@@ -381,6 +381,8 @@ def finished(
     axes = figure.axes
     if log and any((np.asarray(drawn.get_ydata()) > 0).any() for drawn in axes.lines):
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 1)))
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if positions:

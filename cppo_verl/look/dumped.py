@@ -156,7 +156,7 @@ def threshold_picture(name: str, run: str, kind: str, response: Response, header
 
     Args:
         run: as the legends name it.
-        texts: of the response's generated tokens; empty if no tokenizer tells.
+        texts: of the response's generated tokens, as a person can read them; empty if no tokenizer tells.
     """
     mask = response.mask
     weighted, threshold = response.weighted_divergence[mask], response.threshold[mask]
@@ -203,7 +203,7 @@ def threshold_picture(name: str, run: str, kind: str, response: Response, header
         figure.caption += f" c_t falls to {low:.3g}."
     axes.set_ylim(max(1.1 * low, -2 * delta), min(1.1 * high, 4 * delta))
     if texts and total <= NAMED_TOKENS:
-        axes.set_xticks(t, [plain(text.strip()[:12]) or "␣" for text in texts], rotation=60, ha="right", fontsize=7)
+        axes.set_xticks(t, [plain(text[:12]) for text in texts], rotation=60, ha="right", fontsize=7)
         axes.set_xlabel("")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -217,15 +217,3 @@ def _columns(weighted: np.ndarray, reason: np.ndarray) -> np.ndarray:
         among = part[masked[part]] if masked[part].any() else part
         result.append(among[np.argmax(weighted[among])])
     return np.array(result)
-
-
-def token_texts(tokenizer, response: Response) -> list[str]:
-    """Each generated token on its own; "#id" of what the tokenizer does not know."""
-    texts = []
-    for token in response.response[response.mask].tolist():
-        try:
-            text = tokenizer.decode([token])
-        except (IndexError, KeyError, OverflowError, TypeError, ValueError):
-            text = ""
-        texts.append("".join(c if c.isprintable() else " " for c in text) if text else f"#{token}")
-    return texts

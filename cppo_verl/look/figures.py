@@ -22,24 +22,24 @@ BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, TEAL, GREY = SERIES = (
 )
 """Legible on white and on near black."""
 # What the page draws in its own text colour; no series has it.
-_INK = "#010203"
+INK = "#010203"
 _STYLE = {
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
     "axes.grid": True,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.15,
     "legend.frameon": False,
     "legend.fontsize": "small",
     "lines.markersize": 4,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "font.family": "sans-serif",
     # Text stays text: a page's is read aloud, found and set in the reader's own font.
     "svg.fonttype": "none",
@@ -92,7 +92,7 @@ class Figure:
         text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
         # Ids that nothing refers to would stand twice in a page of two pictures.
         text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)
-        return Markup(text.replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1))
+        return Markup(text.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1))
 
     def save(self, folder: Path) -> None:
         """Write NAME.png and NAME.svg to ``folder``."""

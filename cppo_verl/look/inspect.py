@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
-TITLE = "cppo_verl inspect"
-"""The page's title begins with it; a file that does not is not replaced."""
 RUN = "run"
 """Of ``--method``: the run's own."""
 
@@ -42,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables and write the page; 2 if there is nothing to read or an argument is wrong, 1 if no method can
     be judged."""
     from cppo_verl.look import token_page
-    from cppo_verl.look.page import write_page
+    from cppo_verl.look.page import refuse_foreign, write_page
     from cppo_verl.table import markdown
 
     try:
         if args.responses < 1:
             raise ValueError(f"--responses {args.responses}: at least 1")
-        _refuse_foreign(args.output)
+        refuse_foreign(args.output, "inspect")
         look = token_page.read(args.dump, args.step)
         settings = token_page.settings(look, args.method)
     except (FileNotFoundError, ValueError) as error:
@@ -64,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{table.title}\n{fill(table.caption, 100)}\n\n{markdown(table.header, table.text())}")
     _print_notes(look.notes)
     try:
-        write_page(args.output, "inspect.html", title=f"{TITLE}: {args.dump}", **values)
+        write_page(args.output, "inspect", title=f"cppo_verl inspect: {args.dump}", **values)
     except OSError as error:
         print(f"--output {args.output}: {error.strerror}", file=sys.stderr)
         return 1
@@ -75,12 +73,3 @@ def run(args: argparse.Namespace) -> int:
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         print(f"passed over: {note}", file=sys.stderr)
-
-
-def _refuse_foreign(output: Path) -> None:
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: name a file in it")
-    if output.exists():
-        with output.open("rb") as file:
-            if f"<title>{TITLE}:".encode() not in file.read(4096):
-                raise ValueError(f"--output {output} exists and is no page of this command: name another")

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from transformers import AutoTokenizer
-
+from cppo_verl.look import token_text
 from cppo_verl.look.curves import (
     Absent,
     curve,
@@ -20,7 +19,7 @@ from cppo_verl.look.curves import (
     stacked_phases,
     validation,
 )
-from cppo_verl.look.dumped import Dumped, largest_by_position, over_steps, reduced, threshold_picture, token_texts
+from cppo_verl.look.dumped import Dumped, largest_by_position, over_steps, reduced, threshold_picture
 from cppo_verl.look.figures import Figure, plain
 from cppo_verl.look.settings import ABSENT, differences, method, overrides, same_but_for_seeds, settings
 from cppo_verl.runs import Run
@@ -331,7 +330,8 @@ class Overview:
                 continue
             for kind, response, header in dumped.chosen:
                 tokenizer = self._load(self.tokenizer or header.get("tokenizer"))
-                texts = token_texts(tokenizer, response) if tokenizer else []
+                tokens = response.response[response.mask].tolist()
+                texts = [token_text.texts(tokenizer, [token])[token] for token in tokens] if tokenizer else []
                 items.append(threshold_picture(f"thresholds_{number}_{kind}", name, kind, response, header, texts))
         text = (
             "Each bar is a token's w_t D_t. Above the dashed line it is over the token threshold, above the green one "
@@ -349,15 +349,14 @@ class Overview:
     def _load(self, path: str | None):
         """The tokenizer at ``path``, or None, which is noted."""
         if path not in self._tokenizers:
-            self._tokenizers[path] = None
+            self._tokenizers[path], why = None, "the dump names none"
             try:
                 if isinstance(path, str):
-                    self._tokenizers[path] = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            except (OSError, ValueError, KeyError, TypeError):
-                pass
+                    self._tokenizers[path] = token_text.load(path)
+            except ValueError as error:
+                why = f"{path}: {error}"
             if self._tokenizers[path] is None:
-                what = f"at {path}" if path else "named in the dump"
-                self._notes.append(f"no tokenizer {what}, tokens are shown without text: give --tokenizer")
+                self._notes.append(f"no tokenizer ({why}), tokens are shown without text: give --tokenizer FOLDER")
         return self._tokenizers[path]
 
     def _summary(self) -> tuple[list[str], list[list[str]]]:

@@ -5,8 +5,6 @@ import sys
 import warnings
 from pathlib import Path
 
-MADE_BY = "cppo_verl report"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -25,15 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and the figures; 2 if there is no run to read, 1 if the page may not be written."""
+    """Write the page and the figures; 2 if there is no run to read or the page may not be written."""
+    from cppo_verl.look.page import refuse_foreign, write_page
     from cppo_verl.runs import labelled, read_runs
 
-    if args.output.is_dir():
-        print(f"{args.output} is a folder: give --output a file's name", file=sys.stderr)
+    try:
+        refuse_foreign(args.output, "report")
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
-    if args.output.exists() and not _is_report(args.output):
-        print(f"{args.output} is no page of this command and is left as it is: give another --output", file=sys.stderr)
-        return 1
     runs, notes = [], []
     for text in args.runs:
         try:
@@ -46,13 +44,12 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
     from cppo_verl.look.overview import Overview
-    from cppo_verl.look.page import write_page
 
     with warnings.catch_warnings():
         # A PNG has boxes in the place of characters that the font lacks; a page's reader has other fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
         overview = Overview(runs, notes, args.tokenizer)
-        write_page(args.output, "report.html", made_by=MADE_BY, overview=overview)
+        write_page(args.output, "report", overview=overview)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
         for figure in overview.figures:
             figure.save(folder)
@@ -60,8 +57,3 @@ def run(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     print(f"{args.output}: {len(runs)} run(s), {len(overview.figures)} figures, each as PNG and SVG in {folder}")
     return 0
-
-
-def _is_report(path: Path) -> bool:
-    with path.open("rb") as file:
-        return f'<meta name="generator" content="{MADE_BY}">'.encode() in file.read()

@@ -1,6 +1,7 @@
 """The settings that hydra saved with a run, and in which of them runs differ."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,8 +11,9 @@ from cppo_verl.runs import Run
 
 OWN_FOLDER = "<run>"
 ABSENT = "–"
-# The environment of whoever reads is another one than the run's, and may hold what nobody is to see.
-_ENVIRONMENT = "${oc.env:"
+# Resolvers would tell of whoever reads, where the run is meant: of an environment that may hold what nobody is to see,
+# of today's date. Some are only there where hydra is.
+_RESOLVER = re.compile(r"\$\{(?!oc\.select:)[\w.]+:")
 
 
 def settings(run: Run) -> dict[str, str]:
@@ -20,7 +22,7 @@ def settings(run: Run) -> dict[str, str]:
         return {}
     try:
         config = OmegaConf.to_container(OmegaConf.load(run.config), resolve=False)
-        config = OmegaConf.create(_unread_environment(config))
+        config = OmegaConf.create(_unresolved(config))
         saved = OmegaConf.load(run.config.with_name("hydra.yaml"))
         folder = OmegaConf.select(saved, "hydra.runtime.output_dir")
     except Exception:  # a file cut off in the middle, which the reader of the run has noted
@@ -84,14 +86,14 @@ def _flatten(config: DictConfig, prefix: str, flat: dict[str, str]) -> None:
                     continue
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True)
-        except (OmegaConfBaseException, ValueError, RecursionError):  # resolvers that only hydra has, among others
+        except (OmegaConfBaseException, ValueError, RecursionError):
             value = text
         flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _unread_environment(value):
+def _unresolved(value):
     if isinstance(value, dict):
-        return {key: _unread_environment(x) for key, x in value.items()}
+        return {key: _unresolved(x) for key, x in value.items()}
     if isinstance(value, list):
-        return [_unread_environment(x) for x in value]
-    return value.replace(_ENVIRONMENT, "\\" + _ENVIRONMENT) if isinstance(value, str) else value
+        return [_unresolved(x) for x in value]
+    return _RESOLVER.sub(lambda match: "\\" + match[0], value) if isinstance(value, str) else value
