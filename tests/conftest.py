@@ -31,7 +31,7 @@ def first(tmp_path_factory):
     return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would be in the way of other modules' own
 def browser():
     with sync_playwright() as playwright:
         started = chromium.launch(playwright)

@@ -270,6 +270,7 @@ def table(text, begin):
     return [row for row in rows if set(row[0]) != {"-"}]
 
 
+@pytest.mark.process
 def test_the_command_prints_what_to_paste_and_what_it_gives(run, dump):
     code, out, err = run(dump, "--masked-share", "0.1", "--budget-share", "0.6")
     assert (code, err) == (0, "")
@@ -301,6 +302,7 @@ def test_the_command_prints_what_to_paste_and_what_it_gives(run, dump):
     assert spent == pytest.approx([100 * values.mean() / delta_b, 100 * np.quantile(values, 0.9) / delta_b], abs=0.006)
 
 
+@pytest.mark.process
 def test_later_steps_alone(run, dump):
     code, out, _ = run(dump, "--from-step", "3")
     assert code == 0 and "of step 4;" in out and "8 prompts" in out
@@ -308,6 +310,7 @@ def test_later_steps_alone(run, dump):
     assert code == 2 and "from step 5 on: it has steps 2, 4" in err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("method", "prefix"),
     [
@@ -327,12 +330,14 @@ def test_what_is_pasted_reaches_the_methods_loss(run, dump, method, prefix):
     assert [rule.delta, rule.delta_b][: 1 + len(delta_b)] == [delta, *delta_b]
 
 
+@pytest.mark.process
 def test_a_run_that_sets_the_losss_own_keys_is_given_these(run, tmp_path):
     save(tmp_path, 2, drifting(), **HEADER | {"trust_region": {"delta": 0.15, "delta_b": 0.02, "budget": "adaptive"}})
     code, out, _ = run(tmp_path)
     assert code == 0 and "\nactor_rollout_ref.actor.policy_loss.delta=" in out
 
 
+@pytest.mark.process
 def test_a_run_of_another_loss_is_calibrated_for_cppo(run, tmp_path):
     plain = dict.fromkeys(("update_mask", "reason", "weighted_divergence", "threshold", "delta_b"))
     method = {"_target_": "cppo_verl.plugin.config.MethodConfig", "loss_mode": "vanilla"}
@@ -341,6 +346,7 @@ def test_a_run_of_another_loss_is_calibrated_for_cppo(run, tmp_path):
     assert code == 0 and "the run's own" not in out and "\ntrust_region.delta=" in out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -358,6 +364,7 @@ def test_arguments_that_make_no_sense_are_refused(run, dump, tmp_path, args, mes
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "5%"])
 def test_a_share_is_between_0_and_1(run, dump, share, capsys):
     with pytest.raises(SystemExit) as error:
@@ -365,12 +372,14 @@ def test_a_share_is_between_0_and_1(run, dump, share, capsys):
     assert error.value.code == 2 and "such as 0.05" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_an_unreachable_share_ends_with_1_and_no_page(run, dump, tmp_path):
     code, out, err = run(dump, "--masked-share", "0.9", "--budget-share", "0.1")
     assert (code, out) == (1, "") and "move away from one" in err
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -385,6 +394,7 @@ def test_a_dump_that_tells_too_little_says_what_is_missing(run, tmp_path, change
     assert (code, out) == (1, "") and re.search(message, err)
 
 
+@pytest.mark.process
 def test_what_is_not_there_or_says_nothing_of_its_run(run, tmp_path):
     code, _, err = run(tmp_path / "nowhere")
     assert code == 2 and "trust_region.dump.every=10" in err
@@ -393,6 +403,7 @@ def test_what_is_not_there_or_says_nothing_of_its_run(run, tmp_path):
     assert code == 2 and "the dump of step 2 does not say what its run's" in err
 
 
+@pytest.mark.process
 def test_a_page_of_this_command_is_replaced_and_no_other_file(run, dump, tmp_path):
     page = tmp_path / "page" / "c.html"
     page.parent.mkdir()
@@ -404,6 +415,7 @@ def test_a_page_of_this_command_is_replaced_and_no_other_file(run, dump, tmp_pat
         assert run(dump)[0] == 0 and "5.0%" in page.read_text()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("mismatch", "warning"), [(1e-6, None), (0.02, "spends"), (0.5, "masks")])
 def test_mismatch_that_no_threshold_mends_is_warned_of(run, tmp_path, mismatch, warning):
     save(tmp_path, 2, drifting(mismatch=mismatch), **HEADER)
@@ -416,18 +428,21 @@ def test_mismatch_that_no_threshold_mends_is_warned_of(run, tmp_path, mismatch, 
         assert "actor_rollout_ref.rollout.dtype" in out
 
 
+@pytest.mark.process
 def test_a_budget_that_binds_less_than_delta_is_warned_of(run, dump):
     out = run(dump, "--budget-share", "0.02")[1]
     assert re.search(r"delta_b=\S+ is not below delta w_min = ", out)
     assert "is not below" not in run(dump)[1]
 
 
+@pytest.mark.process
 def test_no_first_update_is_said(run, tmp_path):
     save(tmp_path, 2, [r for r in drifting() if r.update], **HEADER)
     code, out, _ = run(tmp_path)
     assert code == 0 and "The dump has no first update of a batch" in out and "warning" not in out
 
 
+@pytest.mark.process
 def test_settings_that_changed_within_a_run_are_said(run, tmp_path):
     save(tmp_path, 2, drifting(), **HEADER)
     save(tmp_path, 4, drifting(step=4), **HEADER | {"method": HEADER["method"] | {"delta": 0.07}})
@@ -458,12 +473,14 @@ def page(dump, tmp_path_factory):
     return folder / "c.html"
 
 
+@pytest.mark.process
 def test_each_figure_is_a_picture_too(page):
     names = ("masked_by_delta", "masked_by_delta_b", "masked_by_update", "mismatch_and_drift")
     files = {path.name for path in (page.parent / "c_figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(browser, page, viewport, scheme):

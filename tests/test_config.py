@@ -94,6 +94,7 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("path", sorted(CONFIG.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_shipped_group_composes_and_passes_verls_checks(compose, path):
     # A method brings the group divergence with it.
@@ -111,6 +112,7 @@ MASKED = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", MASKED)
 def test_every_masked_method_takes_a_top_k_divergence_by_one_override(compose, method):
     divergence = "topk_kl" if method == "cppo_kl" or method.startswith("trm") else "topk_tv"
@@ -194,6 +196,7 @@ def test_impossible_values_are_refused_with_the_permitted_range(cppo, override, 
         start_up(cppo(RULE + override))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["cppo", "grpo", "minpro"])
 def test_every_method_dumps_tokens_by_one_override_and_none_without(compose, method):
     overrides = [*GRPO, f"+method={method}", "trainer.default_local_dir=/run/checkpoints"]
@@ -246,6 +249,7 @@ def test_unknown_keys_are_refused(compose):
         start_up(compose(*GRPO, "+method=cppo", "+" + RULE + "detla=0.1"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("override", "way_out"),
     [

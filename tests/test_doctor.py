@@ -43,6 +43,7 @@ def test_what_the_top_k_capture_costs(doctor):
     assert "mu's 20 most likely tokens: 120 bytes a response token, at most 31.5 MB a step of 512 responses" in out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("overrides", "finding"),
     [

@@ -60,6 +60,7 @@ def composed(command):
         return hydra_compose(name, overrides=overrides(arguments))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", shown(PAGE, "verl.trainer.main_ppo"), ids=lambda words: words[-1].split("/")[-1])
 def test_what_needs_a_gpu_composes_and_passes_verls_checks_and_ours(command):
     config = composed(command)
@@ -105,7 +106,8 @@ def test_the_shipped_run_is_looked_at_without_training(command, browser, tmp_pat
     with opened(browser, tmp_path / "page.html", PHONE, "dark") as looked_at:
         text = looked_at.inner_text("body")
     assert "Passed over" not in text and "no tokenizer" not in capsys.readouterr().err
-    assert {"inspect": "this run (cppo) masks", "calibrate": "trust_region.delta_b=", "report": "30 of 30"}[command[3]] in text
+    said = {"inspect": "this run (cppo) masks", "calibrate": "trust_region.delta_b=", "report": "30 of 30"}
+    assert said[command[3]] in text
 
 
 def test_gsm8ks_reward_reads_what_its_prompts_ask_for():

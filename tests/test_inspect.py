@@ -421,6 +421,7 @@ def page(responses, tokenizer, tmp_path_factory):
     return output, {r.key: r for r in sent}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_the_page_opens_and_fits(page, browser, viewport, scheme):

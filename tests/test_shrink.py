@@ -85,6 +85,7 @@ def test_random_answers_get_different_rewards():
     assert scores == [1, 0.5, 0, 0]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

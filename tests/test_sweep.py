@@ -337,6 +337,7 @@ def test_impossible_numbers_of_jobs_are_refused(jobs):
         Processes(jobs=jobs, address=None, point_overrides=OmegaConf.create())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "points"), [("seeds", 3), ("methods", 7), ("delta_b_w_min", 9)])
 def test_every_named_sweep_is_one_of_runs_that_compose(name, points):
     recipe = ["data_dir=/data", "output=/runs", "scale=qwen3_1.7b_base"]
@@ -358,6 +359,7 @@ def test_every_named_sweep_is_tested():
     assert {path.stem for path in (ROOT / "recipes" / "sweep").iterdir()} == {"seeds", "methods", "delta_b_w_min"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("folder", "name", "arguments"),
     [
