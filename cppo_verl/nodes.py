@@ -37,7 +37,7 @@ def look(distributions: list[str], files: list[str], hub_model: str | None, fold
             versions[name] = None
     found = {"host": socket.gethostname(), "python": sys.executable, "versions": versions}
     try:
-        from cppo_verl.doctor import registered
+        from cppo_verl.registered import registered
 
         found["registered"] = registered()
     except Exception as error:  # verl's own of a platform that only the plug-in knows, for one

@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
-RUN = "run"
-"""Of ``--method``: the run's own."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dump", type=Path, help="a dump of tokens: one file, its folder, or the folder of a run")
@@ -20,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         action="append",
         metavar="'NAME OVERRIDES'",
-        help=f"a method with hydra overrides, as in 'cppo trust_region.delta=0.1'; {RUN!r} is the run's own; may be "
+        help="a method with hydra overrides, as in 'cppo trust_region.delta=0.1'; 'run' is the run's own; may be "
         "repeated; default: the run's own and every method that the package ships, at the run's thresholds",
     )
     parser.add_argument(

@@ -14,11 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from cppo_verl.diagnostics import POSITION_BINS
 from cppo_verl.look import hindsight, token_text
 from cppo_verl.look.hindsight import Setting, Verdict
-from cppo_verl.look.inspect import RUN
 from cppo_verl.look.masks import REJECTING, Masks, rejected
 from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
 from cppo_verl.tokens import REASONS, Response, read_tokens
 
+RUN = "run"
+"""The run's own setting, among methods."""
 MEGABYTES = 10
 """Of the responses in a page; longer ones are fewer."""
 _READ = ("method", "divergence", "clip_ratio_low", "clip_ratio_high", "trust_region", "max_response_length")
