@@ -1,4 +1,4 @@
-"""All contact with verl and hydra. ``register`` is what verl's entry point imports.
+"""What verl and hydra run of this package. ``register`` is what verl's entry point imports.
 
 verl comes first: importing it loads ``register``, which needs this package's modules whole.
 """
