@@ -31,7 +31,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
 test: install lint $(BROWSER)/chromium
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
 
 test-unit: install $(BROWSER)/chromium
 	$(BIN)/python -m pytest -m "not trainer and not process"
