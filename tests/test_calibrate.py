@@ -14,7 +14,7 @@ from test_hindsight import HEADER as BASE
 from test_tokens import actor, damaged, divergence, save
 
 from cppo_verl.__main__ import main
-from cppo_verl.look import calibrate, hindsight, thresholds
+from cppo_verl.look import hindsight, threshold_page, thresholds
 from cppo_verl.look.thresholds import DIGITS, Sample, Thresholds, Unreachable, Wanted, intervals, propose
 from cppo_verl.plugin.config import CPPOLossConfig
 from cppo_verl.tokens import REASONS, Response
@@ -245,7 +245,7 @@ def test_responses_weigh_by_their_tokens():
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
     """The command without its pictures, which take most of its time."""
-    monkeypatch.setattr(calibrate, "draw", lambda *_: [])
+    monkeypatch.setattr(threshold_page, "draw", lambda *_: [])
 
     def command(*args):
         code = main(["calibrate", *map(str, args), "--output", str(tmp_path / "page" / "c.html")])
