@@ -92,6 +92,8 @@ def test_overrides_of_a_setting():
     assert (method.delta, method.delta_b, method.gate) == (0.3, 0.005, "soft")
     with pytest.raises(ValueError, match="no method 'cpo'; there are cispo, cppo"):
         hindsight.setting("cpo", HEADER)
+    with pytest.raises(ValueError, match="no method ''; there are cispo"):
+        hindsight.setting(" ", HEADER)
     with pytest.raises(ValueError, match=r"policy_loss.delta=7 is not permitted: a number in \(0, 1\]"):
         hindsight.setting("cppo trust_region.delta=7", HEADER)
     with pytest.raises(ValueError, match="dlta"):

@@ -85,7 +85,7 @@ def setting(text: str, header: dict) -> Setting:
     Raises:
         ValueError: no such method, or overrides that its config refuses.
     """
-    method, *overrides = text.split()
+    method, *overrides = text.split() or [""]
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
     # Of the rest of a run's config, methods read this.
