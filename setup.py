@@ -22,7 +22,7 @@ setup(
     # package resources read like an ordinary install.
     package_dir={"": "."},
     packages=find_packages(include=["cppo_verl", "cppo_verl.*"]),
-    package_data={"cppo_verl": ["config/**/*.yaml", "look/templates/*"]},
+    package_data={"cppo_verl": ["config/**/*.yaml", "analysis/html/templates/*"]},
     install_requires=["torch>=2.6", "numpy>=2.0", "wrapt>=1.16"],
     extras_require={
         "gpu": pinned("gpu.txt"),
@@ -30,7 +30,7 @@ setup(
         "test": pinned("test.txt"),
     },
     entry_points={
-        "verl.plugins": ["cppo_verl = cppo_verl.plugin.register"],
-        "vllm.general_plugins": ["cppo_verl = cppo_verl.vllm_cpu:keep_plain_weights"],
+        "verl.plugins": ["cppo_verl = cppo_verl.register"],
+        "vllm.general_plugins": ["cppo_verl = cppo_verl.cpu.vllm_patches:keep_plain_weights"],
     },
 )

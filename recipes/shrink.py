@@ -18,8 +18,9 @@ import hydra
 import verl  # noqa: F401  loads the plug-in, which brings the package's groups
 from hydra.errors import HydraException
 
-from cppo_verl import launch, tiny
-from cppo_verl.reasoning_gym import write_parquet
+from cppo_verl.data.reasoning_gym import write_parquet
+from cppo_verl.launch import trainer_process
+from cppo_verl.testing import tiny_models
 
 RECIPES = Path(__file__).resolve().parent
 # In the model's folder: which model it stands for.
@@ -104,13 +105,13 @@ def prepare(output, path, steps):
     transformers.utils.logging.disable_progress_bar()
     train_file, _ = write_parquet("number_sorting", output / "data", train_size=512, validation_size=8, **TASK)
     frame = pandas.read_parquet(train_file)
-    tokenizer = tiny.build_tokenizer(
+    tokenizer = tiny_models.build_tokenizer(
         [prompt[0]["content"] for prompt in frame["prompt"]],
         [reward["ground_truth"] for reward in frame["reward_model"]],
     )
     torch.manual_seed(0)
-    model = tiny.build_model(tokenizer, **SIZES, **(EXPERTS if family[1] else {}))
-    tiny.save(model, tokenizer, model_folder, MARKER, {"stands_for": path})
+    model = tiny_models.build_model(tokenizer, **SIZES, **(EXPERTS if family[1] else {}))
+    tiny_models.save(model, tokenizer, model_folder, MARKER, {"stands_for": path})
 
 
 def train(output, arguments):
@@ -127,13 +128,13 @@ def train(output, arguments):
     }
     print(f"training for about two minutes; the log is {log}", flush=True)
     try:
-        with launch.trainer(arguments, log, environment) as trainer:
+        with trainer_process.trainer(arguments, log, environment) as trainer:
             pass
     except KeyboardInterrupt:
         print("interrupted", flush=True)
         return 130
     if trainer.returncode:
-        launch.show_failure(trainer, log)
+        trainer_process.show_failure(trainer, log)
     else:
         print(f"metrics: {output / 'checkpoints'}/metrics-*.jsonl")
     return trainer.returncode

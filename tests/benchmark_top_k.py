@@ -26,7 +26,7 @@ from statistics import median
 import torch
 import verl  # noqa: F401  loads the plug-in
 
-from cppo_verl.divergence import gather_log_probs
+from cppo_verl.core.divergence import gather_log_probs
 
 VOCABULARY, TOP_K = 151_936, 20
 
@@ -105,7 +105,7 @@ def benchmark_server():
     """The plug-in's server that can also take the plain path."""
     import wrapt
 
-    from cppo_verl.plugin.top_k.server import TopKServer
+    from cppo_verl.plugin.topk.vllm_server import TopKServer
 
     class PlainEngine(wrapt.ObjectProxy):
         async def generate(self, *, sampling_params, request_id, **kwargs):

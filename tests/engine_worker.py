@@ -23,8 +23,8 @@ from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
-from cppo_verl.candidates import CODES_FIELD, IDS_FIELD, pack
-from cppo_verl.plugin.top_k.loss import top_k_ppo_loss
+from cppo_verl.plugin.topk.codec import CODES_FIELD, IDS_FIELD, pack
+from cppo_verl.plugin.topk.loss import top_k_ppo_loss
 from cppo_verl.plugin.trainer import leave_out, mini_batch_of_row
 
 ROWS = 8

@@ -19,7 +19,7 @@ import wrapt
 WHAT, _, FOLDER = os.environ.get("CPPO_VERL_PROBE", "").partition(":")
 
 
-@wrapt.when_imported("cppo_verl.plugin.top_k.loss")
+@wrapt.when_imported("cppo_verl.plugin.topk.loss")
 def _dump(module):
     if WHAT != "dump":
         return
@@ -38,7 +38,7 @@ def _dump(module):
     module.divergence_of_logits = dumping
 
 
-@wrapt.when_imported("cppo_verl.plugin.top_k.server")
+@wrapt.when_imported("cppo_verl.plugin.topk.vllm_server")
 def _shift(module):
     if WHAT != "shift":
         return

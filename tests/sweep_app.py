@@ -26,7 +26,7 @@ def main(config):
         raise RuntimeError("as it was told")
     while told(config) == "wait":
         time.sleep(0.1)
-        if (folder / "stop").exists():  # as verl's trainer does with the plug-in, see cppo_verl.stop
+        if (folder / "stop").exists():  # as verl's trainer does with the plug-in, see cppo_verl.artifacts.stop_request
             (folder / "stop").rename(folder / "stopped")
             break
 

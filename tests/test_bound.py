@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
 
-from cppo_verl import position_weights, trust_region
-from cppo_verl.bound import (
+from cppo_verl.core import build_trust_region, position_weights
+from cppo_verl.core.theory import (
     Region,
     coefficients,
     first_token_slack,
@@ -124,7 +124,9 @@ def test_the_implemented_rule_and_its_slack_17(problem, thresholds):
     mask = torch.ones_like(paths, dtype=torch.bool)
     of_loss = position_weights(mask.float(), w_min).double()
     torch.testing.assert_close(of_loss[0], torch.from_numpy(weights), rtol=0, atol=1e-6)
-    feasible = trust_region(paths, mask, delta=delta, delta_b=torch.full((len(paths), 1), delta_b), weights=of_loss)
+    feasible = build_trust_region(
+        paths, mask, delta=delta, delta_b=torch.full((len(paths), 1), delta_b), weights=of_loss
+    )
     assert (feasible.weighted_divergence <= feasible.threshold + 1e-6).all()
 
 

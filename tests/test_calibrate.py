@@ -13,11 +13,13 @@ from browser import DESKTOP, PHONE, fits, opened
 from test_hindsight import HEADER as BASE
 from test_tokens import actor, damaged, divergence, save
 
-from cppo_verl.__main__ import main
-from cppo_verl.look import hindsight, threshold_page, thresholds
-from cppo_verl.look.thresholds import DIGITS, Sample, Thresholds, Unreachable, Wanted, intervals, propose
+from cppo_verl.analysis import replay
+from cppo_verl.analysis.calibrate import page as threshold_page
+from cppo_verl.analysis.calibrate import thresholds
+from cppo_verl.analysis.calibrate.thresholds import DIGITS, Sample, Thresholds, Unreachable, Wanted, intervals, propose
+from cppo_verl.artifacts.token_dump import REASONS, Response
+from cppo_verl.cli import main
 from cppo_verl.plugin.config import CPPOLossConfig
-from cppo_verl.tokens import REASONS, Response
 
 DELTA, DELTA_B = 0.05, 0.005
 HEADER = BASE | {"method": BASE["method"] | {"delta": DELTA, "delta_b": DELTA_B, "budget": "adaptive"}}
@@ -117,7 +119,7 @@ def responses():
 
 
 def sample(rule, responses):
-    return Sample(hindsight.Setting("a rule", actor(rule)), responses)
+    return Sample(replay.Setting("a rule", actor(rule)), responses)
 
 
 def loops(rule, responses, found):
@@ -325,7 +327,7 @@ def test_what_is_pasted_reaches_the_methods_loss(run, dump, method, prefix):
     assert code == 0
     pasted = re.search(rf"^{prefix}\.delta=.*$", out, re.M)[0]
     assert ("delta_b" in pasted) == (method != "dppo")
-    rule = hindsight.setting(f"{method} {pasted}", HEADER).actor.policy_loss
+    rule = replay.setting(f"{method} {pasted}", HEADER).actor.policy_loss
     delta, *delta_b = (float(part.split("=")[1]) for part in pasted.split())
     assert [rule.delta, rule.delta_b][: 1 + len(delta_b)] == [delta, *delta_b]
 
@@ -452,7 +454,9 @@ def test_settings_that_changed_within_a_run_are_said(run, tmp_path):
 
 @pytest.mark.process
 def test_the_command_line_stays_light():
-    code = "import sys, cppo_verl.look.calibrate; print({'verl', 'matplotlib', 'jinja2'} & set(sys.modules))"
+    code = (
+        "import sys, cppo_verl.analysis.calibrate.command; print({'verl', 'matplotlib', 'jinja2'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

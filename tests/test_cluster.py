@@ -14,9 +14,9 @@ import pytest
 import yaml
 from trainer_run import MARK, Program
 
-from cppo_verl.__main__ import main
-from cppo_verl.agents import head_address
-from cppo_verl.cluster import trainer_arguments
+from cppo_verl.cli import main
+from cppo_verl.launch.agents import head_address
+from cppo_verl.launch.cluster import trainer_arguments
 
 ROOT = Path(__file__).parents[1]
 SITE_PACKAGES = Path(psutil.__file__).parents[1]
@@ -80,7 +80,7 @@ def environment_of_a_node(folder, version):
         metadata = packages / f"cppo_verl-{version}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: cppo-verl\nVersion: {version}\n")
-        (metadata / "entry_points.txt").write_text("[verl.plugins]\ncppo_verl = cppo_verl.plugin.register\n")
+        (metadata / "entry_points.txt").write_text("[verl.plugins]\ncppo_verl = cppo_verl.register\n")
     return folder / "bin" / "python"
 
 
@@ -187,12 +187,12 @@ def test_a_signal_leaves_nothing(nodes, number, when):
 
 LISTENS = """
 import sys, time
-from cppo_verl import stop
+from cppo_verl.artifacts import stop_request
 folder = sys.argv[-1].removeprefix("trainer.default_local_dir=")
-print("left over:", stop.start_over(folder), flush=True)
-while (asked := stop.requested(folder)) is None:
+print("left over:", stop_request.start_over(folder), flush=True)
+while (asked := stop_request.requested(folder)) is None:
     time.sleep(0.1)
-stop.answer(folder, f"stopped after step 1 of 2: {asked}")
+stop_request.answer(folder, f"stopped after step 1 of 2: {asked}")
 """
 
 
@@ -344,20 +344,20 @@ def runs(nodes, tmp_path_factory):
     import pandas
     import torch
 
-    from cppo_verl import tiny
-    from cppo_verl.reasoning_gym import write_parquet
+    from cppo_verl.data.reasoning_gym import write_parquet
+    from cppo_verl.testing import tiny_models
 
     shared = tmp_path_factory.mktemp("shared")
     numbers = {"min_numbers": 5, "max_numbers": 5, "min_value": 10, "max_value": 99, "max_decimals": 0}
     write_parquet("number_sorting", shared / "data", train_size=64, validation_size=16, seed=1, **numbers)
     rows = pandas.read_parquet(shared / "data" / "train.parquet")
-    tokenizer = tiny.build_tokenizer(
+    tokenizer = tiny_models.build_tokenizer(
         [prompt[0]["content"] for prompt in rows["prompt"]], [reward["ground_truth"] for reward in rows["reward_model"]]
     )
     torch.manual_seed(1)
     sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
-    model = tiny.build_model(tokenizer, num_key_value_heads=3, max_position_embeddings=128, **sizes)
-    tiny.save(model, tokenizer, shared / "model", "made_by.json", {"made_by": __file__})
+    model = tiny_models.build_model(tokenizer, num_key_value_heads=3, max_position_embeddings=128, **sizes)
+    tiny_models.save(model, tokenizer, shared / "model", "made_by.json", {"made_by": __file__})
 
     def command(output):
         output.mkdir()
@@ -370,7 +370,7 @@ def runs(nodes, tmp_path_factory):
         # one update a step: how verl orders a batch, and so what shares a mini-batch, varies from run to run
         settings += ["data.train_batch_size=16", "actor_rollout_ref.actor.ppo_mini_batch_size=16"]
         settings += ["actor_rollout_ref.rollout.agent.default_agent_loop=seeded"]
-        settings += ["reward.custom_reward_function.path=pkg://cppo_verl.tiny"]
+        settings += ["reward.custom_reward_function.path=pkg://cppo_verl.testing.tiny_models"]
         return [*python, *settings, "reward.custom_reward_function.name=share_of_digits"]
 
     def environment(output):

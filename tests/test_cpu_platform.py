@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cppo_verl.plugin.cpu.platform import PlatformCPU
+from cppo_verl.cpu.platform import PlatformCPU
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_with_an_accelerator_build_nothing_of_it_is_active():
     pretend = "import torch; torch.accelerator.current_accelerator = lambda: torch.device('cuda'); "
     check = (
         "; import sys; import verl.utils.distributed as d"
-        "; print(type(d.initialize_global_process_group_ray).__name__, 'cppo_verl.plugin.cpu.engine' in sys.modules)"
+        "; print(type(d.initialize_global_process_group_ray).__name__, 'cppo_verl.cpu.fsdp_engine' in sys.modules)"
     )
     out = run_python(pretend + WHICH + "; import verl.workers.engine" + check, VERL_PLATFORM="").stdout
     assert out.split() == ["PlatformCUDA", "function", "False"]
@@ -88,7 +88,7 @@ def test_verl_itself_still_has_no_fsdp2_engine_for_the_cpu():
 
     engines = EngineRegistry._engines["language_model"]["fsdp2"]
     assert {device for device, engine in engines.items() if engine.__module__.startswith("verl.")} == {"cuda", "npu"}
-    assert engines["cpu"].__module__ == "cppo_verl.plugin.cpu.engine"
+    assert engines["cpu"].__module__ == "cppo_verl.cpu.fsdp_engine"
 
 
 def test_pinned_offload_still_needs_an_accelerator():
@@ -112,7 +112,7 @@ def test_vllm_still_drops_the_weights_of_linear_layers(monkeypatch):
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
 
-    from cppo_verl.vllm_cpu import keep_plain_weights
+    from cppo_verl.cpu.vllm_patches import keep_plain_weights
 
     assert current_platform.is_cpu()
     layer = torch.nn.Linear(64, 32, bias=False)
@@ -187,7 +187,7 @@ def experts():
 
 def test_vllm_still_packs_the_weights_of_experts_at_the_first_load_only(experts, monkeypatch):
     """When this fails, drop the second part of vllm_cpu.py."""
-    from cppo_verl.vllm_cpu import keep_plain_weights
+    from cppo_verl.cpu.vllm_patches import keep_plain_weights
 
     method, loads = experts
     name = "process_weights_after_loading"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
 
-from cppo_verl import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
+from cppo_verl.core import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
 PRECISIONS = pytest.mark.parametrize(

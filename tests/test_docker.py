@@ -49,10 +49,10 @@ def test_a_build_sees_the_package_and_nothing_private(tmp_path):
     assert wanted <= context(ROOT)
 
     private = [".env", ".git/config", "ray_token", "data/train.parquet", "outputs/model.pt", ".venv/bin/python"]
-    for path in [*private, "cppo_verl/__pycache__/runs.pyc", "setup.py", "cppo_verl/runs.py"]:
+    for path in [*private, "cppo_verl/__pycache__/runs.pyc", "setup.py", "cppo_verl/artifacts/run_reader.py"]:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    assert context(tmp_path) == {"setup.py", "cppo_verl/runs.py"}
+    assert context(tmp_path) == {"setup.py", "cppo_verl/artifacts/run_reader.py"}
 
 
 def test_what_is_copied_is_in_the_context(dockerfile):

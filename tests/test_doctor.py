@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from cppo_verl.__main__ import main
-from cppo_verl.doctor import Report, _device
+from cppo_verl.cli import main
+from cppo_verl.doctor.checks import Report, _device
 
 COMMAND = [
     "+method=cppo",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cppo_verl import top_k_divergence
+from cppo_verl.core import top_k_divergence
 
 pytestmark = pytest.mark.trainer
 
@@ -162,7 +162,7 @@ def check_divergences(output, method):
     """D_t of the model output against the loops over its full logits."""
     from engine_worker import batch
 
-    from cppo_verl.plugin.top_k.loss import DIVERGENCE
+    from cppo_verl.plugin.topk.loss import DIVERGENCE
 
     data, log_mu = batch()
     kind = method.rpartition("_")[2]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_tokens import METHODS, actor, dumped, expected
 
-from cppo_verl.look import hindsight
-from cppo_verl.tokens import REASONS
+from cppo_verl.analysis import replay
+from cppo_verl.artifacts.token_dump import REASONS
 
 HEADER = {
     "method": {"_target_": "cppo_verl.plugin.config.CPPOLossConfig", "loss_mode": "cppo", "delta": 0.07},
@@ -28,7 +28,7 @@ def responses(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("vanilla", "cispo")])
 def test_a_method_would_have_done_what_it_does_when_it_trains(name, responses, tmp_path):
     _, _, recorded = dumped(tmp_path, METHODS[name])
-    verdicts = hindsight.judge(hindsight.Setting(name, actor(METHODS[name])), list(responses.values()))
+    verdicts = replay.judge(replay.Setting(name, actor(METHODS[name])), list(responses.values()))
     for row, verdict in zip(responses, verdicts, strict=True):
         (record,) = recorded[row]
         for column in ("update_mask", "reason", "divergence"):
@@ -44,7 +44,7 @@ def test_a_method_would_have_done_what_it_does_when_it_trains(name, responses, t
 @pytest.mark.parametrize("name", ["cppo", "fixed", "trm_max", "minpro"])
 def test_reasons_are_the_loops(name, responses):
     method = METHODS[name]
-    verdicts = hindsight.judge(hindsight.Setting(name, actor(method)), list(responses.values()))
+    verdicts = replay.judge(replay.Setting(name, actor(method)), list(responses.values()))
     for response, verdict in zip(responses.values(), verdicts, strict=True):
         columns = (response.log_mu, response.log_pi, response.advantage, response.mask)
         _, reason, sure, *_ = expected(method, *(column.tolist() for column in columns))
@@ -57,7 +57,7 @@ def test_verls_own_losses_are_judged_by_their_gradient(responses):
     low, high, dual = 0.8, 1.28, 3.0
     for name in ("vanilla", "cispo"):
         clipped = 0
-        verdicts = hindsight.judge(hindsight.Setting(name, actor(METHODS[name])), list(responses.values()))
+        verdicts = replay.judge(replay.Setting(name, actor(METHODS[name])), list(responses.values()))
         for response, verdict in zip(responses.values(), verdicts, strict=True):
             rows = zip(response.log_mu, response.log_pi, response.advantage, response.mask, strict=True)
             for t, (mu, pi, adv, valid) in enumerate(rows):
@@ -76,32 +76,32 @@ def test_verls_own_losses_are_judged_by_their_gradient(responses):
 
 @pytest.mark.process
 def test_every_shipped_method_composes_with_the_runs_thresholds():
-    assert "cppo" in hindsight.METHODS and "_harness" not in hindsight.METHODS
-    for name in hindsight.METHODS:
-        assert hindsight.setting(name, HEADER).label == name
-    method = hindsight.setting("cppo", HEADER).actor.policy_loss
+    assert "cppo" in replay.METHODS and "_harness" not in replay.METHODS
+    for name in replay.METHODS:
+        assert replay.setting(name, HEADER).label == name
+    method = replay.setting("cppo", HEADER).actor.policy_loss
     assert (method.delta, method.delta_b, method.budget, method.divergence) == (0.05, 0.005, "fixed", "binary_tv")
-    assert hindsight.setting("cppo_pr6731", HEADER).actor.policy_loss.horizon == 32
-    assert hindsight.setting("grpo", HEADER).actor.clip_ratio_high == 0.28
-    assert hindsight.run_setting(HEADER).actor.policy_loss.delta == 0.07
+    assert replay.setting("cppo_pr6731", HEADER).actor.policy_loss.horizon == 32
+    assert replay.setting("grpo", HEADER).actor.clip_ratio_high == 0.28
+    assert replay.run_setting(HEADER).actor.policy_loss.delta == 0.07
 
 
 def test_overrides_of_a_setting():
     text = "cppo trust_region.delta=0.3 actor_rollout_ref.actor.policy_loss.gate=soft"
-    method = hindsight.setting(text, HEADER).actor.policy_loss
+    method = replay.setting(text, HEADER).actor.policy_loss
     assert (method.delta, method.delta_b, method.gate) == (0.3, 0.005, "soft")
     with pytest.raises(ValueError, match="no method 'cpo'; there are cispo, cppo"):
-        hindsight.setting("cpo", HEADER)
+        replay.setting("cpo", HEADER)
     with pytest.raises(ValueError, match="no method ''; there are cispo"):
-        hindsight.setting(" ", HEADER)
+        replay.setting(" ", HEADER)
     with pytest.raises(ValueError, match=r"policy_loss.delta=7 is not permitted: a number in \(0, 1\]"):
-        hindsight.setting("cppo trust_region.delta=7", HEADER)
+        replay.setting("cppo trust_region.delta=7", HEADER)
     with pytest.raises(ValueError, match="dlta"):
-        hindsight.setting("cppo actor_rollout_ref.actor.policy_loss.dlta=7", HEADER)
+        replay.setting("cppo actor_rollout_ref.actor.policy_loss.dlta=7", HEADER)
 
 
 def test_a_top_k_divergence_is_judged_only_by_the_dump_that_has_it():
-    setting = hindsight.setting("cppo divergence=topk_tv", HEADER)
-    assert not hindsight.can_judge(setting, HEADER)
-    assert hindsight.can_judge(setting, HEADER | {"divergence": "topk_tv"})
-    assert hindsight.can_judge(hindsight.setting("cppo", HEADER), HEADER | {"divergence": "topk_tv"})
+    setting = replay.setting("cppo divergence=topk_tv", HEADER)
+    assert not replay.can_judge(setting, HEADER)
+    assert replay.can_judge(setting, HEADER | {"divergence": "topk_tv"})
+    assert replay.can_judge(replay.setting("cppo", HEADER), HEADER | {"divergence": "topk_tv"})

@@ -14,10 +14,12 @@ from test_tokens import METHODS, actor, damaged, dumped, expected, save
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from cppo_verl.__main__ import main
-from cppo_verl.look import hindsight, token_page, token_text
-from cppo_verl.look.masks import Masks, rejected
-from cppo_verl.tokens import REASONS
+from cppo_verl.analysis import replay
+from cppo_verl.analysis.inspect import page as token_page
+from cppo_verl.analysis.inspect import token_text
+from cppo_verl.analysis.inspect.masks import Masks, rejected
+from cppo_verl.artifacts.token_dump import REASONS
+from cppo_verl.cli import main
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -95,7 +97,7 @@ NAMES = ("cppo", "soft", "dppo", "trm_max", "minpro", "vanilla")
 
 @pytest.fixture(scope="module")
 def judged(responses):
-    return {n: list(hindsight.judge(hindsight.Setting(n, actor(METHODS[n])), responses)) for n in NAMES}
+    return {n: list(replay.judge(replay.Setting(n, actor(METHODS[n])), responses)) for n in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -241,25 +243,25 @@ def test_by_default_the_runs_own_masks_and_every_method_at_its_thresholds(respon
     save(tmp_path, 3, responses, **HEADER)
     code, out, err, data = inspect(tmp_path, "--responses", "3")
     assert code == 0
-    assert data["settings"] == ["this run", *hindsight.METHODS]
+    assert data["settings"] == ["this run", *replay.METHODS]
     by_key = {response.key: response for response in responses}
     assert len(data["responses"]) == 3
     for shown in data["responses"]:
         own, response = shown["verdicts"][0], by_key[shown["key"]]
         assert own["reason"] == "".join(map(str, response.reason.tolist()))
         assert own["delta"] == HEADER["method"]["delta"]
-        assert shown["verdicts"][1 + hindsight.METHODS.index("dppo")]["delta"] == HEADER["trust_region"]["delta"]
+        assert shown["verdicts"][1 + replay.METHODS.index("dppo")]["delta"] == HEADER["trust_region"]["delta"]
     assert "3 of 23 responses" in out
 
 
 @pytest.mark.process  # composes every method
 def test_a_shipped_method_at_the_runs_thresholds_is_not_shown_twice(responses, inspect, tmp_path):
-    method = vars(hindsight.setting("dppo", HEADER).actor.policy_loss)
+    method = vars(replay.setting("dppo", HEADER).actor.policy_loss)
     method = {key: value for key, value in method.items() if key != "shuffle" and isinstance(value, str | int | float)}
     method |= {"horizon": None, "_target_": "cppo_verl.plugin.config.CPPOLossConfig"}
     save(tmp_path, 3, responses, **HEADER | {"method": method})
     _, _, _, data = inspect(tmp_path)
-    assert data["settings"] == ["this run (dppo)", *(name for name in hindsight.METHODS if name != "dppo")]
+    assert data["settings"] == ["this run (dppo)", *(name for name in replay.METHODS if name != "dppo")]
 
 
 def test_what_the_dump_cannot_judge_is_named_with_the_way_out(responses, inspect, tmp_path):

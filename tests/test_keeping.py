@@ -9,33 +9,33 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf, open_dict
 
-from cppo_verl.plugin import keeping
+from cppo_verl.plugin import checkpoints
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     # set and deleted again, so that what the code sets is undone after the test
-    monkeypatch.setenv(keeping.METRICS_PATH, "")
-    monkeypatch.delenv(keeping.METRICS_PATH)
+    monkeypatch.setenv(checkpoints.METRICS_PATH, "")
+    monkeypatch.delenv(checkpoints.METRICS_PATH)
     config = OmegaConf.create({"trainer": {"logger": ["console"], "default_local_dir": str(tmp_path / "run")}})
     OmegaConf.set_struct(config, True)
     return config
 
 
 def test_each_attempt_has_a_metrics_file_of_its_own(config, tmp_path, monkeypatch):
-    assert keeping.log_to_file(config) == tmp_path / "run" / "metrics-0.jsonl"
+    assert checkpoints.log_to_file(config) == tmp_path / "run" / "metrics-0.jsonl"
     assert config.trainer.logger == ["console", "file"]
     for name in ("metrics-0.jsonl", "metrics-9.jsonl", "metrics-10.jsonl", "metrics-x.jsonl"):
         (tmp_path / "run" / name).touch()
-    monkeypatch.delenv(keeping.METRICS_PATH)
-    assert keeping.log_to_file(config) == tmp_path / "run" / "metrics-11.jsonl"
+    monkeypatch.delenv(checkpoints.METRICS_PATH)
+    assert checkpoints.log_to_file(config) == tmp_path / "run" / "metrics-11.jsonl"
     assert config.trainer.logger == ["console", "file"]
 
 
 def test_a_path_that_the_user_set_stays(config, tmp_path, monkeypatch):
-    monkeypatch.setenv(keeping.METRICS_PATH, str(tmp_path / "mine.jsonl"))
+    monkeypatch.setenv(checkpoints.METRICS_PATH, str(tmp_path / "mine.jsonl"))
     config.trainer.logger = "wandb"
-    assert keeping.log_to_file(config) == tmp_path / "mine.jsonl"
+    assert checkpoints.log_to_file(config) == tmp_path / "mine.jsonl"
     assert config.trainer.logger == ["wandb", "file"]
     assert not (tmp_path / "run").exists()
 
@@ -58,47 +58,47 @@ def test_the_best_survives_verls_rotation_and_the_one_before_goes(tmp_path, monk
         def refuse(*_):
             raise OSError("no hard links here")
 
-        monkeypatch.setattr(keeping.os, "link", refuse)
-    assert keeping.best_so_far(tmp_path) is None
+        monkeypatch.setattr(checkpoints.os, "link", refuse)
+    assert checkpoints.best_so_far(tmp_path) is None
     for step in (3, 6):
         checkpoint(tmp_path, step, "weights")
         whole = contents(tmp_path / f"global_step_{step}")
         # the ranks of one machine, at once
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _, step=step: keeping.link_checkpoint(tmp_path, step), range(8)))
-        keeping.write_best(tmp_path, step, step / 10)
-        keeping.forget_others(tmp_path, step)
+            list(pool.map(lambda _, step=step: checkpoints.link_checkpoint(tmp_path, step), range(8)))
+        checkpoints.write_best(tmp_path, step, step / 10)
+        checkpoints.forget_others(tmp_path, step)
         for file in (tmp_path / f"global_step_{step}").rglob("*.*"):
             file.unlink()
         assert contents(tmp_path / "best" / f"global_step_{step}") == whole
         assert [p.name for p in (tmp_path / "best").glob("global_step_*")] == [f"global_step_{step}"]
-        assert keeping.best_so_far(tmp_path) == {"step": step, "accuracy": step / 10}
+        assert checkpoints.best_so_far(tmp_path) == {"step": step, "accuracy": step / 10}
     (tmp_path / "best" / "best.json").write_text('{"step": 6, "acc')
-    assert keeping.best_so_far(tmp_path) is None
+    assert checkpoints.best_so_far(tmp_path) is None
 
 
 def test_sources_of_the_answers(tmp_path):
-    keeping.write_sources(tmp_path / "validation", 7, ["u", "v", "u"], ["aime24", "aime25", "aime24"])
+    checkpoints.write_sources(tmp_path / "validation", 7, ["u", "v", "u"], ["aime24", "aime25", "aime24"])
     (path,) = (tmp_path / "validation").iterdir()
     assert (path.name, json.loads(path.read_text())) == ("7.sources.json", {"u": "aime24", "v": "aime25"})
 
 
 def test_mean_accuracy_is_unweighted_over_benchmarks():
     metrics = {"val-core/aime24/acc/mean@16": 0.2, "val-core/aime25/acc/mean@16": 0.4, "val-aux/x/acc/mean@16": 1.0}
-    assert keeping.mean_accuracy(metrics) == pytest.approx(0.3)
-    assert keeping.mean_accuracy({"critic/score/mean": 1.0}) is None
+    assert checkpoints.mean_accuracy(metrics) == pytest.approx(0.3)
+    assert checkpoints.mean_accuracy({"critic/score/mean": 1.0}) is None
 
 
 def test_the_line_says_what_is_known():
     metrics = {"critic/score/mean": 0.5, "trust_region/masked_share": 0.074, "perf/total_num_tokens": 9000}
-    line = keeping.progress_line(3, 30, 4000.4, metrics | {"perf/time_per_step": 4.0}, 0.25)
+    line = checkpoints.progress_line(3, 30, 4000.4, metrics | {"perf/time_per_step": 4.0}, 0.25)
     left = "1:06:40 left  reward 0.500  validation 25.0%  masked 7.4%  2,250 tokens/s"
     assert line == f"cppo_verl  step 3/30  {left}"
-    assert keeping.progress_line(30, 30, 0.0, {}, None) == "cppo_verl  step 30/30  0:00:00 left"
+    assert checkpoints.progress_line(30, 30, 0.0, {}, None) == "cppo_verl  step 30/30  0:00:00 left"
 
 
 def test_a_checkpoint_that_is_elsewhere_leaves_nothing(tmp_path):
-    keeping.link_checkpoint(tmp_path, 5)
+    checkpoints.link_checkpoint(tmp_path, 5)
     assert list(Path(tmp_path).iterdir()) == []
 
 
@@ -106,27 +106,27 @@ def test_a_resume_that_would_start_from_scratch_is_refused(config, tmp_path):
     run = tmp_path / "run"
     with open_dict(config):
         config.trainer.resume_mode = "auto"
-    keeping.check_resume(config)  # a first start
+    checkpoints.check_resume(config)  # a first start
     for step in (3, 6):
         checkpoint(run, step, "weights")
-    tracker = run / keeping.TRACKER
+    tracker = run / checkpoints.TRACKER
     tracker.write_text("6")
-    keeping.check_resume(config)
+    checkpoints.check_resume(config)
     for damaged in ("9", "", "6\0"):
         tracker.write_text(damaged)
         with pytest.raises(ValueError, match=rf"says {re.escape(repr(damaged))}, but .* are: 3, 6\. Write one of them"):
-            keeping.check_resume(config)
+            checkpoints.check_resume(config)
     config.trainer.resume_mode = "disable"
-    keeping.check_resume(config)
+    checkpoints.check_resume(config)
 
 
 def test_checkpoints_of_earlier_attempts_rotate_too(tmp_path):
     for step in (3, 6, 8, 9, 12):
         checkpoint(tmp_path, step, "weights")
-    keeping.rotate(tmp_path, 9, "critic", 1)
-    keeping.rotate(tmp_path, 9, "actor", None)
+    checkpoints.rotate(tmp_path, 9, "critic", 1)
+    checkpoints.rotate(tmp_path, 9, "actor", None)
     assert all((tmp_path / f"global_step_{step}" / "actor").exists() for step in (3, 6, 8, 9, 12))
-    keeping.rotate(tmp_path, 9, "actor", 2)
+    checkpoints.rotate(tmp_path, 9, "actor", 2)
     # 12 may be half of a checkpoint, of an attempt that was killed
     left = [step for step in (3, 6, 8, 9, 12) if (tmp_path / f"global_step_{step}" / "actor").exists()]
     assert left == [8, 9, 12]
@@ -136,10 +136,10 @@ def test_a_failed_checkpoint_names_node_folder_and_what_is_whole(tmp_path):
     error = OSError(
         "ray::WorkerDict.save_checkpoint() (pid=7, ip=10.0.0.3, actor_id=1f)\nOSError: No space left on device"
     )
-    message = keeping.not_written(tmp_path, 6, error)
+    message = checkpoints.not_written(tmp_path, 6, error)
     assert message.startswith(f"on 10.0.0.3: the checkpoint of step 6 could not be written to {tmp_path} (")
     assert "No space left on device; there is none before it. Make room" in message
-    (tmp_path / keeping.TRACKER).write_text("3")
-    message = keeping.not_written(tmp_path, 6, OSError(28, "No space left on device"))
+    (tmp_path / checkpoints.TRACKER).write_text("3")
+    message = checkpoints.not_written(tmp_path, 6, OSError(28, "No space left on device"))
     assert message.startswith(f"on {socket.gethostname()}: ")
     assert "No space left on device; that of step 3 is whole" in message

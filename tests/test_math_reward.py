@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cppo_verl import math_reward
+from cppo_verl.rewards import math_grading
 
 HOSTILE = str(Path(__file__).with_name("hostile_verifier.py"))
 AMPLE = 60.0  # seconds, for answers that must get their verdict on a busy machine too
@@ -129,7 +129,7 @@ VERDICTS = [
     (box("5\x00"), "5", 0, 0),
     (box("5\ud800"), "5", 0, 0),
     ("\x00\ud800 " + box("5"), "5", 1, 1),
-    (box("5") + "x" * math_reward.ANSWER_CHARACTERS, "5", 0, 0),
+    (box("5") + "x" * math_grading.ANSWER_CHARACTERS, "5", 0, 0),
     # ground truths in other forms
     (line("34"), '["34"]', 1, 1),
     (line("5"), '["4", "5"]', 1, 1),
@@ -148,12 +148,12 @@ VERDICTS = [
 @pytest.mark.parametrize("response, truth, verify, dapo", VERDICTS)
 def test_verdicts(response, truth, verify, dapo):
     unhurt = {"timed_out": 0.0, "crashed": 0.0}
-    assert math_reward.math_verify("aime", response, truth, time_limit=AMPLE) == {
+    assert math_grading.math_verify("aime", response, truth, time_limit=AMPLE) == {
         "score": float(verify),
         "acc": float(verify),
         **unhurt,
     }
-    assert math_reward.math_dapo("aime", response, truth, {}, time_limit=AMPLE) == {
+    assert math_grading.math_dapo("aime", response, truth, {}, time_limit=AMPLE) == {
         "score": 1.0 if dapo else -1.0,
         "acc": float(dapo),
         **unhurt,
@@ -179,18 +179,18 @@ def test_verdicts(response, truth, verify, dapo):
 )
 def test_monstrous_responses_end_within_the_limit(response):
     begin = time.monotonic()
-    for reward in (math_reward.math_verify, math_reward.math_dapo):
+    for reward in (math_grading.math_verify, math_grading.math_dapo):
         assert reward("aime", response, "\\frac{7}{x+1}", time_limit=0.3)["acc"] == 0.0
     assert time.monotonic() - begin < 30
-    assert math_reward.math_verify("aime", box("5"), "5", time_limit=AMPLE)["acc"] == 1.0
+    assert math_grading.math_verify("aime", box("5"), "5", time_limit=AMPLE)["acc"] == 1.0
 
 
 @pytest.fixture
 def hostile(monkeypatch):
     """The reward function with a verifier that does what the answer says."""
-    child = math_reward._Child(HOSTILE, "load")
-    monkeypatch.setattr(math_reward, "_DAPO", child)
-    yield lambda response, limit=AMPLE: math_reward.math_dapo("aime", response, "right", time_limit=limit)
+    child = math_grading._Child(HOSTILE, "load")
+    monkeypatch.setattr(math_grading, "_DAPO", child)
+    yield lambda response, limit=AMPLE: math_grading.math_dapo("aime", response, "right", time_limit=limit)
     child._stop()
 
 
@@ -230,13 +230,13 @@ def test_what_a_verifier_prints_stays_out_of_the_verdicts(hostile, capfd):
 def test_a_child_grown_large_or_killed_between_answers_is_replaced(hostile):
     assert hostile("right") == RIGHT
     assert hostile("grow") == WRONG
-    assert math_reward._DAPO._process is None
+    assert math_grading._DAPO._process is None
     assert hostile("right") == RIGHT
-    first = math_reward._DAPO._process.pid
+    first = math_grading._DAPO._process.pid
     os.kill(first, signal.SIGKILL)
-    math_reward._DAPO._process.wait(10)
+    math_grading._DAPO._process.wait(10)
     assert hostile("right") == RIGHT
-    assert math_reward._DAPO._process.pid != first
+    assert math_grading._DAPO._process.pid != first
 
 
 @pytest.mark.process
@@ -286,9 +286,9 @@ def test_a_fork_has_a_child_of_its_own(hostile):
 
 PARENT = f"""
 import os, sys, threading, time
-sys.path.append({os.path.dirname(math_reward.__file__)!r})  # the package itself would import torch
-import math_reward
-child = math_reward._Child({HOSTILE!r}, "load")
+sys.path.append({os.path.dirname(math_grading.__file__)!r})  # the package itself would import torch
+import math_grading
+child = math_grading._Child({HOSTILE!r}, "load")
 child.ask("right", ["right"], 60)
 threading.Thread(target=child.ask, args=(sys.argv[1], ["right"], 1.0), daemon=True).start()
 time.sleep(0.2)
@@ -319,14 +319,14 @@ def test_no_child_outlives_its_parent():
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr4 here')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(math_reward, "_VERIFY", math_reward._Child(math_reward.__file__, "_load_math_verify"))
+    monkeypatch.setattr(math_grading, "_VERIFY", math_grading._Child(math_grading.__file__, "_load_math_verify"))
     with pytest.raises(ImportError, match=r"pip install math-verify==0\.9\.0 .*\(no antlr4 here\)"):
-        math_reward.math_verify("aime", box("5"), "5")
+        math_grading.math_verify("aime", box("5"), "5")
 
 
 def test_a_child_that_never_starts_is_an_error():
     with pytest.raises(RuntimeError, match="load_never does not start: exit status 7"):
-        math_reward._Child(HOSTILE, "load_never").ask("5", ["5"], AMPLE)
+        math_grading._Child(HOSTILE, "load_never").ask("5", ["5"], AMPLE)
 
 
 @pytest.mark.parametrize(
@@ -334,14 +334,14 @@ def test_a_child_that_never_starts_is_an_error():
 )
 def test_a_ground_truth_that_cannot_be_used_is_shown(truth):
     with pytest.raises(ValueError, match="ground_truth must") as raised:
-        math_reward.math_dapo("aime", "Answer: 5", truth)
+        math_grading.math_dapo("aime", "Answer: 5", truth)
     assert len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize("limit", [0, -1, math.nan, math.inf])
 def test_a_time_limit_that_cannot_be_used_is_shown(limit):
     with pytest.raises(ValueError, match="time_limit must be a positive number of seconds, got"):
-        math_reward.math_verify("aime", "Answer: 5", "5", time_limit=limit)
+        math_grading.math_verify("aime", "Answer: 5", "5", time_limit=limit)
 
 
 @pytest.mark.parametrize("name", ["math_dapo", "math_verify"])
@@ -350,7 +350,7 @@ def test_verl_calls_the_rewards_and_reports_accuracy(compose, name):
     from verl.trainer.ppo.reward import get_custom_reward_fn
 
     config = compose(
-        "reward.custom_reward_function.path=pkg://cppo_verl.math_reward",
+        "reward.custom_reward_function.path=pkg://cppo_verl.rewards.math_grading",
         f"reward.custom_reward_function.name={name}",
         f"+reward.custom_reward_function.reward_kwargs.time_limit={AMPLE}",
     )
@@ -372,7 +372,7 @@ def test_verl_calls_the_rewards_and_reports_accuracy(compose, name):
 
 def _verifiers():
     """The running verifier processes of this process."""
-    return [child for child in psutil.Process().children() if math_reward.__file__ in _command(child)]
+    return [child for child in psutil.Process().children() if math_grading.__file__ in _command(child)]
 
 
 def _command(process):

@@ -9,7 +9,7 @@ from test_losses import actor_config, batch, call
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
-from cppo_verl import position_weights, shuffled_weights
+from cppo_verl.core import position_weights, shuffled_weights
 from cppo_verl.plugin.config import PrefixRatioLossConfig, TRMLossConfig
 from cppo_verl.plugin.trainer import leave_out, mini_batch_of_row, rows_with_spread
 

@@ -16,8 +16,8 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("verl")
 pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
 
-from cppo_verl import prepare  # noqa: E402
-from cppo_verl import reasoning_gym as rg  # noqa: E402
+from cppo_verl.data import prepare  # noqa: E402
+from cppo_verl.data import reasoning_gym as rg  # noqa: E402
 
 DAPO_WORDING = "Do this one in steps and close with Answer: and the number.\n\n{}\n\nAnswer on a line of its own."
 
@@ -538,7 +538,7 @@ def test_interrupt_between_the_renames(gsm8k, tmp_path, monkeypatch, capsys, nth
         original(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cppo_verl.atomic.os.replace", lambda *a: replace(*map(type(tmp_path), a)))
+        patch.setattr("cppo_verl.artifacts.atomic.os.replace", lambda *a: replace(*map(type(tmp_path), a)))
         with pytest.raises(KeyboardInterrupt):
             run(*gsm8k)
     assert names(out) == ["manifest.json", "train.parquet"][: nth - 1]
@@ -552,7 +552,7 @@ def test_killed_between_the_renames(gsm8k, tmp_path, capsys):
         import argparse, os, signal, sys, types
         reward = types.SimpleNamespace(default_compute_score=lambda *_: 0)  # importing verl takes seconds
         sys.modules |= {{"verl": reward, "verl.utils": reward, "verl.utils.reward_score": reward}}
-        from cppo_verl import prepare
+        from cppo_verl.data import prepare
         replace = os.replace
 
         def kill(source, target):

@@ -7,7 +7,7 @@ import pytest
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("reasoning_gym")
 
-from cppo_verl import reasoning_gym as rg  # noqa: E402
+from cppo_verl.data import reasoning_gym as rg  # noqa: E402
 
 SORT = dict(min_numbers=3, max_numbers=3, min_decimals=0, max_decimals=0, min_value=10, max_value=99)
 

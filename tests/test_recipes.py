@@ -16,7 +16,7 @@ from shown import shown
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-from cppo_verl import paper
+from cppo_verl.evaluation import paper_results
 
 pytestmark = pytest.mark.process
 
@@ -45,7 +45,7 @@ TABLE = {
 
 
 def test_there_is_a_recipe_for_every_column_of_the_papers_table():
-    assert set(SCALES) == TABLE.keys() == set(paper.MODELS)
+    assert set(SCALES) == TABLE.keys() == set(paper_results.MODELS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,11 +126,11 @@ def test_the_readmes_table_is_the_papers_and_its_commands_compose(recipe):
     commands = COMMAND.findall(text)
     for command in commands:
         recipe(*command.split())
-    for model, rows in paper.TABLE.items():
+    for model, rows in paper_results.TABLE.items():
         for method, values in rows.items():
             row = next(line for line in text.splitlines() if f"`scale={model} method={method}`" in line)
             printed = row.split("|")[3].split()
-            if values is paper.COLLAPSE:
+            if values is paper_results.COLLAPSE:
                 assert "collapse" in row
             else:
                 assert [float(value) for value in printed] == [float(value) for value in values]

@@ -17,12 +17,12 @@ from test_scores import answer, write
 from test_tokens import CPPO, DELTA, DELTA_B, W_MIN, batch, damaged, response, save, train, writer
 from verl.utils import tensordict_utils as tu
 
-from cppo_verl.__main__ import main
-from cppo_verl.look import curves, dumped
-from cppo_verl.look.overview import Overview, unique_names
-from cppo_verl.look.settings import differences, overrides, settings
-from cppo_verl.runs import read_runs
-from cppo_verl.tokens import REASONS, read_tokens
+from cppo_verl.analysis.report import curves, token_figures
+from cppo_verl.analysis.report.page import Overview, unique_names
+from cppo_verl.analysis.report.settings import differences, overrides, settings
+from cppo_verl.artifacts.run_reader import read_runs
+from cppo_verl.artifacts.token_dump import REASONS, read_tokens
+from cppo_verl.cli import main
 
 ACCURACY = "val-core/sorting/acc/mean@4"
 SHARE = "trust_region/masked_share"
@@ -241,7 +241,7 @@ def test_names_tell_runs_apart(tmp_path):
 
 def test_sums_of_the_dump_are_the_loops(tmp_path):
     data, log_pi = dump(tmp_path)
-    got = dumped.reduced(read_tokens(tmp_path))
+    got = token_figures.reduced(read_tokens(tmp_path))
     apart = size = surprise = tokens = 0.0
     bins = [[] for _ in range(8)]
     for row in range(24):
@@ -311,9 +311,9 @@ def test_a_long_response_is_drawn_with_its_masked_and_largest_tokens(tmp_path):
     reason = np.full(length, REASONS.index("kept"), dtype=np.uint8)
     reason[[100, 5000]], weighted[7000] = REASONS.index("budget"), 0.5
     one = response(0, length, weighted_divergence=weighted, reason=reason, mask=np.ones(length, bool))
-    figure = dumped.threshold_picture("x", "run", "budget", one, {"method": {"delta": 0.05}}, [])
+    figure = token_figures.threshold_picture("x", "run", "budget", one, {"method": {"delta": 0.05}}, [])
     bars = {b.get_x() + b.get_width() / 2: b.get_height() for group in figure.axes.containers for b in group}
-    assert len(bars) == dumped.BARS
+    assert len(bars) == token_figures.BARS
     assert any(abs(x - 7001) < 1 and y == weighted[7000] for x, y in bars.items())
     marked = [x for line in figure.axes.lines if line.get_gid() == "budget" for x in line.get_xdata()]
     assert marked == [101, 5001]

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
 
-from cppo_verl import paper
-from cppo_verl.__main__ import main
-from cppo_verl.evaluate import show, summary
-from cppo_verl.runs import read_generations, read_run, read_runs
-from cppo_verl.scores import compare, interval_over_problems, interval_over_seeds, pass_at_k, select
+from cppo_verl.artifacts.run_reader import read_generations, read_run, read_runs
+from cppo_verl.cli import main
+from cppo_verl.evaluation import paper_results
+from cppo_verl.evaluation.evaluate import show, summary
+from cppo_verl.evaluation.statistics import compare, interval_over_problems, interval_over_seeds, pass_at_k, select
 
 # --- statistics -----------------------------------------------------------------------------------------------
 
@@ -103,9 +103,9 @@ def test_selection_is_the_loop(steps, t_stop):
 
 
 def test_the_papers_table_is_printed_as_read():
-    assert paper.TABLE["qwen3_1.7b"]["cppo"] == (34.79, 30.63, 30.21, 31.88)
-    assert paper.TABLE["qwen3_30b_a3b_base"]["cispo"] is paper.COLLAPSE
-    for rows in paper.TABLE.values():
+    assert paper_results.TABLE["qwen3_1.7b"]["cppo"] == (34.79, 30.63, 30.21, 31.88)
+    assert paper_results.TABLE["qwen3_30b_a3b_base"]["cispo"] is paper_results.COLLAPSE
+    for rows in paper_results.TABLE.values():
         assert list(rows) == ["grpo", "minpro", "cispo", "dppo", "trm_max", "trm_avg", "cppo"]
         for values in rows.values():
             # the paper rounds the mean by its own components, a few by more than a hundredth

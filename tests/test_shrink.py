@@ -10,8 +10,8 @@ from trainer_run import Run
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-from cppo_verl.runs import read_run
-from cppo_verl.tiny import share_of_digits
+from cppo_verl.artifacts.run_reader import read_run
+from cppo_verl.testing.tiny_models import share_of_digits
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml"))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import budgets, deltas, fuzz, lowest_weights
 
-from cppo_verl import binary_divergence, masked_surrogate, trust_region, update_mask
+from cppo_verl.core import binary_divergence, build_trust_region, masked_surrogate, update_mask
 
 ratio_caps = st.sampled_from([None, 1.0, 3.0, 20.0])
 # Finite off the mask, as in a padded tensor: what an aggregated loss multiplies by zero must not be nan.
@@ -23,7 +23,7 @@ def tensors(batch, dtype=torch.float32):
 
 def masked(log_pi, log_mu, adv, valid, gate="hard", **setting):
     """M from binary TV, without detaching anything by hand."""
-    region = trust_region(binary_divergence(log_pi, log_mu), valid, **setting)
+    region = build_trust_region(binary_divergence(log_pi, log_mu), valid, **setting)
     return update_mask(region, log_pi - log_mu, adv, delta=setting["delta"], gate=gate)
 
 

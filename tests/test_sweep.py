@@ -26,10 +26,10 @@ from omegaconf import OmegaConf
 from test_config import GRPO
 from verl.utils.config import omega_conf_to_dataclass
 
-from cppo_verl import evaluate
-from cppo_verl.plugin.sweep import Processes, check_apart, check_environment, folder_name
-from cppo_verl.point import RECORD, Occupied, Point, has_finished, write_record
-from cppo_verl.runs import read_runs
+from cppo_verl.artifacts.run_reader import read_runs
+from cppo_verl.evaluation import evaluate
+from cppo_verl.launch.hydra_launcher import Processes, check_apart, check_environment, folder_name
+from cppo_verl.launch.sweep_job import RECORD, Occupied, Point, has_finished, write_record
 
 ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent

@@ -16,10 +16,10 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
-from cppo_verl.plugin import dump
+from cppo_verl.artifacts.token_dump import HEADER, REASONS, RESPONSES_A_GROUP, Response, encode, read_tokens
+from cppo_verl.plugin import token_recorder
 from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, PrefixRatioLossConfig, TRMLossConfig
 from cppo_verl.plugin.losses import measured_divergence
-from cppo_verl.tokens import HEADER, REASONS, RESPONSES_A_GROUP, Response, encode, read_tokens
 
 DELTA, DELTA_B, W_MIN = 0.15, 0.02, 0.8
 CPPO = partial(CPPOLossConfig, delta=DELTA, delta_b=DELTA_B, w_min=W_MIN)
@@ -92,8 +92,8 @@ def actor(method):
 def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, measured=None):
     """The records of a step, as verl's engine makes its workers' loss leave them: the policy stays where it is."""
     data = data.copy()
-    data.update(dump.row_field(drawn, len(data)))
-    loss = partial(dump.recording_loss, partial(ppo_loss, config=actor(method)))
+    data.update(token_recorder.row_field(drawn, len(data)))
+    loss = partial(token_recorder.recording_loss, partial(ppo_loss, config=actor(method)))
     for _ in range(epochs):
         for begin in range(0, len(data), micro_batch):
             rows = list(range(begin, begin + micro_batch))
@@ -107,7 +107,7 @@ def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, me
             result, metrics = loss(model_output=output, data=part, dp_group=None)
             result.backward()
             assert metrics and output["log_probs"].grad is not None
-    return dump.take(None)
+    return token_recorder.take(None)
 
 
 def writer(folder, megabytes=1.0, every=1, method=None):
@@ -121,13 +121,13 @@ def writer(folder, megabytes=1.0, every=1, method=None):
         "trust_region": {"partition": "binary", "delta": 0.05, "dump": {"every": every}},
         "data": {"max_response_length": 12},
     }
-    return dump.DumpWriter(OmegaConf.create(run), settings)
+    return token_recorder.DumpWriter(OmegaConf.create(run), settings)
 
 
 def dumped(tmp_path, method, drawn=None, **kwargs):
     """What the reader makes of a step with ``method``: {row: [its responses in the order of the updates]}."""
     data, log_pi = batch()
-    drawn = dump.draw(data["response_mask"], len(data), step=3) if drawn is None else drawn
+    drawn = token_recorder.draw(data["response_mask"], len(data), step=3) if drawn is None else drawn
     records = train(method, data, log_pi, drawn, **kwargs)
     keys = {row: f"prompt{row // 4}_{row % 4}_0" for row in drawn}
     writer(tmp_path).write(3, None, records, keys, tu.index_select_tensor_dict(data, drawn))
@@ -250,7 +250,7 @@ def test_only_drawn_responses_are_recorded_once_an_update_whatever_the_split(tmp
         _, _, by_row = dumped(folder, METHODS["cppo"], drawn, micro_batch=micro_batch, epochs=2)
         updates = {row: [response.update for response in responses] for row, responses in by_row.items()}
         assert updates == {row: [row // 8, row // 8 + 3] for row in drawn}
-    assert dump.take(None) == []
+    assert token_recorder.take(None) == []
 
 
 def test_a_step_without_a_dump_leaves_nothing(tmp_path):
@@ -262,9 +262,9 @@ def test_a_step_without_a_dump_leaves_nothing(tmp_path):
     output = {"log_probs": torch.cat(packed)}
     loss = partial(ppo_loss, config=actor(CPPO()))
     plain = loss(model_output=output, data=data, dp_group=None)
-    recorded = dump.recording_loss(loss, model_output=output, data=data, dp_group=None)
+    recorded = token_recorder.recording_loss(loss, model_output=output, data=data, dp_group=None)
     assert torch.equal(plain[0], recorded[0])
-    assert dump.take(None) == []
+    assert token_recorder.take(None) == []
 
 
 def test_ranks_that_share_their_rows_write_them_once(tmp_path):
@@ -282,7 +282,7 @@ def test_every_response_with_a_valid_token_is_as_likely_to_be_drawn():
     data, _ = batch(rows=60)
     times, steps = np.zeros(60), 2000
     for step in range(steps):
-        drawn = dump.draw(data["response_mask"], 8, step)
+        drawn = token_recorder.draw(data["response_mask"], 8, step)
         assert len(set(drawn)) == 8 and drawn == sorted(drawn)
         times[drawn] += 1
     assert times[5] == 0
@@ -295,9 +295,9 @@ def test_every_response_with_a_valid_token_is_as_likely_to_be_drawn():
 def test_a_draw_is_the_steps_own_and_takes_all_of_a_smaller_batch():
     mask = batch()[0]["response_mask"]
     before = torch.get_rng_state()
-    assert dump.draw(mask, 8, 5) == dump.draw(mask, 8, 5) != dump.draw(mask, 8, 6)
-    assert dump.draw(mask, 100, 5) == [row for row in range(24) if row != 5]
-    assert dump.draw(mask * 0, 8, 5) == []
+    assert token_recorder.draw(mask, 8, 5) == token_recorder.draw(mask, 8, 5) != token_recorder.draw(mask, 8, 6)
+    assert token_recorder.draw(mask, 100, 5) == [row for row in range(24) if row != 5]
+    assert token_recorder.draw(mask * 0, 8, 5) == []
     assert torch.equal(torch.get_rng_state(), before)
 
 

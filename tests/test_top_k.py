@@ -17,15 +17,15 @@ from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 from vllm.logprobs import create_sample_logprobs
 
-from cppo_verl import exact_divergence
-from cppo_verl.candidates import ABSENT, CODES_FIELD, IDS_FIELD, bytes_per_token, decode, encode, pack, unpack
-from cppo_verl.diagnostics import POSITION_BINS, position_sums
-from cppo_verl.divergence import gather_log_probs
+from cppo_verl.core import exact_divergence
+from cppo_verl.core.divergence import gather_log_probs
+from cppo_verl.core.metrics import POSITION_BINS, position_sums
 from cppo_verl.plugin.config import TOP_K_ROLLOUT
 from cppo_verl.plugin.losses import METRIC_PREFIX, measured_divergence
-from cppo_verl.plugin.top_k.agent_loop import TopKAgentLoopWorker, _calls, align, record_calls
-from cppo_verl.plugin.top_k.loss import divergence_of_logits
-from cppo_verl.plugin.top_k.server import CAPTURED, Captured, SampledLogProbs, captured
+from cppo_verl.plugin.topk.agent_loop import TopKAgentLoopWorker, _calls, align, record_calls
+from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, bytes_per_token, decode, encode, pack, unpack
+from cppo_verl.plugin.topk.loss import divergence_of_logits
+from cppo_verl.plugin.topk.vllm_server import CAPTURED, Captured, SampledLogProbs, captured
 from cppo_verl.plugin.trainer import shares_by_update
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -361,7 +361,7 @@ def test_no_gradient_flows_and_the_logits_are_left_alone():
 
 
 def test_parts_of_a_sequence_parallel_group_make_the_whole(monkeypatch):
-    import cppo_verl.plugin.top_k.loss as module
+    import cppo_verl.plugin.topk.loss as module
 
     data, logits, *_ = random_micro_batch()
     whole = divergence_of_logits(logits, data, "topk_tv")

@@ -23,12 +23,12 @@ from shown import overrides, shown
 from trainer_run import QUICKSTART, SHORT, Run, link, metrics
 from transformers import AutoTokenizer
 
-from cppo_verl import top_k_divergence
-from cppo_verl.look.thresholds import intervals, recorded
-from cppo_verl.reasoning_gym import compute_score
-from cppo_verl.runs import read_generations, read_run
-from cppo_verl.stop import request_stop
-from cppo_verl.tokens import REASONS, read_tokens
+from cppo_verl.analysis.calibrate.thresholds import intervals, recorded
+from cppo_verl.artifacts.run_reader import read_generations, read_run
+from cppo_verl.artifacts.stop_request import request_stop
+from cppo_verl.artifacts.token_dump import REASONS, read_tokens
+from cppo_verl.core import top_k_divergence
+from cppo_verl.data.reasoning_gym import compute_score
 
 pytestmark = pytest.mark.trainer
 
@@ -490,7 +490,7 @@ def test_top_k_runs_and_tells_mismatch_from_drift(top_k):
 def test_divergences_are_those_of_both_policies_full_distributions(top_k):
     from transformers import AutoModelForCausalLM
 
-    from cppo_verl import binary_divergence, exact_divergence
+    from cppo_verl.core import binary_divergence, exact_divergence
 
     dumps = [torch.load(path) for path in sorted((top_k.output / "dump").iterdir())]
     assert len(dumps) == 8

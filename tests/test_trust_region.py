@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import batches, budgets, deltas, divergence_batches, full_batches, fuzz, lowest_weights
 
-from cppo_verl import adaptive_budget, masked_quantile, position_weights, trust_region, update_mask, violation
+from cppo_verl.core import (
+    adaptive_budget,
+    build_trust_region,
+    masked_quantile,
+    position_weights,
+    update_mask,
+    violation,
+)
 
 MARGIN = 2e-6  # relative to max(1, S_t), in fp32
 AWAY = torch.tensor(1.0)  # log_ratio = advantage = 1: the update moves rho away from one
@@ -24,7 +31,7 @@ def ones(n):
 
 
 def one_response(*div, **setting):
-    return trust_region(torch.tensor(div), ones(len(div)), **setting)
+    return build_trust_region(torch.tensor(div), ones(len(div)), **setting)
 
 
 def kept(region, delta, gate="hard"):
@@ -124,7 +131,7 @@ def test_agrees_with_the_oracle(budget, dtype, batch, delta, delta_b, w_min, hal
     )
     if budget == "adaptive":
         delta_b = adaptive_budget(div, valid, delta_b)
-    region = trust_region(div, valid, delta=delta, delta_b=None if budget == "none" else delta_b, w_min=w_min)
+    region = build_trust_region(div, valid, delta=delta, delta_b=None if budget == "none" else delta_b, w_min=w_min)
     x = violation(region, delta)
     hard, soft = (update_mask(region, log_pi - log_mu, adv, delta=delta, gate=gate) for gate in ("hard", "soft"))
 
@@ -161,7 +168,7 @@ def test_agrees_with_the_oracle(budget, dtype, batch, delta, delta_b, w_min, hal
 @fuzz
 def test_one_bar_is_the_same_as_two_constraints_and_as_a_violation_up_to_one(batch, delta, delta_b, w_min):
     """w D <= c, {w D <= delta and S_t <= delta + delta_b W_{t-1}} and x <= 1 are one set."""
-    region = trust_region(*tensors(batch), delta=delta, delta_b=delta_b, w_min=w_min)
+    region = build_trust_region(*tensors(batch), delta=delta, delta_b=delta_b, w_min=w_min)
     bar, x = kept(region, delta).bool(), violation(region, delta)
     for row, (d, v) in enumerate(zip(batch.div, batch.valid, strict=True)):
         w = oracle.position_weights(v, w_min)
@@ -184,7 +191,7 @@ def test_64k_tokens_in_single_precision():
         div.append(float(np.float32(d)))
         drift += w_t * (div[-1] - delta_b) if w_t else 0.0
 
-    region = trust_region(torch.tensor(div), torch.tensor(valid), delta=delta, delta_b=delta_b, w_min=w_min)
+    region = build_trust_region(torch.tensor(div), torch.tensor(valid), delta=delta, delta_b=delta_b, w_min=w_min)
     threshold = torch.tensor(oracle.effective_threshold(div, valid, w, delta, delta_b))
     error = (region.threshold - threshold)[valid].abs().max()
     assert error < 1e-5
@@ -200,7 +207,7 @@ def test_64k_tokens_in_single_precision():
 
 
 def test_double_precision_input_is_computed_in_double_precision():
-    region = trust_region(torch.full((7,), 0.1).double(), ones(7), delta=0.15, delta_b=0.02, w_min=0.8)
+    region = build_trust_region(torch.full((7,), 0.1).double(), ones(7), delta=0.15, delta_b=0.02, w_min=0.8)
     w = oracle.position_weights([True] * 7, 0.8)
     torch.testing.assert_close(region.weights, torch.tensor(w, dtype=torch.float64), rtol=1e-14, atol=0)
 
@@ -212,7 +219,7 @@ def test_double_precision_input_is_computed_in_double_precision():
 @given(batch=full_batches, delta=deltas, delta_b=maybe_budgets, w_min=lowest_weights)
 @fuzz
 def test_an_update_towards_one_is_never_blocked(gate, batch, delta, delta_b, w_min):
-    region = trust_region(*tensors(batch), delta=delta, delta_b=delta_b, w_min=w_min)
+    region = build_trust_region(*tensors(batch), delta=delta, delta_b=delta_b, w_min=w_min)
     ratio, adv = torch.tensor(batch.log_pi) - torch.tensor(batch.log_mu), torch.tensor(batch.adv)
     for direction in (adv, -ratio, torch.zeros(())):  # as drawn; always towards one; no advantage
         towards_one = torch.tensor(batch.valid) & (direction * torch.expm1(ratio) <= 0)
@@ -226,7 +233,7 @@ def test_only_the_valid_tokens_matter(batch, delta, delta_b, w_min, adaptive):
 
     def everything(div, valid, ratio, adv):
         b = adaptive_budget(div, valid, delta_b) if adaptive else delta_b
-        region = trust_region(div, valid, delta=delta, delta_b=b, w_min=w_min)
+        region = build_trust_region(div, valid, delta=delta, delta_b=b, w_min=w_min)
         masks = [update_mask(region, ratio, adv, delta=delta, gate=gate) for gate in ("hard", "soft")]
         return [region.weights, region.weighted_divergence, region.threshold, violation(region, delta), *masks]
 
@@ -250,7 +257,7 @@ def test_only_the_valid_tokens_matter(batch, delta, delta_b, w_min, adaptive):
 @fuzz
 def test_a_larger_delta_or_budget_never_blocks_more(batch, delta, delta_b, w_min, scale):
     def gate(delta, delta_b, w_min=w_min):
-        region = trust_region(*tensors(batch), delta=delta, delta_b=delta_b, w_min=w_min)
+        region = build_trust_region(*tensors(batch), delta=delta, delta_b=delta_b, w_min=w_min)
         return kept(region, delta)[torch.tensor(batch.valid)]
 
     base = gate(delta, delta_b)
@@ -264,14 +271,14 @@ def test_a_larger_delta_or_budget_never_blocks_more(batch, delta, delta_b, w_min
 @fuzz
 def test_dppo_is_unit_weight_and_no_budget(batch, delta):
     div, valid = tensors(batch)
-    region = trust_region(div, valid, delta=delta, delta_b=None, w_min=1.0)
+    region = build_trust_region(div, valid, delta=delta, delta_b=None, w_min=1.0)
     assert torch.equal(kept(region, delta)[valid], (div <= delta).float()[valid])
 
 
 def test_soft_gate_is_admissible():
     """g = 1 on [0, 1], non-increasing, x g(x) <= 1; each x is a response of one token."""
     x = torch.cat([torch.linspace(0, 3, 301), torch.logspace(0.5, 8, 50)]).unsqueeze(-1)
-    region = trust_region(0.25 * x, torch.ones_like(x, dtype=torch.bool), delta=0.25, delta_b=0.02, w_min=0.8)
+    region = build_trust_region(0.25 * x, torch.ones_like(x, dtype=torch.bool), delta=0.25, delta_b=0.02, w_min=0.8)
     assert torch.equal(violation(region, 0.25), x)
     g = kept(region, 0.25, "soft")
     assert (g[x <= 1] == 1).all()
@@ -286,7 +293,7 @@ def test_the_mask_carries_no_gradient(adaptive, gate):
     div, log_ratio, adv = (torch.tensor([[0.1, 0.2, 0.05]], requires_grad=True) for _ in range(3))
     mask = ones(3)[None]
     delta_b = adaptive_budget(div, mask, 0.02) if adaptive else 0.02
-    region = trust_region(div, mask, delta=0.15, delta_b=delta_b, w_min=0.8)
+    region = build_trust_region(div, mask, delta=0.15, delta_b=delta_b, w_min=0.8)
     assert not any(x.requires_grad for x in (*region[:3], violation(region, 0.15)))
     assert not update_mask(region, log_ratio, adv, delta=0.15, gate=gate).requires_grad
 
@@ -347,6 +354,6 @@ def test_adaptive_budget_of_an_empty_response_is_the_floor():
 def test_each_response_has_its_own_budget():
     div = torch.tensor([[0.15, 0.05], [0.15, 0.05]])
     each = torch.tensor([[0.0], [0.1]])
-    region = trust_region(div, torch.ones_like(div, dtype=torch.bool), delta=0.15, delta_b=each, w_min=1.0)
+    region = build_trust_region(div, torch.ones_like(div, dtype=torch.bool), delta=0.15, delta_b=each, w_min=1.0)
     torch.testing.assert_close(region.threshold, torch.tensor([[0.15, 0.0], [0.15, 0.1]]))
     assert region.delta_b.tolist() == [[0.0], [pytest.approx(0.1)]]

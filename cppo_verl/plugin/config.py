@@ -16,15 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
 
-from cppo_verl.candidates import bytes_per_token
-from cppo_verl.trust_region import Gate
+from cppo_verl.core.trust_region import Gate
+from cppo_verl.plugin.topk.codec import bytes_per_token
 
 TRAINER_MODE_PREFIX = "cppo_"
 TRAINER_MODES = tuple(TRAINER_MODE_PREFIX + mode for mode in ("sync", "colocate_async", "separate_async"))
 
 # What the trainer turns vLLM, and verl's agent loops, into where D_t is a top-K divergence.
 TOP_K_ROLLOUT = "vllm_top_k"
-TOP_K_AGENT_LOOP_MANAGER = "cppo_verl.plugin.top_k.agent_loop.TopKAgentLoopManager"
+TOP_K_AGENT_LOOP_MANAGER = "cppo_verl.plugin.topk.agent_loop.TopKAgentLoopManager"
 
 # hydra launchers that run several points of a sweep in one process, where verl starts Ray once.
 SHARED_PROCESS_LAUNCHERS = (
@@ -197,7 +197,7 @@ def _require(found: list[str], ok: bool, setting: str, value, reason: str, fix: 
 
 @dataclass(kw_only=True)
 class DumpConfig(BaseConfig):
-    """What of its tokens a run keeps, see `cppo_verl.plugin.dump`; filled by interpolation from
+    """What of its tokens a run keeps, see `cppo_verl.plugin.token_recorder`; filled by interpolation from
     ``trust_region.dump``.
 
     Args:

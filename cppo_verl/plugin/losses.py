@@ -12,7 +12,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
-from cppo_verl.diagnostics import (
+from cppo_verl.core.divergence import as_float32, binary_divergence
+from cppo_verl.core.metrics import (
     GROUPS,
     POSITION_BINS,
     POSITION_SUMS,
@@ -21,25 +22,24 @@ from cppo_verl.diagnostics import (
     mask_sums,
     position_sums,
 )
-from cppo_verl.divergence import as_float32, binary_divergence
-from cppo_verl.plugin.config import CPPOLossConfig, MaskedLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
-from cppo_verl.surrogate import (
+from cppo_verl.core.surrogate import (
     WeightedLogProb,
     clipped_weight,
     mean_prefix_ratio,
     minimum_prefix_ratio,
     surrogate_weight,
 )
-from cppo_verl.trust_region import (
+from cppo_verl.core.trust_region import (
     TrustRegion,
     adaptive_budget,
+    build_trust_region,
     masked_quantile,
     position_weights,
     response_mask_by_divergence,
     shuffled_weights,
-    trust_region,
     update_mask,
 )
+from cppo_verl.plugin.config import CPPOLossConfig, MaskedLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
 
 METRIC_PREFIX = "actor/trust_region/"
 SUM_NAMES = [f"{METRIC_PREFIX}{group}/{name}" for group in GROUPS for name in TOKEN_SUMS + RESPONSE_SUMS]
@@ -119,7 +119,7 @@ def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decisio
     delta_b = {"fixed": method.delta_b, "none": None}.get(method.budget)
     if method.budget == "adaptive":
         delta_b = adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp, p90)
-    region = trust_region(divergence, tokens.mask, delta=method.delta, delta_b=delta_b, weights=weights)
+    region = build_trust_region(divergence, tokens.mask, delta=method.delta, delta_b=delta_b, weights=weights)
     keep = update_mask(
         region, tokens.log_ratio, tokens.advantages, delta=method.delta, gate=method.gate, tau=method.tau
     )
@@ -133,7 +133,7 @@ def trm(method: TRMLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     divergence, p90 = _divergence(method.divergence, tokens)
     keep = response_mask_by_divergence(divergence, tokens.mask, delta=method.delta, delta_avg=method.delta_avg)
     delta = torch.inf if method.delta is None else method.delta
-    region = trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
+    region = build_trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
     return Decision(_masked(method, tokens, keep), keep, region, divergence, delta, p90)
 
 
@@ -143,7 +143,7 @@ def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tok
     low, high = config.clip_ratio_low, config.clip_ratio_high
     inside = ((ratio >= 1 - low) & (ratio <= 1 + high)).to(ratio.dtype)
     divergence, p90 = _divergence("tv", tokens)
-    region = trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
+    region = build_trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
 
     weight = clipped_weight(ratio, tokens.advantages, low, high)
     return Decision(weight, inside, region, divergence, torch.inf, p90)

@@ -27,18 +27,9 @@ from verl.utils.debug import marked_timer
 from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.utils.losses import ppo_loss
 
-from cppo_verl import stop
-from cppo_verl.candidates import ABSENT
-from cppo_verl.diagnostics import GROUPS, POSITION_BINS, shares
-from cppo_verl.plugin.config import (
-    TOP_K_AGENT_LOOP_MANAGER,
-    TOP_K_ROLLOUT,
-    TRAINER_MODE_PREFIX,
-    captured_bytes,
-    missing_files,
-)
-from cppo_verl.plugin.dump import FIELDS, DumpWriter, draw, recording_loss, row_field, take
-from cppo_verl.plugin.keeping import (
+from cppo_verl.artifacts import stop_request
+from cppo_verl.core.metrics import GROUPS, POSITION_BINS, shares
+from cppo_verl.plugin.checkpoints import (
     best_so_far,
     check_resume,
     forget_others,
@@ -52,8 +43,17 @@ from cppo_verl.plugin.keeping import (
     write_best,
     write_sources,
 )
+from cppo_verl.plugin.config import (
+    TOP_K_AGENT_LOOP_MANAGER,
+    TOP_K_ROLLOUT,
+    TRAINER_MODE_PREFIX,
+    captured_bytes,
+    missing_files,
+)
 from cppo_verl.plugin.losses import METRIC_PREFIX
-from cppo_verl.plugin.top_k.loss import top_k_ppo_loss
+from cppo_verl.plugin.token_recorder import FIELDS, DumpWriter, draw, recording_loss, row_field, take
+from cppo_verl.plugin.topk.codec import ABSENT
+from cppo_verl.plugin.topk.loss import top_k_ppo_loss
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -73,7 +73,7 @@ class TrustRegionTrainer:
         if self.captures:
             capture_top_k(config)
         check_resume(config)
-        left_over = stop.start_over(config.trainer.default_local_dir)
+        left_over = stop_request.start_over(config.trainer.default_local_dir)
         if left_over is not None:
             logger.warning("a request to stop from before this start does not count and is removed: %s", left_over)
         self.saved_step, self.stopping = None, False
@@ -122,7 +122,7 @@ class TrustRegionTrainer:
     def _end_if_asked(self, when: str) -> bool:
         """Make the current step the last one, with a checkpoint if there was a step, where a request waits."""
         folder, step = self.config.trainer.default_local_dir, self.global_steps
-        reason = stop.requested(folder)
+        reason = stop_request.requested(folder)
         if reason is None:
             return False
         if when == "after" and self.saved_step != step:
@@ -130,7 +130,7 @@ class TrustRegionTrainer:
                 self._save_checkpoint()
         what = f"stopped {when} step {step} of {self.total_training_steps}: {reason}"
         print(f"cppo_verl  {what}", flush=True)
-        stop.answer(folder, what)
+        stop_request.answer(folder, what)
         self.stopping = True
         # What fit compares the next step with.
         self.total_training_steps = step if when == "after" else step - 1

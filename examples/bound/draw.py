@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from cppo_verl.bound import (  # noqa: E402
+from cppo_verl.core.theory import (  # noqa: E402
     Region,
     first_token_slack,
     linear_bound,

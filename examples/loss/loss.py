@@ -5,7 +5,7 @@ python examples/loss/loss.py
 
 import torch
 
-from cppo_verl import binary_divergence, masked_surrogate, trust_region, update_mask
+from cppo_verl.core import binary_divergence, build_trust_region, masked_surrogate, update_mask
 
 DELTA, DELTA_B, W_MIN = 0.15, 0.02, 0.8
 
@@ -20,7 +20,7 @@ def cppo(log_pi, log_mu, advantages, mask):
         mask: true on the tokens that the model has written, [B, L]; neither on padding nor on a tool's output.
     """
     divergence = binary_divergence(log_pi.detach(), log_mu)
-    region = trust_region(divergence, mask, delta=DELTA, delta_b=DELTA_B, w_min=W_MIN)
+    region = build_trust_region(divergence, mask, delta=DELTA, delta_b=DELTA_B, w_min=W_MIN)
     keep = update_mask(region, log_pi.detach() - log_mu, advantages, delta=DELTA)
     loss = (masked_surrogate(log_pi, log_mu, advantages, keep) * mask).sum() / mask.sum()
     return loss, divergence, region, keep

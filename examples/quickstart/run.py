@@ -17,8 +17,8 @@ from statistics import fmean
 import plot
 import warmup
 
-from cppo_verl import launch
-from cppo_verl.reasoning_gym import write_parquet
+from cppo_verl.data.reasoning_gym import write_parquet
+from cppo_verl.launch import trainer_process
 
 HERE = Path(__file__).parent
 TASK = "number_sorting"
@@ -80,16 +80,16 @@ def train(output, overrides, config, show):
     }
     print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)
     try:
-        with launch.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
+        with trainer_process.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
             follow(trainer, metrics, show)
-    except launch.Stopped as stopped:
+    except trainer_process.Stopped as stopped:
         print(f"\n{stopped}; the same command continues", flush=True)
-        return launch.EXIT_CODE_STOPPED
+        return trainer_process.EXIT_CODE_STOPPED
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint", flush=True)
         return 130
     if trainer.returncode:
-        launch.show_failure(trainer, log)
+        trainer_process.show_failure(trainer, log)
     return trainer.returncode
 
 

@@ -2,7 +2,7 @@
 
     python examples/quickstart/warmup.py --train data/train.parquet --validation data/validation.parquet --output model
 
-Reads the files that ``cppo_verl.reasoning_gym.write_parquet`` wrote, makes a tokenizer of the pieces their
+Reads the files that ``cppo_verl.data.reasoning_gym.write_parquet`` wrote, makes a tokenizer of the pieces their
 texts are made of, and trains a randomly initialised model on noisy demonstrations, so that reinforcement
 learning starts from a policy that is sometimes right. A second run with the same settings and data does
 nothing. Nothing is downloaded.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from cppo_verl import tiny
+from cppo_verl.testing import tiny_models
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def demonstrations(tokenizer, frame, noise):
 @torch.no_grad()
 def accuracy(model, tokenizer, frame, samples=1):
     """Share of right answers on the rows of ``frame``, ``samples`` a row, at temperature 1."""
-    from cppo_verl.reasoning_gym import compute_score
+    from cppo_verl.data.reasoning_gym import compute_score
 
     questions = [prompt[0]["content"] for prompt in frame["prompt"]]
     batch = tokenizer.pad(
@@ -130,7 +130,7 @@ def warm_up(train_file, validation_file, output, settings):
     def build():
         frame = pandas.read_parquet(train_file)
         questions = [prompt[0]["content"] for prompt in frame["prompt"]]
-        tokenizer = tiny.build_tokenizer(questions, [reward["ground_truth"] for reward in frame["reward_model"]])
+        tokenizer = tiny_models.build_tokenizer(questions, [reward["ground_truth"] for reward in frame["reward_model"]])
         model = build_model(tokenizer, settings)
         demonstrate = demonstrations(tokenizer, frame, settings.noise)
         train(model, tokenizer, demonstrate, lambda: accuracy(model, tokenizer, frame.head(128)), settings)
@@ -140,7 +140,7 @@ def warm_up(train_file, validation_file, output, settings):
 
 
 def build_model(tokenizer, settings):
-    return tiny.build_model(
+    return tiny_models.build_model(
         tokenizer,
         hidden_size=settings.hidden_size,
         intermediate_size=2 * settings.hidden_size,
@@ -177,7 +177,7 @@ def keep(output, record, build):
     model, tokenizer, reached = build()
     parameters = sum(p.numel() for p in model.parameters())
     print(f"\n{output}: {parameters:,} parameters, sampled accuracy {reached:.3f}")
-    tiny.save(model, tokenizer, output, marker.name, record | {"accuracy": reached})
+    tiny_models.save(model, tokenizer, output, marker.name, record | {"accuracy": reached})
 
 
 def main():

@@ -7,7 +7,7 @@ import torch
 import warmup  # the quickstart's
 from verl.tools.function_tool import get_function_tool
 
-from cppo_verl import tiny
+from cppo_verl.testing import tiny_models
 
 PAD, START, END, UNKNOWN = "<|pad|>", "<|im_start|>", "<|im_end|>", "<unk>"
 # Qwen's format for conversations with tools (Hermes'), without its instructions.
@@ -45,7 +45,7 @@ def build_tokenizer(questions):
     ]
     pieces = sorted({match for text in texts for match in re.findall(piece, text)} - {START, END})
     vocabulary = [PAD, START, END, UNKNOWN, *pieces]
-    return tiny.word_tokenizer(
+    return tiny_models.word_tokenizer(
         vocabulary,
         piece,
         pad_token=PAD,

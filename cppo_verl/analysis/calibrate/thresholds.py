@@ -1,0 +1,240 @@
+"""Thresholds that mask a wanted share of dumped tokens, found by the training's own losses.
+
+What w_t D_t > delta masks depends on delta alone, since c_t <= delta; what the prefix budget masks beyond it falls as
+delta_b grows. So delta is found first, then delta_b, each by bisection over the numbers of three digits.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from cppo_verl.analysis import replay
+from cppo_verl.analysis.replay import Setting, Verdict
+from cppo_verl.artifacts.token_dump import REASONS, Response
+from cppo_verl.evaluation.statistics import LEVEL, Interval
+from cppo_verl.plugin.config import CPPOLossConfig
+
+RESAMPLES = 1999
+RESPONSES_AT_LEAST = 8
+"""Of later updates, with an advantage: fewer say nothing of a share."""
+DIGITS = [float(f"{digits}e{exponent}") for exponent in range(-12, 2) for digits in range(100, 1000)]
+"""1e-10 to 999 with three digits."""
+GAP = 0.1
+"""Part of the wanted share that may be missed: ties among the tokens, and a digit of delta_b where long responses spend
+the budget at the same rate, step over several tokens at once."""
+FACTORS = [2 ** (k / 2) for k in range(-6, 7)]
+"""Of the proposed threshold, where the curves are drawn."""
+
+
+class Thresholds(NamedTuple):
+    delta: float
+    delta_b: float | None
+    """None for a rule without a prefix budget."""
+
+
+class Wanted(NamedTuple):
+    """Shares in (0, 1)."""
+
+    masked: float
+    """Of the tokens."""
+    by_budget: float | None
+    """Of the masked ones, those that the prefix budget rejects; None for a rule without one."""
+
+
+class Unreachable(ValueError):
+    """No thresholds do what is wanted."""
+
+
+@dataclass(eq=False)
+class Counts:
+    """Sums over the tokens of each response, [R]; under a gate other than the hard one, of parts of tokens."""
+
+    tokens: np.ndarray
+    masked: np.ndarray
+    by_budget: np.ndarray
+    violating: np.ndarray
+    """Either constraint, masked or not."""
+
+    @property
+    def masked_share(self) -> float:
+        return float(self.masked.sum() / self.tokens.sum())
+
+    @property
+    def budget_share(self) -> float | None:
+        """Of the masked tokens; None where none is."""
+        return float(self.by_budget.sum() / self.masked.sum()) if self.masked.any() else None
+
+    @property
+    def token_masked_share(self) -> float:
+        """What w_t D_t > delta masks."""
+        return float((self.masked - self.by_budget).sum() / self.tokens.sum())
+
+    @property
+    def violating_share(self) -> float:
+        return float(self.violating.sum() / self.tokens.sum())
+
+    def of(self, chosen: np.ndarray) -> "Counts | None":
+        """Of some responses; None if they have no token."""
+        return Counts(*(x[chosen] for x in vars(self).values())) if self.tokens[chosen].any() else None
+
+
+def count(responses: Sequence[Response], judged: Sequence[Verdict | Response]) -> Counts:
+    rejected = [REASONS.index(name) for name in ("towards_one", "token", "budget", "response", "clipped")]
+    rows = []
+    for response, verdict in zip(responses, judged, strict=True):
+        masked = np.where(response.mask, 1 - verdict.update_mask.astype(float), 0)
+        by_budget = masked[verdict.reason == REASONS.index("budget")]
+        rows.append((response.mask.sum(), masked.sum(), by_budget.sum(), np.isin(verdict.reason, rejected).sum()))
+    return Counts(*np.array(rows, dtype=float).T)
+
+
+@dataclass
+class Sample:
+    """Responses, and the rule whose thresholds are sought."""
+
+    setting: Setting
+    responses: list[Response]
+    """Each with a generated token."""
+    _known: dict[Thresholds, Counts] = field(default_factory=dict)
+
+    def at(self, thresholds: Thresholds) -> Counts:
+        if thresholds not in self._known:
+            self._known[thresholds] = count(self.responses, self.verdicts(thresholds))
+        return self._known[thresholds]
+
+    def verdicts(self, thresholds: Thresholds) -> list[Verdict]:
+        return list(replay.judge(with_thresholds(self.setting, thresholds), self.responses))
+
+    @property
+    def rule(self) -> CPPOLossConfig:
+        return self.setting.actor.policy_loss
+
+    @property
+    def updates(self) -> np.ndarray:
+        return np.array([response.update for response in self.responses])
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.array([response.step for response in self.responses])
+
+    @property
+    def prompts(self) -> list[str]:
+        return [response.uid for response in self.responses]
+
+
+def with_thresholds(setting: Setting, thresholds: Thresholds) -> Setting:
+    values = {name: value for name, value in thresholds._asdict().items() if value is not None}
+    rule = replace(setting.actor.policy_loss, **values)
+    return Setting(setting.label, replace(setting.actor, policy_loss=rule))
+
+
+def lacks(responses: Sequence[Response]) -> str | None:
+    """What keeps these responses from telling a share; None if nothing does."""
+    if not any(response.update for response in responses):
+        return (
+            "every response is of the first update of a batch, where pi is still mu but for the engines' mismatch; "
+            "dump a run with several updates a batch (actor_rollout_ref.actor.ppo_mini_batch_size below "
+            "data.train_batch_size)"
+        )
+    if not any(response.advantage[response.mask].any() for response in responses):
+        return "no token has an advantage other than zero, so that no update moves away from one"
+    drifted = sum(bool(r.update and r.advantage[r.mask].any()) for r in responses)
+    if drifted < RESPONSES_AT_LEAST:
+        return (
+            f"{drifted} response(s) with an advantage at later updates of a batch, at least {RESPONSES_AT_LEAST} are "
+            "needed: dump more (trust_region.dump.responses, trust_region.dump.every)"
+        )
+    return None
+
+
+def propose(sample: Sample, wanted: Wanted) -> Thresholds:
+    """The smallest thresholds of three digits that mask no more than wanted.
+
+    Raises:
+        Unreachable: with what can be reached.
+    """
+    values = [value for value in DIGITS if value <= sample.rule.largest_divergence]
+    has_budget = wanted.by_budget is not None
+    by_token = wanted.masked * (1 - wanted.by_budget) if has_budget else wanted.masked
+
+    def masked_by_token(delta: float) -> float:
+        return sample.at(Thresholds(delta, values[-1] if has_budget else None)).token_masked_share
+
+    most = masked_by_token(values[0])
+    if most < by_token:
+        raise Unreachable(
+            f"{by_token:.2%} of the tokens are to be masked by delta, but only {most:.2%} move away from one at all: "
+            "ask for a smaller --masked-share, or dump later steps"
+        )
+    delta = values[bisect_left(values, -by_token, key=lambda value: -masked_by_token(value))]
+    if not has_budget:
+        found, low = Thresholds(delta, None), _before(values, delta)
+        _met(sample, wanted, found, Thresholds(low, None))
+        return found
+
+    def masked(delta_b: float) -> float:
+        return sample.at(Thresholds(delta, delta_b)).masked_share
+
+    most = masked(values[0])
+    if most < wanted.masked:
+        raise Unreachable(
+            f"{wanted.masked:.2%} of the tokens are to be masked, {wanted.by_budget:.0%} of them by the prefix budget; "
+            f"with delta={delta:g} for the others, delta_b=0 would still mask only {most:.2%}: ask for a smaller "
+            "--budget-share or --masked-share"
+        )
+    delta_b = values[bisect_left(values, -wanted.masked, key=lambda value: -masked(value))]
+    found = Thresholds(delta, delta_b)
+    _met(sample, wanted, found, Thresholds(delta, _before(values, delta_b)))
+    return found
+
+
+def _before(values: list[float], value: float) -> float:
+    return values[max(0, bisect_left(values, value) - 1)]
+
+
+def _met(sample: Sample, wanted: Wanted, found: Thresholds, next_lower: Thresholds) -> None:
+    """Raise where the tokens lie so that the wanted share is stepped over."""
+    below, above = sample.at(found), sample.at(next_lower)
+    missing = wanted.masked - below.masked_share
+    if missing > max(GAP * wanted.masked, 1 / below.tokens.sum()):
+        raise Unreachable(
+            f"no thresholds of three digits mask between {below.masked_share:.2%} and {above.masked_share:.2%} of "
+            f"these {below.tokens.sum():,.0f} tokens, {wanted.masked:.2%} are wanted: ask for one of these shares, or "
+            "dump more responses (trust_region.dump.responses)"
+        )
+
+
+# --- what the proposal is worth --------------------------------------------------------------------------------
+
+
+def intervals(counts: Counts, prompts: Sequence[str], seed: int = 0) -> tuple[Interval, Interval]:
+    """Of the masked share and of the budget's part of it, by resampling prompts with all their responses.
+
+    Responses to a prompt, and tokens of a response, are alike: resampling these would make the interval too short.
+    """
+    _, index = np.unique(prompts, return_inverse=True)
+    n = index.max() + 1
+    columns = np.stack([counts.tokens, counts.masked, counts.by_budget], axis=1)
+    sums = np.stack([np.bincount(index, weights=column) for column in columns.T], axis=1)
+    rng = np.random.default_rng(seed)
+    tokens, masked, by_budget = np.stack([sums[rng.integers(0, n, n)].sum(0) for _ in range(RESAMPLES)]).T
+    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    any_masked = masked > 0
+    of_masked = by_budget[any_masked] / masked[any_masked] if any_masked.any() else [np.nan]
+    return Interval(*np.quantile(masked / tokens, ends).tolist()), Interval(*np.quantile(of_masked, ends).tolist())
+
+
+def curve(sample: Sample, proposed: Thresholds, name: str) -> list[tuple[float, Counts]]:
+    """What other values of one threshold mask, the other as proposed."""
+    at = getattr(proposed, name)
+    values = {float(f"{at * factor:.3g}") for factor in FACTORS}
+    points = sorted(value for value in values if value <= sample.rule.largest_divergence)
+    return [(value, sample.at(proposed._replace(**{name: value}))) for value in points]
+
+
+def recorded(responses: Sequence[Response]) -> Counts | None:
+    """What the run itself masked; None under verl's own losses."""
+    return None if any(r.update_mask is None or r.reason is None for r in responses) else count(responses, responses)

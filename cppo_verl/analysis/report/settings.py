@@ -1,0 +1,99 @@
+"""The settings that hydra saved with a run, and in which of them runs differ."""
+
+import json
+import re
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cppo_verl.artifacts.run_reader import Run
+
+OWN_FOLDER = "<run>"
+ABSENT = "–"
+# Resolvers would tell of whoever reads, where the run is meant: of an environment that may hold what nobody is to see,
+# of today's date. Some are only there where hydra is.
+_RESOLVER = re.compile(r"\$\{(?!oc\.select:)[\w.]+:")
+
+
+def settings(run: Run) -> dict[str, str]:
+    """{key: resolved value}, the run's own folder in it shortened to `OWN_FOLDER`; empty without a readable config."""
+    if run.config is None:
+        return {}
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(run.config), resolve=False)
+        config = OmegaConf.create(_unresolved(config))
+        saved = OmegaConf.load(run.config.with_name("hydra.yaml"))
+        folder = OmegaConf.select(saved, "hydra.runtime.output_dir")
+    except Exception:  # a file cut off in the middle, which the reader of the run has noted
+        return {}
+    if not isinstance(config, DictConfig):
+        return {}
+    flat = {}
+    _flatten(config, "", flat)
+    root = run.path if run.path.is_dir() else run.path.parent
+    own = sorted({str(x) for x in (folder, root, root.resolve()) if x and str(x) not in (".", "/")}, key=len)
+    for key, value in flat.items():
+        for name in reversed(own):
+            value = value.replace(name, OWN_FOLDER)
+        flat[key] = value
+    return flat
+
+
+def method(run: Run) -> str:
+    """The method of the harness that it was started with."""
+    if run.config is None:
+        return ABSENT
+    try:
+        return str(OmegaConf.load(run.config.with_name("hydra.yaml")).hydra.runtime.choices.get("method", ABSENT))
+    except Exception:  # as above
+        return ABSENT
+
+
+def overrides(run: Run) -> list[str]:
+    """Of the command that started it."""
+    if run.config is None:
+        return []
+    try:
+        return [str(text) for text in OmegaConf.load(run.config.with_name("overrides.yaml"))]
+    except Exception:  # as above
+        return []
+
+
+def differences(runs: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """{key: its value in each of the runs}, of those keys whose values are not all the same."""
+    keys = sorted(set().union(*runs))
+    columns = {key: [run.get(key, ABSENT) for run in runs] for key in keys}
+    return {key: values for key, values in columns.items() if len(set(values)) > 1}
+
+
+def same_but_for_seeds(first: dict[str, str], second: dict[str, str]) -> bool:
+    changed = differences([first, second])
+    return all(key.rsplit(".", 1)[-1] in ("seed", "experiment_name") for key in changed)
+
+
+def _flatten(config: DictConfig, prefix: str, flat: dict[str, str]) -> None:
+    raw = OmegaConf.to_container(config, resolve=False)
+    for key, text in raw.items():
+        name = f"{prefix}{key}"
+        try:
+            value = config[key]
+            if isinstance(value, DictConfig):
+                if OmegaConf.is_interpolation(config, key):  # it stands elsewhere, and may be around this one
+                    value = text
+                elif value:
+                    _flatten(value, f"{name}.", flat)
+                    continue
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+        except (OmegaConfBaseException, ValueError, RecursionError):
+            value = text
+        flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _unresolved(value):
+    if isinstance(value, dict):
+        return {key: _unresolved(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_unresolved(x) for x in value]
+    return _RESOLVER.sub(lambda match: "\\" + match[0], value) if isinstance(value, str) else value

@@ -1,0 +1,250 @@
+"""What verl's trainer leaves behind, read whatever state it is in: metrics, generations, the run's config.
+
+Nothing here raises over a damaged file; what was passed over stands in the run's ``notes``.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from cppo_verl.launch.sweep_job import RECORD, read_record
+
+ACCURACY = re.compile(r"val-core/(?P<benchmark>.+)/acc/mean@(?P<n>\d+)$")
+SOURCES_SUFFIX = ".sources.json"
+"""Ending of the file beside a dump of generations that names each prompt's data source."""
+
+
+@dataclass
+class Run:
+    path: Path
+    label: str
+    seed: int | None = None
+    t_stop: int | None = None
+    """Last step that the run was asked for."""
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    """{step: {metric: value}}, numbers only, in step order."""
+    generations: Path | None = None
+    """Folder of verl's validation dumps, {step}.jsonl."""
+    config: Path | None = None
+    """The config.yaml that hydra saved with it."""
+    notes: list[str] = field(default_factory=list)
+
+    def accuracies(self) -> dict[int, dict[str, float]]:
+        """{step: {benchmark: Avg@n}} of verl's validation; where a step has several n, the largest."""
+        result = defaultdict(dict)
+        for step, values in self.steps.items():
+            found = [(int(match["n"]), match["benchmark"], value) for match, value in _accuracies(values)]
+            for _, benchmark, value in sorted(found):
+                result[step][benchmark] = value
+        return dict(result)
+
+
+def _accuracies(values: dict[str, float]) -> Iterator[tuple[re.Match, float]]:
+    for name, value in values.items():
+        if match := ACCURACY.match(name):
+            yield match, value
+
+
+def labelled(text: str) -> tuple[Path, str | None]:
+    """Path and label of "[LABEL=]PATH"."""
+    label, _, path = text.partition("=")
+    # hydra's sweeps make folders like lr=1e-6.
+    return (Path(text), None) if Path(text).exists() or not path else (Path(path), label)
+
+
+def read_runs(path: Path, label: str | None = None) -> list[Run]:
+    """The run at ``path``, or all runs below it where hydra saved several there.
+
+    Raises:
+        FileNotFoundError: no such path, or nothing there that is a run.
+    """
+    roots = sorted({file.parent.parent for file in path.rglob("hydra.yaml")}) if path.is_dir() else []
+    if len(roots) < 2 and not any((root / RECORD).exists() for root in roots):
+        return [read_run(path, label)]
+    runs = []
+    for root in roots:
+        try:
+            runs.append(read_run(root, label))
+        except FileNotFoundError:  # a command that ended before its first metric
+            continue
+    if not runs:
+        raise FileNotFoundError(f"none of the {len(roots)} runs in {path} has metrics of verl's file logger")
+    return runs
+
+
+def read_run(path: Path, label: str | None = None) -> Run:
+    """A run from its folder, or from one jsonl file of verl's file logger.
+
+    Of a folder, every metrics file in it counts; where attempts overlap, as after a resume, the later
+    attempt's step replaces the earlier one's.
+
+    Raises:
+        FileNotFoundError: no such path, or a folder without metrics.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no run at {path}")
+    files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"), key=_attempt)
+    run = Run(path, label or (path.stem if path.is_file() else path.resolve().name))
+    found = []
+    for file in files:
+        records = list(_metrics(file, run.notes))
+        found += [file] if records else []
+        for step, values in records:
+            kept = run.steps.setdefault(step, {})
+            for name, value in values.items():
+                if name in kept and ACCURACY.match(name) and kept[name] != value:
+                    run.notes.append(f"step {step} was validated twice; {file.name} counts")
+                kept[name] = value
+    if not found:
+        raise FileNotFoundError(f"no metrics of verl's file logger in {path}: expected jsonl lines of step and data")
+    folders = {file.parent for file in found}
+    if len(folders) > 1:
+        run.notes.append(
+            f"metrics of {len(folders)} folders are taken for one run: {', '.join(sorted(map(str, folders)))}"
+        )
+    run.steps = dict(sorted(run.steps.items()))
+    folder = path if path.is_dir() else path.parent
+    _read_config(folder, run, label)
+    if path.is_dir():
+        # verl's dumps of training responses look the same but for the sources beside a validation's.
+        dumps = sorted({p.parent for p in path.rglob("*.jsonl") if p.stem.isdigit()})
+        run.generations = next((d for d in dumps if any(d.glob(f"*{SOURCES_SUFFIX}"))), dumps[0] if dumps else None)
+    return run
+
+
+def _attempt(file: Path) -> tuple:
+    """metrics-2 before metrics-10."""
+    return (str(file.parent), [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+
+
+def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
+    """The objects of a jsonl file; what is no object is noted."""
+    bad, last = 0, False
+    try:
+        text = file.read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"{file.name}: {error.strerror}")
+        return
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            record = None
+        last = not isinstance(record, dict)
+        if last:
+            bad += 1
+        else:
+            yield record
+    if bad:
+        end = "; the last is cut off: a run killed, or still being written" if last else ""
+        notes.append(f"{file.name}: {bad} line(s) are not JSON objects and were skipped{end}")
+
+
+def _metrics(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, float]]]:
+    if file.stem.isdigit():  # a dump of generations
+        return
+    missing = set()
+    foreign = 0
+    for record in _lines(file, notes):
+        step, data = record.get("step"), record.get("data")
+        if not isinstance(step, int) or isinstance(step, bool) or not isinstance(data, dict):
+            foreign += 1
+            continue
+        values = {}
+        for name, value in data.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                continue
+            if value is None or not math.isfinite(value):
+                missing.add(name)
+            else:
+                values[name] = float(value)
+        yield step, values
+    if foreign:
+        notes.append(f"{file.name}: {foreign} line(s) without a step and data were skipped")
+    if missing:
+        shown = ", ".join(sorted(missing)[:3]) + (" ..." if len(missing) > 3 else "")
+        notes.append(f"{file.name}: values of {shown} that are not finite were skipped")
+
+
+def _read_config(folder: Path, run: Run, label: str | None) -> None:
+    """Label, seed and last step from what hydra saved with the run."""
+    saved = sorted(folder.rglob("hydra.yaml"))
+    if not saved:
+        return
+    run.config = saved[0].with_name("config.yaml")
+    try:
+        choices = OmegaConf.load(saved[0]).hydra.runtime.choices
+        config = OmegaConf.load(run.config)
+    except Exception as error:  # a file cut off in the middle, whatever that makes of it
+        run.notes.append(f"{saved[0].parent}: not readable ({type(error).__name__})")
+        return
+    if label is None:
+        run.label = _label_of_point(folder, run.notes) or str(choices.get("method") or run.label)
+    run.seed = OmegaConf.select(config, "data.seed")
+    run.t_stop = OmegaConf.select(config, "trainer.total_training_steps")
+
+
+def _label_of_point(folder: Path, notes: list[str]) -> str | None:
+    """What sets a sweep's point apart from the others, but for its seed: "key=value,..." or a method's bare name."""
+    try:
+        record = read_record(folder)
+    except ValueError:
+        notes.append(f"{RECORD}: not readable")
+        return None
+    swept = [text for text in (record or {}).get("swept", []) if not text.startswith("seed=")]
+    return ",".join(text.removeprefix("method=") for text in swept) or None
+
+
+@dataclass
+class Answers:
+    """Generations of one validation, by problem."""
+
+    correct: dict[tuple[str, str], dict[tuple[str, str], float]] = field(default_factory=dict)
+    """{(benchmark, prompt): {sample: its accuracy}}."""
+    notes: list[str] = field(default_factory=list)
+
+    def accuracy(self, benchmark: str | None = None) -> dict[tuple[str, str], float]:
+        """{problem: Avg@n}, of one benchmark or of all."""
+        return {
+            key: math.fsum(values.values()) / len(values)
+            for key, values in self.correct.items()
+            if benchmark is None or key[0] == benchmark
+        }
+
+
+def read_generations(folder: Path, step: int) -> Answers:
+    """The answers that verl dumped at ``step``; the benchmark is "all" where the trainer left no sources.
+
+    Raises:
+        FileNotFoundError: no dump of that step.
+    """
+    file, answers = folder / f"{step}.jsonl", Answers()
+    if not file.exists():
+        raise FileNotFoundError(f"no generations of step {step} in {folder}")
+    sources = {}
+    try:
+        sources = json.loads((folder / f"{step}{SOURCES_SUFFIX}").read_text())
+    except (OSError, json.JSONDecodeError):
+        answers.notes.append(f"{file.name}: no data sources beside it, all problems count as one benchmark")
+    skipped = 0
+    for record in _lines(file, answers.notes):
+        accuracy, prompt = record.get("acc", record.get("score")), record.get("input")
+        if not isinstance(accuracy, int | float) or not math.isfinite(accuracy) or not isinstance(prompt, str):
+            skipped += 1
+            continue
+        # verl's key: the prompt's uid, the number of the sample, and, where an agent loop made several outputs
+        # of it, theirs; the last one counts, as in verl's metrics.
+        uid, sample, _ = (str(record.get("uid", "")).rsplit("_", 2) + ["", ""])[:3]
+        problem = answers.correct.setdefault((sources.get(uid, "all"), prompt), {})
+        problem[uid, sample or str(len(problem))] = float(accuracy)
+    if skipped:
+        answers.notes.append(f"{file.name}: {skipped} answer(s) without input and accuracy were skipped")
+    return answers

@@ -1,0 +1,35 @@
+"""The command line: ``cppo-verl COMMAND``, or ``python -m cppo_verl COMMAND``."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "calibrate": ("analysis.calibrate.command", "find thresholds that mask a wanted share of a run's tokens"),
+    "cluster": ("launch.cluster", "one command on several nodes: Slurm, given hosts, a Ray job"),
+    "doctor": ("doctor.checks", "check this environment and a training command's settings, without training"),
+    "evaluate": ("evaluation.evaluate", "score a checkpoint by verl's own validation: Avg@n, pass@k, intervals"),
+    "inspect": ("analysis.inspect.command", "show which tokens of a run each method would mask, where and why"),
+    "prepare": ("data.prepare", "write public data sets as parquet files in verl's schema"),
+    "report": ("analysis.report.command", "draw one or more runs as one page, from their logs and token dumps"),
+    "stop": ("launch.stop", "ask a run to end after its current step, with a checkpoint"),
+    "table": ("evaluation.table", "score many runs as the paper does, in one table"),
+}
+"""{name: (module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``, what it does)}."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Only the chosen command's module is imported."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="cppo-verl", description=__doc__)
+    commands = parser.add_subparsers(dest="command_name", metavar="COMMAND", required=True)
+    parsers = {name: commands.add_parser(name, help=text) for name, (_, text) in COMMANDS.items()}
+    # No option precedes the command, so that the first argument names it.
+    chosen = arguments[0] if arguments else None
+    if chosen not in parsers:
+        parser.parse_args(arguments)  # prints the help or the error, and exits
+    module = importlib.import_module(f"cppo_verl.{COMMANDS[chosen][0]}")
+    parsers[chosen].description = module.__doc__
+    module.add_arguments(parsers[chosen])
+    return module.run(parser.parse_args(arguments))

@@ -1,0 +1,93 @@
+"""The ratio-advantage surrogate that every masked method shares, and the weights of prefix ratios."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cppo_verl.core.divergence import as_float32
+
+# exp(20) is far beyond any ratio cap in use and far from overflow in fp32.
+MAX_LOG_RATIO = 20.0
+
+
+@torch.no_grad()
+def surrogate_weight(
+    log_ratio: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
+) -> Tensor:
+    """M_t min(rho_t, ratio_cap) A_t, what grad log pi_t is multiplied by in the surrogate (11).
+
+    Args:
+        log_ratio: log rho_t = log pi(y_t | s_t) - log mu(y_t | s_t), fp32 or fp64.
+        advantages: A_t.
+        update_mask: M_t.
+        ratio_cap: upper bound of rho_t, which truncates the importance ratio without stopping the
+            gradient, as DPPO does; None for exp(20), the numerical bound.
+
+    Returns:
+        Same shape and dtype.
+    """
+    upper = MAX_LOG_RATIO if ratio_cap is None else min(math.log(ratio_cap), MAX_LOG_RATIO)
+    return log_ratio.clamp(-MAX_LOG_RATIO, upper).exp_().mul_(advantages).mul_(update_mask)
+
+
+@torch.no_grad()
+def clipped_weight(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """clip(ratio, 1 - low, 1 + high) A_t, an importance weight clipped without gradient as CISPO has it."""
+    return ratio.clamp(1 - low, 1 + high) * advantages
+
+
+class WeightedLogProb(torch.autograd.Function):
+    """Per-token loss -weight_t whose gradient with respect to log_pi is -weight_t too.
+
+    That of -weight_t rho_t / sg(rho_t), without the exponential and what it would store. Its negative sum
+    is the surrogate (11), sum_t M_t rho_t A_t, for `surrogate_weight` without a cap.
+    """
+
+    @staticmethod
+    def forward(ctx, log_pi: Tensor, weight: Tensor) -> Tensor:
+        loss = -weight
+        ctx.save_for_backward(loss)
+        ctx.dtype = log_pi.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        return (grad * loss).to(ctx.dtype), None
+
+
+def masked_surrogate(
+    log_pi: Tensor, log_mu: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
+) -> Tensor:
+    """Per-token loss whose negative sum is the surrogate (11); arguments as for `surrogate_weight`.
+
+    log_pi carries the gradient, -M_t min(rho_t, ratio_cap) A_t. The loss is in fp32 (fp64 for fp64).
+    """
+    log_ratio = as_float32(log_pi.detach()) - as_float32(log_mu)
+    return WeightedLogProb.apply(log_pi, surrogate_weight(log_ratio, advantages, update_mask, ratio_cap))
+
+
+@torch.no_grad()
+def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """rho_t min_{j<t} rho_j, and rho_1 at t = 1: MinPRO's (arXiv 2601.22718) surrogate for the prefix
+    ratio prod_{j<=t} rho_j.
+
+    The paper's abstract gives the ratio. Ours is what it leaves open: the minimum runs over the
+    response's valid tokens before t and is not bounded by one, and the ratio is clipped without
+    gradient (`clipped_weight`).
+    """
+    log_ratio = torch.where(mask, log_ratio, torch.inf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    before = torch.nn.functional.pad(log_ratio.cummin(-1).values[..., :-1], (1, 0), value=MAX_LOG_RATIO)
+    has_prefix = mask.cumsum(-1) > 1
+    return torch.where(mask, (log_ratio + torch.where(has_prefix, before, 0.0)).exp(), 1.0)
+
+
+@torch.no_grad()
+def mean_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """(prod_{j<=t} rho_j)^(1/t), the geometric mean of the prefix's ratios, PNPO's (arXiv 2608.01418).
+
+    The source was not at hand beyond this definition; the clipping is `clipped_weight`'s.
+    """
+    log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (log_ratio.cumsum(-1) / mask.cumsum(-1).clamp_min(1)).exp()

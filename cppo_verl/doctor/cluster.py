@@ -1,0 +1,223 @@
+"""What every node of a Ray cluster has, for ``python -m cppo_verl doctor --cluster``.
+
+`look` runs as a task on each node, also on one without this package: it travels by value and imports what it needs
+there.
+"""
+
+import math
+import netrc
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import ray
+from omegaconf import DictConfig, OmegaConf
+from ray import cloudpickle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: weights and Adam's two moments in fp32."""
+LEAST_FREE = 1 << 30
+"""Bytes that a checkpoint folder must have free where the model's size is not known."""
+
+
+def look(distributions: list[str], files: list[str], hub_model: str | None, folder: str | None) -> dict:
+    """What the node that this runs on has; nothing of it is compared here."""
+    versions = {"python": platform.python_version()}
+    for name in distributions:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    found = {"host": socket.gethostname(), "python": sys.executable, "versions": versions}
+    try:
+        from cppo_verl.doctor.registrations import registered
+
+        found["registered"] = registered()
+    except Exception as error:  # verl's own of a platform that only the plug-in knows, for one
+        found["import_error"] = f"{type(error).__name__}: {error}"
+    found["missing"] = [x for x in files if not os.path.exists(os.path.expanduser(x.partition("=")[2]))]
+    if hub_model is not None:
+        found["hub"] = _hub_problem(hub_model)
+    if folder is not None:
+        existing = Path(folder)
+        while not existing.exists():
+            existing = existing.parent
+        found["free"] = shutil.disk_usage(existing).free
+    found["wandb"] = _wandb_key()
+    return found
+
+
+def _hub_problem(model: str) -> str | None:
+    """Why ``model`` can be had neither from this node's cache of the hub nor from the hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if os.path.exists(model) or isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return None
+    try:
+        HfApi().auth_check(model)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _wandb_key() -> bool:
+    """Whether wandb finds an API key here, or needs none."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def check_nodes(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
+    """Ask every node of the cluster that RAY_ADDRESS names, or that runs on this machine, and report what differs.
+
+    Args:
+        config: of the run; None leaves out what depends on it.
+        distributions: whose versions must be this process's on every node.
+        expected: nodes that must be there.
+        patience: seconds to wait for them.
+    """
+    runtime_env = config and OmegaConf.to_container(config.ray_kwargs.ray_init.get("runtime_env") or OmegaConf.create())
+    try:
+        ray.init("auto", runtime_env=runtime_env or None, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:
+        # Ray's own exceptions for this have no common class.
+        way_out = (
+            "; RAY_ADDRESS must name a running cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH its token"
+            " (`python -m cppo_verl cluster` sets both)"
+        )
+        report.say("FAIL", "Ray", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{way_out}")
+        return
+    try:
+        _check_nodes(report, config, distributions, max(expected, config.trainer.nnodes if config else 1), patience)
+    finally:
+        ray.shutdown()
+
+
+def _check_nodes(report, config, distributions, expected, patience):
+    from cppo_verl.plugin.config import local_files
+
+    nodes = sorted(_alive(expected, patience), key=lambda node: node["NodeManagerAddress"])
+    addresses = [node["NodeManagerAddress"] for node in nodes]
+    report.check(
+        len(nodes) >= expected,
+        "nodes",
+        f"{len(nodes)} alive",
+        f"{len(nodes)} of {expected} have joined Ray ({', '.join(addresses)}): see Ray's logs on the others, or lower "
+        "trainer.nnodes",
+    )
+    if config is not None:
+        _check_slots(report, nodes, config.trainer)
+    files, hub_model, folder = [], None, None
+    if config is not None:
+        files, folder = local_files(config), os.path.abspath(config.trainer.default_local_dir)
+        model = config.actor_rollout_ref.model.path
+        hub_model = None if model.startswith(("/", "./", "../", "~")) or "://" in model else model
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    answers = [
+        task.options(scheduling_strategy=strategy).remote(distributions, files, hub_model, folder)
+        for strategy in strategies
+    ]
+    here = look(distributions, [], None, None)["versions"]
+    for address, answer in zip(addresses, answers, strict=True):
+        try:
+            found = ray.get(answer, timeout=300)
+        except Exception as error:  # of the task, of its worker, of the node
+            report.say("FAIL", f"node {address}", f"no answer ({type(error).__name__}): {str(error).strip()}")
+            continue
+        problems = _compare(found, here, config, expected)
+        where = f"{found['host']} {address}"
+        for problem in problems:
+            report.say("FAIL", where, problem)
+        if not problems:
+            free = f", {_gib(found['free'])} free for checkpoints" if config is not None else ""
+            report.say("ok", where, f"the versions of this machine, the plug-in registered{free}")
+
+
+def _check_slots(report, nodes: list[dict], trainer: DictConfig) -> None:
+    """A node may have none, as a head that only schedules does, where enough others have."""
+    resources = {node["NodeManagerAddress"]: node["Resources"] for node in nodes}
+    slots = {address: int(has.get("GPU", has.get("NPU", 0))) for address, has in resources.items()}
+    enough = sum(count >= trainer.n_gpus_per_node for count in slots.values())
+    report.check(
+        enough >= trainer.nnodes,
+        "GPUs",
+        f"{trainer.n_gpus_per_node} or more on {enough} node(s)",
+        f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}, but in Ray "
+        + ", ".join(f"{address} has {count}" for address, count in slots.items())
+        + ": lower the one or the other, or start Ray with --num-gpus there",
+    )
+
+
+def _alive(expected: int, patience: float) -> list[dict]:
+    deadline = time.monotonic() + patience
+    while True:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if len(nodes) >= expected or time.monotonic() > deadline:
+            return nodes
+        time.sleep(0.5)
+
+
+def _compare(found: dict, here: dict, config: DictConfig | None, nodes: int) -> list[str]:
+    """What of `look`'s answer would break the run, each with the way out."""
+    problems = []
+    for name, wanted in here.items():
+        there = found["versions"][name]
+        if there != wanted:
+            what = "is not installed" if there is None else f"is {there}"
+            problems.append(f"{name} {what}, here it is {wanted}: install the same for {found['python']} there")
+    if "import_error" in found:
+        problems.append(
+            f"the plug-in does not load ({found['import_error']}): pip install it for {found['python']} there"
+        )
+    missing = [name for name, ok in found.get("registered", {}).items() if not ok]
+    if missing:
+        problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): pip install it there")
+    problems += [f"{path} does not exist there: put it on a folder that all nodes share" for path in found["missing"]]
+    if config is None:
+        return problems
+    if found.get("hub"):
+        problems.append(
+            f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path} is neither cached there nor to be had "
+            f"from the hub ({found['hub']}): set HF_TOKEN before Ray starts there, or name a folder"
+        )
+    need = _checkpoint_share(config, nodes)
+    if found["free"] < need:
+        problems.append(
+            f"{_gib(found['free'])} free for trainer.default_local_dir={config.trainer.default_local_dir}, of which a "
+            f"checkpoint takes {_gib(need)}: make room, or name another folder"
+        )
+    logger = config.trainer.logger
+    if "wandb" in ([logger] if isinstance(logger, str) else logger) and not found["wandb"]:
+        problems.append("wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline, before Ray starts there")
+    return problems
+
+
+def _checkpoint_share(config: DictConfig, nodes: int) -> int:
+    """Bytes that one checkpoint takes on each node: every rank writes its own shards."""
+    from safetensors import safe_open
+
+    parameters = 0
+    for file in Path(os.path.expanduser(config.actor_rollout_ref.model.path)).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return parameters * BYTES_PER_PARAMETER // nodes or LEAST_FREE
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"

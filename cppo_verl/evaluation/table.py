@@ -1,0 +1,210 @@
+"""``python -m cppo_verl table RUN...``: many runs in one table, scored as the paper does."""
+
+import argparse
+import csv
+import io
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from cppo_verl.artifacts.run_reader import Run, labelled, read_generations, read_runs
+from cppo_verl.evaluation import paper_results
+from cppo_verl.evaluation.statistics import Comparison, Interval, Selection, compare, interval_over_seeds, select
+
+NOT_RUN = "not run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="*", metavar="[LABEL=]RUN", help="a run's folder or metrics file, or a folder of runs"
+    )
+    parser.add_argument("--benchmarks", help="data sources, comma-separated; default: all that the runs validated on")
+    parser.add_argument("--t-stop", type=int, help="last step that counts; default: each run's total_training_steps")
+    parser.add_argument("--paper", choices=paper_results.MODELS, help="the paper's rows of this model beside the runs")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two labels, compared on the same problems")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="markdown")
+    parser.add_argument("--output", type=Path, help="write the table to this file")
+    parser.add_argument("--force", action="store_true", help="overwrite --output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, what was passed over and what to mind; 1 if there is nothing to print."""
+    if args.output and args.output.exists() and not args.force:
+        print(f"{args.output} exists: give --force to overwrite it", file=sys.stderr)
+        return 1
+    runs = []
+    for text in args.runs:
+        try:
+            runs += read_runs(*labelled(text))
+        except FileNotFoundError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    for item in runs:
+        for note in item.notes:
+            print(f"{item.path}: {note}", file=sys.stderr)
+    benchmarks = args.benchmarks.split(",") if args.benchmarks else _benchmarks(runs, args.paper)
+    groups = score(runs, benchmarks, args.t_stop)
+    if not groups and not args.paper:
+        print(f"no run has a validation on {', '.join(benchmarks) or 'anything'}", file=sys.stderr)
+        return 1
+    header, rows = rows_of(groups, benchmarks, args.paper)
+    text = FORMATS[args.format](header, rows)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n")
+    for warning in warnings(groups):
+        print(warning, file=sys.stderr)
+    if args.compare:
+        return compare_labels(groups, benchmarks, *args.compare)
+    return 0
+
+
+Scored = list[tuple[Run, Selection]]
+
+
+def score(runs: Sequence[Run], benchmarks: Sequence[str], t_stop: int | None) -> dict[str, Scored]:
+    """{label: its runs with their scores}; a run without a validation on all benchmarks is noted and left out."""
+    groups = defaultdict(list)
+    for item in runs:
+        selection = (
+            select(item.accuracies(), benchmarks, item.t_stop if t_stop is None else t_stop) if benchmarks else None
+        )
+        if selection is None:
+            has = _benchmarks([item], None)
+            print(
+                f"{item.path}: left out, no step validated on {', '.join(benchmarks)} (it has "
+                f"{', '.join(has) or 'none'})",
+                file=sys.stderr,
+            )
+        else:
+            groups[item.label].append((item, selection))
+    return dict(groups)
+
+
+def rows_of(
+    groups: dict[str, Scored], benchmarks: Sequence[str], model: str | None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a method a line, in per cent, with the interval over seeds where there are several."""
+    header = ["method", "runs", *benchmarks, "mean", "step", "last", "smoothed"]
+    printed = paper_results.TABLE[model] if model else {}
+    if model:
+        header += [f"paper {name}" for name in (*paper_results.BENCHMARKS, "mean")]
+    rows = []
+    for label in [*printed, *(label for label in groups if label not in printed)]:
+        scored = groups.get(label, [])
+        if scored:
+            means = [s.mean for _, s in scored]
+            cells = [str(len(scored))]
+            cells += [percent(fmean(s.components[name] for _, s in scored)) for name in benchmarks]
+            cells += [percent(fmean(means), interval_over_seeds(means))]
+            cells += ["/".join(str(s.step) for _, s in scored)]
+            cells += [percent(fmean(s.last for _, s in scored)), percent(fmean(s.smoothed for _, s in scored))]
+        else:
+            cells = ["0", *[NOT_RUN] * (len(benchmarks) + 1), "", "", ""]
+        if model:
+            values = printed.get(label, ())
+            cells += ["collapse"] * 4 if values is paper_results.COLLAPSE else [f"{v:.2f}" for v in values] or [""] * 4
+        rows.append([label, *cells])
+    return header, rows
+
+
+def warnings(groups: dict[str, Scored]) -> list[str]:
+    lines = []
+    for label, scored in groups.items():
+        gap = fmean(s.mean - s.last for _, s in scored)
+        if gap > 0.005:
+            candidates = max(s.candidates for _, s in scored)
+            lines.append(
+                f"{label}: the best of {candidates} validations is {100 * gap:.1f} points above the last one; a best "
+                "of a noisy curve is inflated: compare the columns last and smoothed"
+            )
+        seeds = [item.seed for item, _ in scored]
+        if len(seeds) > 1 and len(set(seeds)) < len(seeds):
+            lines.append(f"{label}: its {len(seeds)} runs have data.seed {seeds}: the interval is not over seeds")
+    return lines
+
+
+def compare_labels(groups: dict[str, Scored], benchmarks: Sequence[str], a: str, b: str) -> int:
+    for label in (a, b):
+        if label not in groups:
+            print(f"no scored run is labelled {label!r}: there are {', '.join(groups)}", file=sys.stderr)
+            return 1
+    first, second = (_accuracies(groups[label]) for label in (a, b))
+    for name in (*benchmarks, None) if len(benchmarks) > 1 else (None,):
+        parts = [{k: v for k, v in x.items() if name is None or k[0] == name} for x in (first, second)]
+        result = compare(*parts)
+        where = name or "all problems"
+        if result is None:
+            print(f"{a} - {b}, {where}: no problem of which both have answers (trainer.validation_data_dir keeps them)")
+        else:
+            print(f"{a} - {b}, {where}: {comparison(result)}")
+    return 0
+
+
+def comparison(result: Comparison) -> str:
+    low, high = result.interval
+    return (
+        f"{100 * result.difference:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] over {result.problems} problems, "
+        f"p = {result.p_value:.3f}"
+    )
+
+
+def _accuracies(scored: Scored) -> dict[tuple[str, str], float]:
+    """Avg@n of each problem at the selected steps, mean over runs."""
+    values = defaultdict(list)
+    for item, selection in scored:
+        try:
+            answers = read_generations(item.generations or item.path, selection.step)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            print(f"{item.path}: {error}", file=sys.stderr)
+            continue
+        for note in answers.notes:
+            print(f"{item.path}: {note}", file=sys.stderr)
+        for problem, accuracy in answers.accuracy().items():
+            values[problem].append(accuracy)
+    return {problem: fmean(accuracies) for problem, accuracies in values.items()}
+
+
+def _benchmarks(runs: Sequence[Run], model: str | None) -> list[str]:
+    if model:
+        return list(paper_results.BENCHMARKS)
+    return sorted({name for item in runs for values in item.accuracies().values() for name in values})
+
+
+def percent(value: float, interval: Interval | None = None) -> str:
+    if interval is None or math.isnan(interval.low):
+        return f"{100 * value:.2f}"
+    return f"{100 * value:.2f} [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells):
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def comma_separated(header: list[str], rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().rstrip("\n")
+
+
+def latex(header: list[str], rows: list[list[str]]) -> str:
+    def line(cells):
+        special = {c: "\\" + c for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "\\": r"\textbackslash{}"}
+        return " & ".join("".join(special.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    begin = r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}"
+    return "\n".join(
+        [begin, r"\toprule", line(header), r"\midrule", *map(line, rows), r"\bottomrule", r"\end{tabular}"]
+    )
+
+
+FORMATS = {"markdown": markdown, "csv": comma_separated, "latex": latex}

@@ -1,0 +1,21 @@
+"""Ask a run to end after its current step, with a checkpoint of that step."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cppo_verl.artifacts.stop_request import request_stop
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="trainer.default_local_dir of the run")
+    parser.add_argument("--reason", default="cppo-verl stop", help="for the run's log (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.folder.is_dir():
+        print(f"no folder {args.folder}: expected the run's trainer.default_local_dir", file=sys.stderr)
+        return 1
+    request_stop(args.folder, args.reason)
+    print(f"asked the run in {args.folder} to end after its step, with a checkpoint")
+    return 0

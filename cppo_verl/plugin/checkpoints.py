@@ -1,0 +1,159 @@
+"""What a run keeps beside what verl keeps: a metrics file, the sources of its answers, its best checkpoint."""
+
+import json
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+from omegaconf import DictConfig, open_dict
+
+from cppo_verl.artifacts.atomic import replacing
+from cppo_verl.artifacts.run_reader import ACCURACY, SOURCES_SUFFIX
+
+METRICS_PATH = "VERL_FILE_LOGGER_PATH"
+BEST = "best"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's file beside its checkpoints that names the newest one, written once all ranks have written theirs."""
+
+
+def log_to_file(config: DictConfig) -> Path:
+    """Add verl's file logger to the run's loggers, with a file of its own for each attempt: verl's default
+    path is overwritten by a run that resumes. A path that the user has set stays."""
+    loggers = config.trainer.logger
+    loggers = [loggers] if isinstance(loggers, str) else list(loggers)
+    if "file" not in loggers:
+        with open_dict(config):
+            config.trainer.logger = [*loggers, "file"]
+    if METRICS_PATH not in os.environ:
+        folder = Path(config.trainer.default_local_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        attempts = [int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"metrics-(\d+)\.jsonl", p.name))]
+        os.environ[METRICS_PATH] = str(folder / f"metrics-{max(attempts, default=-1) + 1}.jsonl")
+    return Path(os.environ[METRICS_PATH])
+
+
+def check_resume(config: DictConfig) -> None:
+    """Refuse what verl would silently start from scratch on, over the checkpoints that are there.
+
+    Raises:
+        ValueError: the tracker file names a checkpoint that is not there, or none.
+    """
+    folder = Path(config.trainer.default_local_dir)
+    step = newest(folder)
+    if config.trainer.resume_mode != "auto" or step is None:
+        return
+    if not (step.isdigit() and (folder / f"global_step_{step}").is_dir()):
+        found = ", ".join(map(str, _steps(folder))) or "none"
+        raise ValueError(
+            f"{folder / TRACKER} says {step!r}, but the steps with a checkpoint beside it are: {found}. Write one of "
+            "them into the file to resume from it, or use trainer.resume_mode=disable to start from scratch"
+        )
+
+
+def not_written(folder: str | Path, step: int, error: Exception) -> str:
+    """Where the checkpoint of a step could not be written, why, and what a run can resume from."""
+    folder = Path(folder).absolute()
+    # The error of a Ray worker tells its node's address in its text only.
+    worker = re.search(r"\bip=([\w.:]+)", str(error))
+    node = worker[1] if worker else socket.gethostname()
+    free = shutil.disk_usage(folder).free / 1e6
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    whole = newest(folder)
+    rest = f"that of step {whole} is whole" if whole else "there is none before it"
+    return (
+        f"on {node}: the checkpoint of step {step} could not be written to {folder} ({free:,.0f} MB free, seen from "
+        f"{socket.gethostname()}): {lines[-1]}; {rest}. Make room; the same command continues"
+    )
+
+
+def newest(folder: str | Path) -> str | None:
+    """The step that verl's tracker file names: of the newest checkpoint that all ranks have written."""
+    tracker = Path(folder) / TRACKER
+    return tracker.read_text().strip() if tracker.exists() else None
+
+
+def rotate(folder: str | Path, step: int, role: str, keep: int | None) -> None:
+    """Remove this machine's checkpoints of a role ("actor", "critic") up to ``step`` but the last ``keep``, if any
+    number is given. verl does so with what the same attempt has written; what those before it left would stay."""
+    steps = [n for n in _steps(folder) if n <= step and (Path(folder) / f"global_step_{n}" / role).exists()]
+    for old in steps[:-keep] if keep else ():
+        shutil.rmtree(Path(folder) / f"global_step_{old}" / role, ignore_errors=True)
+
+
+def _steps(folder: str | Path) -> list[int]:
+    return sorted(int(m[1]) for p in Path(folder).iterdir() if (m := re.fullmatch(r"global_step_(\d+)", p.name)))
+
+
+def write_sources(folder: str | Path, step: int, uids: list[str], data_sources: list[str]) -> None:
+    """Beside verl's dump of a validation's answers, which names no benchmark: {uid of the prompt: data source}."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = dict(zip(map(str, uids), map(str, data_sources), strict=True))
+    with replacing(folder / f"{step}{SOURCES_SUFFIX}") as (file,):
+        file.write_text(json.dumps(sources))
+
+
+def mean_accuracy(metrics: dict[str, float]) -> float | None:
+    """Unweighted mean over benchmarks of a validation's Avg@n."""
+    values = [value for name, value in metrics.items() if ACCURACY.match(name)]
+    return sum(values) / len(values) if values else None
+
+
+def best_so_far(folder: str | Path) -> dict | None:
+    """{"step", "accuracy"} of the checkpoint that is kept as the best of the run."""
+    try:
+        return json.loads((Path(folder) / BEST / "best.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def write_best(folder: str | Path, step: int, accuracy: float) -> None:
+    best = Path(folder) / BEST
+    best.mkdir(parents=True, exist_ok=True)
+    with replacing(best / "best.json") as (file,):
+        file.write_text(json.dumps({"step": step, "accuracy": accuracy}))
+
+
+def link_checkpoint(folder: str | Path, step: int) -> None:
+    """Hard links to this machine's files of a checkpoint under ``folder``/best, out of reach of verl's rotation.
+
+    Run on every machine that holds a part; several processes may do so at once.
+    """
+    source = Path(folder) / f"global_step_{step}"
+    for file in source.rglob("*") if source.exists() else ():
+        target = Path(folder) / BEST / source.name / file.relative_to(source)
+        if file.is_dir():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            shutil.copy2(file, target)
+
+
+def forget_others(folder: str | Path, step: int) -> None:
+    """Remove what earlier bests `link_checkpoint` has left on this machine."""
+    for other in (Path(folder) / BEST).glob("global_step_*"):
+        if other.name != f"global_step_{step}":
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def progress_line(step: int, steps: int, seconds_left: float, metrics: dict[str, float], accuracy: float | None) -> str:
+    """One line a step for a person who watches."""
+    minutes, seconds = divmod(int(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"step {step}/{steps}", f"{hours}:{minutes:02d}:{seconds:02d} left"]
+    if "critic/score/mean" in metrics:
+        parts.append(f"reward {metrics['critic/score/mean']:.3f}")
+    if accuracy is not None:
+        parts.append(f"validation {accuracy:.1%}")
+    if "trust_region/masked_share" in metrics:
+        parts.append(f"masked {metrics['trust_region/masked_share']:.1%}")
+    if metrics.get("perf/time_per_step"):
+        rate = metrics.get("perf/total_num_tokens", 0) / metrics["perf/time_per_step"]
+        parts.append(f"{rate:,.0f} tokens/s")
+    return "cppo_verl  " + "  ".join(parts)

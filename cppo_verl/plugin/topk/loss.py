@@ -1,0 +1,136 @@
+"""D_t on mu's most likely tokens, taken from the logits of the actor's own forward pass.
+
+verl's engines show the logits to the loss function once, before they are reduced to log-probabilities:
+the look that its distillation losses use, ``distillation_use_topk``. It must return one number a token.
+"""
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils.ulysses import get_ulysses_sequence_parallel_rank, get_ulysses_sequence_parallel_world_size
+from verl.workers.config import ActorConfig
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding
+
+from cppo_verl.core.divergence import candidate_divergence, gather_log_probs
+from cppo_verl.plugin.losses import measured_divergence
+from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, UNIT, decode, encode, unpack
+
+DIVERGENCE = "cppo_divergence"
+"""Key of D_t in the engine's model output."""
+TOLERANCE = round(1e-5 / UNIT)
+"""Difference of two codes that may still be roundings of one log-probability."""
+
+
+def top_k_ppo_loss(
+    config: ActorConfig,
+    model_output: dict | None = None,
+    data: TensorDict | None = None,
+    dp_group=None,
+    student_logits: Tensor | None = None,
+):
+    """verl's ``ppo_loss`` that looks at the logits first.
+
+    Called with ``student_logits`` [1, tokens of this rank, V], it returns D_t of each as {DIVERGENCE: [1,
+    tokens of this rank]}, zero outside the responses; called with the model's output, the loss and metrics.
+    """
+    if student_logits is not None:
+        divergence = divergence_of_logits(student_logits.squeeze(0), data, config.policy_loss.divergence)
+        return {DIVERGENCE: divergence.unsqueeze(0)}
+    with measured_divergence(no_padding_2_padding(model_output[DIVERGENCE], data)):
+        return ppo_loss(config, model_output, data, dp_group)
+
+
+@torch.no_grad()
+def divergence_of_logits(logits: Tensor, data: TensorDict, divergence: str) -> Tensor:
+    """D_t at the valid response tokens of a micro-batch, where they are predicted, zero elsewhere.
+
+    Args:
+        logits: [n, V], this sequence-parallel rank's part of the packed micro-batch: prompt and response
+            of each row, one after the other, padded at the end to equal parts.
+        data: the micro-batch, its tensors nested [B, (tokens)] or [B, (tokens), K].
+        divergence: "topk_tv" or "topk_kl".
+
+    Returns:
+        [n], fp32.
+
+    Raises:
+        ValueError: candidates that do not stand beside their tokens; they are checked all, each time.
+    """
+    response_mask, responses = data["response_mask"], data["responses"].values()
+    rows, tokens, entries = _layout(data)
+    valid = response_mask.values().bool()
+    first = get_ulysses_sequence_parallel_rank() * len(logits) if get_ulysses_sequence_parallel_world_size() > 1 else 0
+    here = valid & (rows >= first) & (rows < first + len(logits))
+    rows, entries = rows[here] - first, entries[here]
+
+    sampled = responses[here]
+    log_mu_sampled = data["rollout_log_probs"].values()[here].float()
+    ids, codes = unpack(data[IDS_FIELD].values()[entries], data[CODES_FIELD].values()[entries])
+    is_sampled = ids == sampled.unsqueeze(-1)
+    check_alignment(ids, codes, is_sampled, log_mu_sampled, tokens[here])
+
+    log_pi = gather_log_probs(logits, torch.cat([ids, sampled.unsqueeze(-1)], dim=-1), rows)
+    log_mu = torch.cat([decode(codes), log_mu_sampled.unsqueeze(-1)], dim=-1)
+    out = logits.new_zeros(len(logits), dtype=torch.float32)
+    out[rows] = candidate_divergence(log_pi, log_mu, is_sampled.any(-1), divergence.removeprefix("topk_"))
+    return out
+
+
+def _layout(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+    """For each response token of a packed micro-batch: the row of the logits that predict it, its
+    position in its response, and its row among the candidates."""
+    lengths = data["responses"].offsets().diff()
+    starts = data["responses"].offsets()[:-1]
+    position = torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
+    first_row = data["input_ids"].offsets()[:-1] + data["prompts"].offsets().diff() - 1
+    first_entry = data[IDS_FIELD].offsets()[:-1]
+    # verl's padding rows are copies of another row with the response cut to one token that is not valid.
+    short = (data[IDS_FIELD].offsets().diff() < lengths).nonzero().flatten().tolist()
+    if short:
+        raise ValueError(
+            f"row {short[0]} of this micro-batch has {data[IDS_FIELD].offsets().diff()[short[0]].item()} rows of mu's "
+            f"most likely tokens for {lengths[short[0]].item()} response tokens"
+        )
+    return (
+        first_row.repeat_interleave(lengths) + position,
+        position,
+        first_entry.repeat_interleave(lengths) + position,
+    )
+
+
+def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tensor, position: Tensor) -> None:
+    """Raise ValueError unless mu's most likely tokens stand beside the token that was sampled with them.
+
+    The sampled token's log-probability came another way, as verl's rollout_log_probs. Among the candidates
+    it must have that very probability; else none of them may be less likely.
+
+    Args:
+        ids, codes, is_sampled: [n, K]; log_mu, position: [n].
+    """
+    code = encode(log_mu)
+    apart = (is_sampled & ((codes - code.unsqueeze(-1)).abs() > TOLERANCE)).any(-1)
+    outside = ~is_sampled.any(-1) & (codes.amax(-1) > code + TOLERANCE)
+    absent = (ids == ABSENT).any(-1)
+    wrong = absent | apart | outside
+    if not wrong.any():
+        return
+    where = wrong.nonzero()[0].item()
+    n, t = int(wrong.sum()), int(position[where])
+    if absent[where]:
+        got, wanted = int((ids[where] != ABSENT).sum()), ids.shape[-1]
+        raise ValueError(
+            f"the rollout engine gave {got} of mu's {wanted} most likely tokens at response position {t} ({n} such or "
+            f"misaligned tokens of {len(ids)} in this micro-batch): an agent loop that rewrites token ids or "
+            "log-probabilities, or an engine that returns fewer; use divergence=binary_tv with it"
+        )
+    raise ValueError(
+        f"mu's most likely tokens do not stand beside the sampled tokens: {n} of {len(ids)} of this micro-batch, the "
+        f"first at response position {t}, where rollout_log_probs has {log_mu[where].item():.6f} and the capture "
+        + (
+            f"{decode(codes[where][is_sampled[where]]).item():.6f} for the same token"
+            if is_sampled[where].any()
+            else f"only less likely tokens than that, down to {decode(codes[where].amax()).item():.6f}"
+        )
+        + "; D_t would be measured against another token's distribution"
+    )

@@ -1,0 +1,133 @@
+"""verl's vLLM rollout with mu's most likely tokens in its answers, registered as "vllm_top_k".
+
+A request that asks for ``logprobs=K`` gets them; one that asks for ``logprobs=True``, as verl's own do,
+is served as by verl.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+import wrapt
+from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.logprobs import FlatLogprobs, Logprob
+
+from cppo_verl.plugin.config import TOP_K_ROLLOUT
+from cppo_verl.plugin.topk.codec import ABSENT, pack
+
+CAPTURED = "mu_top_k"
+"""Key of the `Captured` among a TokenOutput's extra fields."""
+
+
+class Captured(NamedTuple):
+    """mu at the positions of one answer's tokens."""
+
+    sampled_log_prob: np.ndarray
+    """fp64, [L]: what verl gets as the tokens' log-probabilities."""
+    ids: np.ndarray
+    """int32, [L, K], packed; from the most likely one on, ABSENT where the engine gave fewer."""
+    codes: np.ndarray
+    """int16, [L, K], packed: see `cppo_verl.plugin.topk.codec`."""
+
+
+class Request:
+    """What one call of `TopKServer.generate` wants of the engine, and what it got."""
+
+    def __init__(self, top_k: int):
+        self.top_k = top_k
+        self.log_probs = FlatLogprobs()
+
+
+_request: ContextVar[Request | None] = ContextVar("cppo_verl_top_k_request", default=None)
+
+
+class TopKServer(vLLMHttpServer):
+    async def run_server(self, args):
+        await super().run_server(args)
+        self.engine = CapturingEngine(self.engine)
+
+    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs):
+        """verl's ``generate``; ``logprobs`` may be K >= 1 in place of True."""
+        top_k = sampling_params.get("logprobs")
+        if top_k is None or isinstance(top_k, bool):
+            return await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
+        request = Request(top_k)
+        previous = _request.set(request)
+        try:
+            output: TokenOutput = await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
+        finally:
+            _request.reset(previous)
+        output.extra_fields[CAPTURED] = captured(request.log_probs, top_k)
+        return output
+
+
+class TopKReplica(vLLMReplica):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(TopKServer)
+
+    def _get_server_name_prefix(self) -> str:
+        # By the rollout's name, as its workers look for it.
+        return f"{TOP_K_ROLLOUT}_"
+
+
+class CapturingEngine(wrapt.ObjectProxy):
+    """vLLM's engine as `vLLMHttpServer.generate` sees it: verl builds the sampling parameters with
+    logprobs 0 and keeps the sampled token's alone, and offers no seam between the two."""
+
+    async def generate(self, *, sampling_params, **kwargs):
+        request = _request.get()
+        if request is not None:
+            sampling_params.logprobs = request.top_k
+            # Flat lists and no text of the candidates: the plain form costs an object and a
+            # detokenisation for each of them.
+            sampling_params.flat_logprobs = True
+            sampling_params.detokenize = bool(sampling_params.stop)
+        async for output in self.__wrapped__.generate(sampling_params=sampling_params, **kwargs):
+            if request is not None:
+                for completion in output.outputs:
+                    request.log_probs = completion.logprobs
+                    completion.logprobs = SampledLogProbs(completion.logprobs)
+            yield output
+
+
+class SampledLogProbs(Sequence):
+    """The sampled tokens' entries of vLLM's flat log-probabilities, each in the form of vLLM's own
+    {token id: Logprob}; vLLM's would be built with all candidates."""
+
+    def __init__(self, flat: FlatLogprobs):
+        self.flat = flat
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    def __getitem__(self, position: int) -> dict[int, Logprob]:
+        first = self.flat.start_indices[position]
+        return {self.flat.token_ids[first]: Logprob(self.flat.logprobs[first])}
+
+    def __iter__(self) -> Iterator[dict[int, Logprob]]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def captured(flat: FlatLogprobs, top_k: int) -> Captured:
+    """Arrays of a request's log-probabilities: vLLM lists, per position, the sampled token, then the
+    most likely ones."""
+    starts = np.asarray(flat.start_indices, dtype=np.int64)
+    counts = np.asarray(flat.end_indices, dtype=np.int64) - starts
+    all_ids = np.asarray(flat.token_ids, dtype=np.int32)
+    all_log_probs = np.asarray(flat.logprobs, dtype=np.float64)
+    if (counts == top_k + 1).all():
+        ids = all_ids.reshape(-1, top_k + 1)[:, 1:]
+        log_probs = all_log_probs.reshape(-1, top_k + 1)[:, 1:]
+    else:
+        columns = starts[:, None] + np.arange(1, top_k + 1)
+        present = np.arange(1, top_k + 1) < counts[:, None]
+        columns = np.where(present, columns, 0)
+        ids = np.where(present, all_ids[columns], ABSENT)
+        log_probs = np.where(present, all_log_probs[columns], -np.inf)
+    ids, codes = pack(torch.from_numpy(ids), torch.from_numpy(log_probs))
+    return Captured(all_log_probs[starts], ids.numpy(), codes.numpy())

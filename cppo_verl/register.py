@@ -1,0 +1,58 @@
+"""Importing this module plugs cppo_verl into verl; ``import verl`` does so in every process.
+
+verl swallows the exception of a plug-in that fails to load and goes on without it, which shows up
+minutes later as an unknown loss mode. Ours is printed at once.
+"""
+
+import sys
+import traceback
+
+try:
+    import wrapt
+
+    from cppo_verl.cpu import platform  # noqa: F401  registers the CPU platform
+    from cppo_verl.launch.hydra_launcher import register_launcher
+    from cppo_verl.launch.search_path import register_search_path
+    from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
+    from cppo_verl.plugin.config import TOP_K_ROLLOUT
+
+    register_search_path()
+    register_launcher()
+
+    # verl's trainers and engines cost seconds to import and few processes need them: theirs register
+    # when verl itself imports the registry they belong to.
+    @wrapt.when_imported("verl.workers.rollout.replica")
+    def _register_replica(module):
+        def load():
+            from cppo_verl.plugin.topk.vllm_server import TopKReplica
+
+            return TopKReplica
+
+        module.RolloutReplicaRegistry.register(TOP_K_ROLLOUT, load)
+
+    @wrapt.when_imported("verl.workers.rollout.base")
+    def _register_rollout(module):
+        # The workers' side of it, which hands over weights, is verl's own.
+        module._ROLLOUT_REGISTRY[TOP_K_ROLLOUT, "async"] = module._ROLLOUT_REGISTRY["vllm", "async"]
+
+    @wrapt.when_imported("verl.trainer.ppo.v1")
+    def _register_trainers(_module):
+        from cppo_verl.plugin import trainer  # noqa: F401
+
+    if platform.is_active():
+        from cppo_verl.cpu import verl_patches
+
+        verl_patches.apply()
+
+        @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
+        def _register_cpu_engine(_module):
+            from cppo_verl.cpu import fsdp_engine  # noqa: F401
+
+        @wrapt.when_imported("verl.checkpoint_engine.base")
+        def _register_gloo(_module):
+            from cppo_verl.cpu import gloo_checkpoint_engine  # noqa: F401
+
+except Exception:
+    traceback.print_exc()
+    print("cppo_verl: the plug-in failed to load (above), verl runs without it", file=sys.stderr, flush=True)
+    raise
