@@ -25,7 +25,7 @@ $(VENV)/installed: setup.py $(wildcard requirements/*.*) requirements/vllm-name/
 
 $(BROWSER)/chromium: $(VENV)/installed
 	$(BIN)/npm install --silent --no-audit --no-fund --prefix $(BROWSER) @sparticuz/chromium@153.0.0
-	$(BIN)/python tests/browser.py $(BROWSER)
+	$(BIN)/python tests/helpers/browser.py $(BROWSER)
 
 quickstart: install
 	$(BIN)/python examples/quickstart/run.py $(ARGS)

@@ -1,9 +1,7 @@
 import os
 
-import browser as chromium
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 from trainer_run import SHORT, Run
 
 # Unit tests are many small tensors: threads only get in each other's way.
@@ -33,6 +31,9 @@ def first(tmp_path_factory):
 
 @pytest.fixture(scope="module")  # its event loop would be in the way of other modules' own
 def browser():
+    import browser as chromium
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         started = chromium.launch(playwright)
         yield started

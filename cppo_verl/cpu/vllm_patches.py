@@ -2,7 +2,7 @@
 
 Loaded by vLLM in each of its processes through the entry point group "vllm.general_plugins", so that
 it stands apart from ``plugin`` and imports no verl; it does nothing where vLLM does not run on the CPU.
-tests/test_cpu_platform.py fails when vLLM no longer needs one of them.
+tests/unit/cpu/test_cpu.py fails when vLLM no longer needs one of them.
 """
 
 import functools

@@ -1,0 +1,106 @@
+"""The CPPO loss beside verl's dppo_tv on the same tensors, in one process each run and in turn.
+
+    python tests/benchmarks/loss.py [--tokens 524288] [--repeats 41] [--threads 1]
+
+Prints, for response lengths from 1k to 64k at a fixed number of tokens, the median time of forward and backward of
+both, their ratio, and CPPO's time per token; then peak extra memory of both, each in a process of its own.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from statistics import median
+
+import torch
+import verl  # noqa: F401  loads the plug-in
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.workers.config import FSDPActorConfig
+
+from cppo_verl.plugin.config import CPPOLossConfig
+
+LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536)
+
+
+def tensors(rows, length):
+    """Responses of random length, pi near mu as within a step of training."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(length // 2, length + 1, (rows, 1), generator=g)
+    log_mu = -torch.rand(rows, length, generator=g).mul_(3).square_().mul_(0.5)
+    return {
+        "old_log_prob": log_mu,
+        "log_prob": (log_mu + 0.05 * torch.randn(rows, length, generator=g)).clamp_max_(0).requires_grad_(),
+        "advantages": torch.randn(rows, 1, generator=g).expand(rows, length).contiguous(),
+        "response_mask": torch.arange(length) < lengths,
+    }
+
+
+def step(loss_mode, data, config):
+    data["log_prob"].grad = None
+    loss, _ = get_policy_loss_fn(loss_mode)(**data, config=config, rollout_is_weights=None)
+    loss.backward()
+
+
+def configs(data):
+    common = dict(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    cppo = FSDPActorConfig(**common, policy_loss=CPPOLossConfig())
+    dppo = FSDPActorConfig(**common, clip_ratio_low=0.15, clip_ratio_high=0.15, clip_ratio_c=20.0)
+    for config in (cppo, dppo):
+        config.global_batch_info.update(dp_size=1, batch_num_tokens=int(data["response_mask"].sum()))
+    return {"cppo": cppo, "dppo_tv": dppo}
+
+
+def peak_memory(loss_mode, rows, length):
+    """Bytes that ``loss_mode`` needs beyond its input."""
+    data = tensors(rows, length)
+    config = configs(data)[loss_mode]
+    small = tensors(1, 64)
+    step(loss_mode, small, configs(small)[loss_mode])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(loss_mode, data, config)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=524288)
+    parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory:
+        loss_mode, length = args.memory[0], int(args.memory[1])
+        print(peak_memory(loss_mode, args.tokens // length, length))
+        return
+
+    print(f"torch {torch.__version__}, {args.threads} thread(s), {args.tokens} tokens, median of {args.repeats}")
+    print("length   rows   dppo_tv ms   cppo ms   ratio   cppo ns/token")
+    for length in LENGTHS:
+        data = tensors(args.tokens // length, length)
+        times = {name: [] for name in configs(data)}
+        for repeat in range(args.repeats + 2):
+            for name, config in configs(data).items():
+                begin = time.perf_counter()
+                step(name, data, config)
+                if repeat >= 2:
+                    times[name].append(time.perf_counter() - begin)
+        cppo, dppo = median(times["cppo"]), median(times["dppo_tv"])
+        ratio = median(a / b for a, b in zip(times["cppo"], times["dppo_tv"], strict=True))
+        print(
+            f"{length:6d} {args.tokens // length:6d} {dppo * 1e3:12.1f} {cppo * 1e3:9.1f} {ratio:7.2f} "
+            f"{cppo / args.tokens * 1e9:15.1f}"
+        )
+    for length in (LENGTHS[0], LENGTHS[-1]):
+        command = [sys.executable, __file__, "--tokens", str(args.tokens * 8), "--memory"]
+        peak = {m: int(subprocess.check_output([*command, m, str(length)], text=True)) for m in ("dppo_tv", "cppo")}
+        print(
+            f"peak extra memory at length {length}, {args.tokens * 8} tokens: "
+            f"dppo_tv {peak['dppo_tv'] / 2**20:.0f} MiB, "
+            f"cppo {peak['cppo'] / 2**20:.0f} MiB, ratio {peak['cppo'] / peak['dppo_tv']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Every method in verl's own FSDP2 engine and ppo_loss: the gradient does not depend on micro-batches or ranks."""
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cppo_verl.core import top_k_divergence
+
+pytestmark = pytest.mark.trainer
+
+WORKER = Path(__file__).parents[1] / "helpers" / "engine_worker.py"
+METHODS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[2] / "cppo_verl" / "config" / "method").glob("*.yaml")
+    if path.stem not in ("_harness", "cppo_shuffled")  # whose weights are drawn anew for each micro-batch
+)
+TOP_K = ["cppo+topk_tv", "cppo_kl+topk_kl", "dppo+topk_tv", "trm_max_avg+topk_kl"]
+MODES = ["cppo@seq-mean-token-sum", "cppo@seq-mean-token-mean", "grpo@seq-mean-token-mean"]
+ALL = [*METHODS, *TOP_K, *MODES]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    vocabulary = {f"<{i}>": i for i in range(32)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<2>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<0>", eos_token="<1>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gradients(model, tmp_path_factory):
+    """{world size: {(method, case): {parameter: gradient}}}, and of two ranks that share each sequence as "sp"."""
+    folder, port = tmp_path_factory.mktemp("gradients"), free_port()
+    results = {}
+    for key, world, sp, methods in ((1, 1, 1, ALL), (2, 2, 1, ALL), ("sp", 2, 2, TOP_K)):
+        output = folder / f"{key}.pt"
+        ranks = []
+        for rank in range(world):
+            env = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, str(WORKER), str(model), str(output), str(sp), *methods]
+            env |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+            ranks.append(
+                subprocess.Popen(
+                    command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
+        assert all(rank.returncode == 0 for rank in ranks), "\n".join(texts)
+        results[key] = torch.load(output, weights_only=False)
+    return results
+
+
+def compare(got, want):
+    others = ("metrics", "model_output")
+    assert any(g.abs().max() > 1e-4 for name, g in want.items() if name not in others)
+    for name, gradient in want.items():
+        if name not in others:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_gradient_does_not_depend_on_micro_batches_or_ranks(gradients, method):
+    whole = gradients[1][method, "whole"]
+    for world in (1, 2):
+        compare(gradients[world][method, "micro-batches"], whole)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_leaving_prompts_out_is_removing_them_by_hand(gradients, method):
+    for world in (1, 2):
+        compare(gradients[world][method, "left out"], gradients[1][method, "removed by hand"])
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOP_K])
+def test_metrics_do_not_depend_on_micro_batches_or_ranks(gradients, method):
+    from cppo_verl.plugin.trainer import pop_shares
+
+    whole = pop_shares(dict(gradients[1][method, "whole"]["metrics"]))
+    if method in ("grpo", "cispo"):
+        assert whole == {}
+        return
+    for world in (1, 2):
+        metrics = pop_shares(dict(gradients[world][method, "micro-batches"]["metrics"]))
+        assert metrics == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+def test_the_methods_differ(gradients):
+    families = [
+        "grpo",
+        "cispo",
+        "dppo",
+        "cppo",
+        "cppo_soft",
+        "cppo_sapo",
+        "cppo_kl",
+        "drpo",
+        "trm_max",
+        "minpro",
+        "pnpo",
+        *TOP_K,
+    ]
+    for a, b in itertools.combinations(families, 2):
+        one, other = gradients[1][a, "whole"], gradients[1][b, "whole"]
+        assert any(not torch.equal(one[n], other[n]) for n in one if n not in ("metrics", "model_output")), (a, b)
+
+
+@pytest.mark.parametrize("method", TOP_K)
+@pytest.mark.parametrize(("world", "case"), [(1, "padded"), (1, "dynamic"), (2, "padded"), (2, "dynamic")])
+def test_a_top_k_gradient_does_not_depend_on_the_layout(gradients, method, world, case):
+    compare(gradients[world][method, case], gradients[1][method, "whole"])
+
+
+@pytest.mark.parametrize("method", TOP_K)
+def test_divergences_in_the_engine_are_those_of_its_logits(gradients, model, method):
+    from engine_worker import batch
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    logits = [net(ids[None]).logits[0].detach() for ids in batch()[0]["input_ids"].unbind()]
+    output = gradients[1][method, "whole"]["model_output"]
+    torch.testing.assert_close(output["logits"][0], torch.cat(logits), rtol=1e-4, atol=1e-5)
+    check_divergences(output, method)
+
+
+@pytest.mark.parametrize("method", TOP_K)
+def test_sequence_parallel_ranks_gather_each_tokens_divergence(gradients, method):
+    # Without flash-attention each of them attends to its own part only: these logits are not those of one rank.
+    check_divergences(gradients["sp"][method, "whole"]["model_output"], method)
+
+
+def check_divergences(output, method):
+    """D_t of the model output against the loops over its full logits."""
+    from engine_worker import batch
+
+    from cppo_verl.plugin.topk.loss import DIVERGENCE
+
+    data, log_mu = batch()
+    kind = method.rpartition("_")[2]
+    lengths = data["input_ids"].offsets().diff().tolist()
+    shown = output["logits"][0][: sum(lengths)].split(lengths)
+    want = []
+    for row, mu, logits in zip(data.unbind(0), log_mu, shown, strict=True):
+        first = len(row["prompts"]) - 1
+        log_pi = logits[first : first + len(mu)].log_softmax(-1)
+        inside = top_k_divergence(log_pi, mu, row["responses"], 5, kind)
+        inside[row["response_mask"] == 0] = 0
+        want += [torch.zeros(first), inside, torch.zeros(1)]
+    assert output[DIVERGENCE].max() > 0.1
+    torch.testing.assert_close(output[DIVERGENCE], torch.cat(want), rtol=1e-4, atol=2e-6)

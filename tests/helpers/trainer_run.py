@@ -1,0 +1,102 @@
+"""A script that runs verl's trainer, as a test starts it, and what it leaves behind."""
+
+import atexit
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
+MARK = "CPPO_VERL_TEST_RUN"
+SHORT = [
+    "trainer.total_training_steps=6",
+    "trainer.test_freq=3",
+    "trainer.save_freq=3",
+    "actor_rollout_ref.rollout.val_kwargs.n=16",
+    "data.val_max_samples=16",
+    # The tokens of every response, at every other step.
+    "trust_region.dump.every=2",
+    "trust_region.dump.responses=256",
+]
+
+
+class Program:
+    """A command that a test starts, every process of which is findable by an environment variable."""
+
+    def __init__(self, command, environment, ended_by, **settings):
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {MARK: self.mark} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **settings,
+        )
+        self.text = ""
+        # An interrupted test session must not leave a trainer or a cluster behind.
+        atexit.register(self.process.send_signal, ended_by)
+
+    def read_until(self, pattern):
+        for line in self.process.stdout:
+            self.text += line
+            if re.search(pattern, line):
+                return self
+        raise AssertionError(f"{pattern!r} never came:\n{self.text}")
+
+    def finish(self):
+        self.text += self.process.stdout.read()
+        self.code = self.process.wait()
+        return self
+
+    def survivors(self):
+        return survivors(self.mark)
+
+
+class Run(Program):
+    """One attempt of the quickstart, of another script that trains to ``--output``, or of a program as Python's
+    arguments name it."""
+
+    def __init__(self, output, *overrides, script=QUICKSTART, program=(), probe=""):
+        environment = {"PYTHONUNBUFFERED": "1"}
+        if probe:
+            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        self.output = output
+        program = program or [str(script), "--output", str(output)]
+        super().__init__([sys.executable, *program, *overrides], environment, signal.SIGINT)
+
+
+def survivors(mark, patience=90):  # a Ray process was seen to take half a minute, on a machine with other work
+    """Processes whose environment holds ``mark`` that are still alive after ``patience`` seconds."""
+    deadline = time.time() + patience
+    while True:
+        alive = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process.cmdline())
+            except psutil.Error:
+                continue
+        if not alive or time.time() > deadline:
+            return alive
+        time.sleep(0.5)
+
+
+def metrics(output, attempt):
+    lines = (output / "logs" / f"metrics-{attempt}.jsonl").read_text().splitlines()
+    return {record["step"]: record["data"] for record in map(json.loads, lines)}
+
+
+def link(run, folder):
+    """Give ``folder`` the data and the model of another run of the quickstart."""
+    for name in ("data", "model"):
+        (folder / name).symlink_to(run.output / name)

@@ -1,0 +1,275 @@
+"""Every example runs or composes as its page says; those that start the trainer, in a short form."""
+
+import argparse
+import importlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from browser import PHONE, opened
+from documented import ROOT, overrides, shown
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from trainer_run import Run, link, metrics
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from cppo_verl.cli import COMMANDS, main
+
+EXAMPLES = ROOT / "examples"
+PAGE = "examples/README.md"
+BRIEF = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.logger=[console,file]"]
+
+
+def test_the_page_names_every_example():
+    text = (EXAMPLES / "README.md").read_text()
+    for folder in EXAMPLES.iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            assert f"{folder.name}/" in text
+    for link_target in re.findall(r"\]\(([^)#]+)", text):
+        assert (EXAMPLES / link_target).exists(), link_target
+
+
+def test_the_loss_alone_prints_what_its_page_shows(capsys):
+    loss = runpy.run_path(str(EXAMPLES / "loss" / "loss.py"))
+    page = (EXAMPLES / "README.md").read_text()
+    loss["explain"]()
+    explained = capsys.readouterr().out
+    assert explained in page
+    # The specification's worked example, by hand: c = (0.15, 0.07, 0.042, -0.062), M = (1, 1, 0, 0).
+    columns = [line.split() for line in explained.splitlines()[1:5]]
+    assert [column[8] for column in columns] == ["0.150", "0.070", "0.042", "-0.062"]
+    assert [column[9] for column in columns] == ["1", "1", "0", "0"]
+    loss["train"]()
+    lines = re.findall(r"reward (\d\.\d+)  masked at each update +(.*)", capsys.readouterr().out)
+    assert float(lines[-1][0]) > 0.8
+    for _, shares in lines:
+        first, *later = (float(share.rstrip("%")) for share in shares.split())
+        assert first == 0
+        assert max(later) > 0
+
+
+def composed(command):
+    """The config of a command as verl.trainer.main_ppo makes it of its arguments."""
+    arguments = command[command.index("verl.trainer.main_ppo") + 1 :]
+    folder, name = (arguments[arguments.index(flag) + 1] for flag in ("--config-dir", "--config-name"))
+    with initialize_config_dir(str(ROOT / folder), version_base=None):
+        return hydra_compose(name, overrides=overrides(arguments))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", shown(PAGE, "verl.trainer.main_ppo"), ids=lambda words: words[-1].split("/")[-1])
+def test_what_needs_a_gpu_composes_and_passes_verls_checks_and_ours(command):
+    config = composed(command)
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    for part in ("actor", "rollout"):
+        omega_conf_to_dataclass(config.actor_rollout_ref[part])
+    actor = config.actor_rollout_ref.actor
+    assert actor.policy_loss.loss_mode == "cppo"
+    assert config.trainer.v1.trainer_mode.startswith("cppo_")
+    # A micro-batch holds the longest response with its prompt.
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    assert actor.use_dynamic_bsz
+    assert actor.ppo_max_token_len_per_gpu >= longest
+    # What verl's trainer of that mode asks for.
+    separate = config.trainer.v1.separate_async
+    if config.trainer.v1.trainer_mode == "cppo_separate_async":
+        assert config.data.train_batch_size == separate.parameter_sync_step * actor.ppo_mini_batch_size
+
+
+LOOKS = shown(PAGE, "examples/look/run")
+COMMANDS_SHOWN = [command for command in shown(PAGE, "python -m cppo_verl ") if command not in LOOKS]
+
+
+@pytest.mark.parametrize("command", COMMANDS_SHOWN, ids=lambda words: " ".join(words[3:6]))
+def test_the_plug_ins_own_commands_are_understood(command):
+    name, *arguments = command[3:]
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"cppo_verl.{COMMANDS[name][0]}").add_arguments(parser)
+    args = parser.parse_args(arguments)
+    if name == "cluster":
+        nodes = args.nodes.split(",")
+        assert args.command[:4] == ["--", "python", "-m", "verl.trainer.main_ppo"]
+        assert composed(command).trainer.nnodes == len(nodes)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", LOOKS, ids=lambda words: words[3])
+def test_the_shipped_run_is_looked_at_without_training(command, browser, tmp_path, monkeypatch, capsys):
+    *arguments, page = command[3:]
+    assert arguments[-1] == "--output"
+    monkeypatch.chdir(ROOT)
+    assert main([*arguments, str(tmp_path / "page.html")]) == 0
+    with opened(browser, tmp_path / "page.html", PHONE, "dark") as looked_at:
+        text = looked_at.inner_text("body")
+    assert "Passed over" not in text and "no tokenizer" not in capsys.readouterr().err
+    said = {"inspect": "this run (cppo) masks", "calibrate": "trust_region.delta_b=", "report": "30 of 30"}
+    assert said[command[3]] in text
+
+
+def test_gsm8ks_reward_reads_what_its_prompts_ask_for():
+    from verl.utils.reward_score import default_compute_score
+
+    from cppo_verl.data.prepare import GSM8K_PROMPT
+
+    assert '"#### N"' in GSM8K_PROMPT
+    config = composed(shown(PAGE, "examples/gsm8k")[-1])
+    assert config.reward.custom_reward_function.path is None
+    scores = [default_compute_score("openai/gsm8k", f"3 * 4 = 12\n#### {n}", "12") for n in (12, 13)]
+    assert scores == [1, 0]
+
+
+# --- tools ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """The tool example's modules: calculator and chat."""
+    folders = [str(EXAMPLES / name) for name in ("tools", "quickstart")]
+    sys.path[:0] = folders
+    import calculator
+    import chat
+
+    for folder in folders:
+        sys.path.remove(folder)
+    return calculator.calculator, chat
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("42 * 25", "1050"),
+        ("-(3 + 4) / 2", "-3.5"),
+        ("99999999999 * 99999999999", "9999999999800000000001"),
+        ("0.1 + 0.2", "0.3"),
+        ("1 / 0", "error: no finite number"),
+        ("1e308 * 10", "error: no finite number"),
+        ("9 ** 9 ** 9", "error: not an expression"),
+        ("__import__('os').getpid()", "error: not an expression"),
+        ("True + 1", "error: not an expression"),
+        ("'a' * 9", "error: not an expression"),
+        ("4 4", "error: not an expression"),
+        ("", "error: not an expression"),
+        ("1\0", "error: not an expression"),
+        ("(" * 199, "error: not an expression"),
+        ("-" * 199 + "1", "-1"),
+        ("1+" * 200 + "1", "error: not an expression"),
+        (12, "error: not an expression"),
+    ],
+)
+def test_the_calculator_computes_and_refuses(tools, expression, result):
+    calculator, _ = tools
+    assert calculator(expression) == result
+
+
+def test_the_chat_is_the_same_written_at_once_and_turn_by_turn(tools):
+    """As verl's tool agent loop puts it together, with zeros in its mask where the labels are left out."""
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    _, chat = tools
+    question = "Solve the following multiplication: 42 * 25. Give only the result as your final answer."
+    tokenizer = chat.build_tokenizer([question])
+    builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen3")
+    messages = chat.conversation(question, "42 * 25", "1050", "1050")
+    whole, labels = chat.encode(tokenizer, messages)
+
+    ids, mask = builder.build_initial_tokens(messages[:1], tools=chat.TOOLS), []
+    start = len(ids)
+    for turn in (
+        '<tool_call>\n{"name": "calculator", "arguments": {"expression": "42 * 25"}}\n</tool_call><|im_end|>',
+        "<answer>1050</answer><|im_end|>",
+    ):
+        merged = builder.merge_assistant_tokens(ids, tokenizer.encode(turn))
+        mask, _ = builder.align_response_metadata(merged, mask)
+        ids = merged.token_ids
+        if "call" in turn:
+            merged = builder.merge_context_tokens(messages[:2], messages[:3], ids, tools=chat.TOOLS)
+            mask, _ = builder.align_response_metadata(merged, mask)
+            ids = merged.token_ids
+    assert ids == whole[: len(ids)]
+    assert tokenizer.unk_token_id not in ids
+    assert mask == [int(label >= 0) for label in labels[start : len(ids)]]
+    assert tokenizer.decode([i for i, m in zip(ids[start:], mask, strict=True) if not m]) == (
+        "\n<|im_start|>user\n<tool_response>\n1050\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.trainer
+def test_a_tools_output_stands_inside_the_responses_and_is_not_trained_on(tmp_path):
+    """Two steps; the top-K divergence brings what the loss was given into the test's reach."""
+    run = Run(
+        tmp_path,
+        *BRIEF,
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=-1",
+        "data.train_batch_size=16",
+        "divergence=topk_tv",
+        "actor_rollout_ref.actor.policy_loss.top_k=5",
+        script=EXAMPLES / "tools" / "run.py",
+        probe=f"dump:{tmp_path / 'dump'}",
+    ).finish()
+    assert run.code == 0, run.text
+    assert run.survivors() == []
+    assert re.search(r"calls a response +0\.\d+ -> ", run.text)
+    assert "<tool_response>" in run.text.rpartition("one of step 2:")[2]
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    turn = r"\n<\|im_start\|>user\n<tool_response>\n.*\n</tool_response><\|im_end\|>\n<\|im_start\|>assistant\n"
+    called = guessed = 0
+    for path in (tmp_path / "dump").iterdir():
+        dump, end = torch.load(path), 0
+        for ids, prompt, response, mask in zip(
+            *(dump[name] for name in ("input_ids", "prompts", "responses", "response_mask")), strict=True
+        ):
+            begin, end = end, end + len(ids)
+            divergence = dump["divergence"][begin:end][len(prompt) - 1 : len(ids) - 1]
+            assert (divergence[mask == 0] == 0).all()
+            if (mask == 1).all():
+                guessed += 1
+                continue
+            if mask[-1] == 1:  # not cut at its longest while the tool spoke
+                assert re.fullmatch(f"(?:{turn})+", tokenizer.decode(response[mask == 0]))
+            called += 1
+    assert min(called, guessed) > 10
+    for step, values in metrics(tmp_path, 0).items():
+        assert values["trust_region/first_update/divergence"] < 1e-5, step
+        assert values["trust_region/later_updates/divergence"] > 1e-4, step
+        assert 2 < values["num_turns/mean"] < 6
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trainer
+def test_a_lora_adapter_reaches_the_rollout_engine(first, tmp_path):
+    link(first, tmp_path)
+    (command,) = shown(PAGE, "lora_rank=8 ")
+    short = [*BRIEF, "trainer.total_training_steps=3", "trainer.save_freq=3", "data.train_batch_size=16"]
+    run = Run(tmp_path, *overrides(command), *short).finish()
+    assert run.code == 0, run.text
+    assert run.survivors() == []
+    for step, values in metrics(tmp_path, 0).items():
+        assert values["trust_region/first_update/divergence"] < 1e-5, step
+        assert values["trust_region/later_updates/divergence"] > 1e-3, step
+
+    (merger,) = shown(PAGE, "verl.model_merger")
+    checkpoint, target = tmp_path / "checkpoints" / "global_step_3" / "actor", tmp_path / "merged"
+    paths = {"--local_dir": checkpoint, "--target_dir": target}
+    for flag, path in paths.items():
+        merger[merger.index(flag) + 1] = str(path)
+    subprocess.run([sys.executable, *merger[1:]], check=True, timeout=120)
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    prompt = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        before = base(prompt).logits
+        after = PeftModel.from_pretrained(base, target / "lora_adapter")(prompt).logits
+    assert (after - before).abs().max() > 0.01

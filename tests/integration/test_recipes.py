@@ -1,0 +1,186 @@
+"""Every recipe, through verl's own entry point: what a stranger's command composes is the paper's run."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documented import shown
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from cppo_verl.evaluation import paper_results
+
+pytestmark = pytest.mark.process
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (ROOT / "cppo_verl" / "config" / "method").glob("[!_]*.yaml"))
+MODULE = "verl.trainer.main_ppo"
+FOLDERS = ["data_dir=/shared/data", "output=/shared/runs/a"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(RECIPES), version_base=None):
+        yield lambda *overrides: compose("paper", overrides=[*FOLDERS, *overrides])
+
+
+# prompts, n, minibatch, updates, response, delta, delta_b, budget, T_stop
+TABLE = {
+    "qwen3_1.7b": (64, 8, 32, 2, 8192, 0.15, 0.015, "fixed", 1120),
+    "qwen3_1.7b_base": (64, 8, 32, 2, 8192, 0.15, 0.02, "adaptive", 680),
+    "qwen3_8b_base": (128, 8, 32, 4, 8192, 0.15, 0.02, "adaptive", 490),
+    "qwen3_30b_a3b_base": (256, 16, 32, 8, 16384, 0.20, 0.02, "adaptive", 560),
+}
+
+
+def test_there_is_a_recipe_for_every_column_of_the_papers_table():
+    assert set(SCALES) == TABLE.keys() == set(paper_results.MODELS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
+    config = recipe(f"scale={scale}", f"method={method}")
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    assert not need_reference_policy(config)  # no KL term
+    OmegaConf.to_container(config, resolve=True)
+    for part in ("actor", "rollout"):
+        omega_conf_to_dataclass(config.actor_rollout_ref[part])
+    prompts, n, minibatch, updates, response, delta, delta_b, budget, t_stop = TABLE[scale]
+    actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
+    assert (data.train_batch_size, rollout.n, actor.ppo_mini_batch_size) == (prompts, n, minibatch)
+    assert data.train_batch_size / actor.ppo_mini_batch_size * actor.ppo_epochs == updates
+    assert (data.max_response_length, config.trainer.total_training_steps) == (response, t_stop)
+    assert (actor.optim.optimizer, actor.optim.lr, actor.entropy_coeff, actor.use_kl_loss) == ("AdamW", 1e-6, 0, False)
+    assert (rollout.temperature, rollout.top_p, rollout.top_k, rollout.name) == (1, 1, -1, "vllm")
+    validation = rollout.val_kwargs
+    assert (validation.n, validation.temperature, validation.top_p, validation.do_sample) == (16, 0.7, 0.95, True)
+    # the best mean on [0, T_stop] needs a validation at T_stop
+    assert t_stop % config.trainer.test_freq == 0
+    rule = omega_conf_to_dataclass(actor.policy_loss)
+    if method in ("cppo", "cppo_soft", "cppo_shuffled", "cppo_no_weights"):
+        assert (rule.delta, rule.delta_b, rule.budget) == (delta, delta_b, budget)
+        assert rule.w_min == (1 if method == "cppo_no_weights" else 0.8)
+    if method in ("dppo", "cppo_no_budget"):
+        assert (rule.delta, rule.budget) == (delta, "none")
+    if method not in ("grpo", "cispo", "minpro", "pnpo"):
+        kl = method == "cppo_kl" or method.startswith("trm")
+        assert rule.divergence == ("binary_tv" if method == "cppo_pr6731" else "topk_kl" if kl else "topk_tv")
+        assert rule.top_k == 20
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_one_to_eight_nodes_divide_what_verl_divides(recipe, scale, nodes):
+    config = recipe(f"scale={scale}", f"trainer.nnodes={nodes}")
+    gpus = nodes * config.trainer.n_gpus_per_node
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert actor.ppo_mini_batch_size * rollout.n % gpus == 0
+    assert gpus % rollout.tensor_model_parallel_size == 0
+    # a response at full length fits into a micro-batch
+    assert actor.ppo_max_token_len_per_gpu >= config.data.max_prompt_length + config.data.max_response_length
+
+
+def test_a_recipe_follows_its_overrides(recipe):
+    scale = "scale=qwen3_8b_base"
+    rule = "actor_rollout_ref.actor.policy_loss"
+    assert OmegaConf.select(recipe(scale, "divergence=binary_tv"), f"{rule}.divergence") == "binary_tv"
+    swept = recipe(scale, "trust_region.delta_b=0.03", "method=cppo_soft", "seed=7")
+    assert OmegaConf.select(swept, f"{rule}.delta_b") == 0.03
+    seeds = ("data.seed", "actor_rollout_ref.actor.data_loader_seed", "actor_rollout_ref.rollout.seed")
+    assert {OmegaConf.select(swept, key) for key in (*seeds, "actor_rollout_ref.actor.fsdp_config.seed")} == {7}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=cppo", *FOLDERS], "You must specify 'scale'"),
+        (["scale=qwen3_9b", *FOLDERS], "Could not find 'scale/qwen3_9b'"),
+        (["scale=qwen3_1.7b", "data_dir=/shared/data"], "Missing mandatory value: output"),
+        (["scale=qwen3_1.7b", "method=cppo", "trust_region.dleta=0.1", *FOLDERS], "Key 'dleta' is not in struct"),
+    ],
+)
+def test_verls_own_command_says_what_is_missing(arguments, message):
+    command = [sys.executable, "-m", MODULE, "--config-dir", str(RECIPES), "--config-name", "paper"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+COMMAND = re.compile(r"`(scale=[^`]* method=[^`]*)`")
+
+
+def test_the_readmes_table_is_the_papers_and_its_commands_compose(recipe):
+    text = (RECIPES / "README.md").read_text()
+    commands = COMMAND.findall(text)
+    for command in commands:
+        recipe(*command.split())
+    for model, rows in paper_results.TABLE.items():
+        for method, values in rows.items():
+            row = next(line for line in text.splitlines() if f"`scale={model} method={method}`" in line)
+            printed = row.split("|")[3].split()
+            if values is paper_results.COLLAPSE:
+                assert "collapse" in row
+            else:
+                assert [float(value) for value in printed] == [float(value) for value in values]
+    assert len(commands) >= len(TABLE) * 7
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md"])
+def test_a_sweep_that_a_page_shows_is_one_to_hydra(recipe, page):
+    commands = [words for words in shown(page, "python -m verl.trainer.main_ppo") if words[1:3] == ["-m", MODULE]]
+    sweeps = [words for words in commands if "-m" in words[3:] or "+sweep" in " ".join(words)]
+    assert sweeps
+    for command in sweeps:
+        # argparse takes the overrides in one piece: those after a -m in their midst are unknown to it.
+        args = get_args_parser().parse_args(command[3:])
+        swept = [o for o in OverridesParser.create().parse_overrides(args.overrides) if o.is_sweep_override()]
+        assert args.multirun == bool(swept)
+        points = [override.get_key_element() for override in swept]
+        recipe(*(o.input_line for o in OverridesParser.create().parse_overrides(args.overrides) if o not in swept))
+        assert points == (["method", "seed"] if swept else [])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_sizing_in_a_recipes_comment_is_arithmetic(recipe, scale):
+    """The memory that the comment names, recomputed from the model's published shape."""
+    text = (RECIPES / "scale" / f"{scale}.yaml").read_text()
+    shape = {
+        "qwen3_1.7b_base": (1.72e9, 28, 8, 2048),
+        "qwen3_8b_base": (8.19e9, 36, 8, 4096),
+        "qwen3_30b_a3b_base": (30.5e9, 48, 4, 2048),
+    }.get(scale)
+    if shape is None:
+        assert "- qwen3_1.7b_base" in text
+        return
+    parameters, layers, kv_heads, hidden = shape
+    config = recipe(f"scale={scale}")
+    gpus = config.trainer.nnodes * 8
+    tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    tokens = config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+    gigabytes = [float(x) for x in re.findall(r"([\d.]+) GB", text)]
+    kv_bytes = layers * kv_heads * 128 * 2 * 2 / tensor_parallel
+    wanted = {
+        "sharded training state": parameters * 16 / gpus / 1e9,
+        "logits": 3 * tokens * 151936 * 2 / 1e9,
+        "rollout weights": parameters * 2 / tensor_parallel / 1e9,
+    }
+    if scale != "qwen3_1.7b_base":
+        wanted["layer inputs"] = layers * tokens * hidden * 2 / 1e9
+    for name, value in wanted.items():
+        assert any(math.isclose(value, printed, rel_tol=0.02, abs_tol=0.06) for printed in gigabytes), (name, value)
+    memory = config.actor_rollout_ref.rollout.gpu_memory_utilization * 80e9
+    cached = (memory - wanted["rollout weights"] * 1e9) / kv_bytes
+    printed, unit = re.search(r"KV cache at .* a token, ([\d.]+) ([kM]) tokens", text).groups()
+    assert math.isclose(cached, float(printed) * {"k": 1e3, "M": 1e6}[unit], rel_tol=0.02)

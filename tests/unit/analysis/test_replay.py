@@ -1,0 +1,98 @@
+"""What other methods would have done with dumped tokens: as training with them records it, and as the loops say."""
+
+import math
+
+import numpy as np
+import pytest
+from token_dumps import METHODS, RUN_HEADER, actor, dumped, expected
+
+from cppo_verl.analysis import replay
+from cppo_verl.artifacts.token_dump import REASONS
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    _, _, by_row = dumped(tmp_path_factory.mktemp("dump"), METHODS["dppo"])
+    return {row: response for row, (response,) in by_row.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("vanilla", "cispo")])
+def test_a_method_would_have_done_what_it_does_when_it_trains(name, responses, tmp_path):
+    _, _, recorded = dumped(tmp_path, METHODS[name])
+    verdicts = replay.judge(replay.Setting(name, actor(METHODS[name])), list(responses.values()))
+    for row, verdict in zip(responses, verdicts, strict=True):
+        (record,) = recorded[row]
+        for column in ("update_mask", "reason", "divergence"):
+            np.testing.assert_array_equal(getattr(verdict, column), getattr(record, column))
+        for column in ("weighted_divergence", "threshold"):
+            got, wanted = getattr(verdict, column), getattr(record, column)
+            assert (got is None) == (wanted is None)
+            if wanted is not None:  # sums of rows padded to another length round otherwise
+                np.testing.assert_allclose(got, wanted, atol=1e-6)
+        assert verdict.delta_b == pytest.approx(record.delta_b, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["cppo", "fixed", "trm_max", "minpro"])
+def test_reasons_are_the_loops(name, responses):
+    method = METHODS[name]
+    verdicts = replay.judge(replay.Setting(name, actor(method)), list(responses.values()))
+    for response, verdict in zip(responses.values(), verdicts, strict=True):
+        columns = (response.log_mu, response.log_pi, response.advantage, response.mask)
+        _, reason, sure, *_ = expected(method, *(column.tolist() for column in columns))
+        got = [REASONS[code] for code in verdict.reason]
+        assert [r for r, s in zip(got, sure, strict=True) if s] == [r for r, s in zip(reason, sure, strict=True) if s]
+
+
+def test_verls_own_losses_are_judged_by_their_gradient(responses):
+    """PPO's clip with its dual, and CISPO's clipped weight, from their formulas."""
+    low, high, dual = 0.8, 1.28, 3.0
+    for name in ("vanilla", "cispo"):
+        clipped = 0
+        verdicts = replay.judge(replay.Setting(name, actor(METHODS[name])), list(responses.values()))
+        for response, verdict in zip(responses.values(), verdicts, strict=True):
+            rows = zip(response.log_mu, response.log_pi, response.advantage, response.mask, strict=True)
+            for t, (mu, pi, adv, valid) in enumerate(rows):
+                rho = math.exp(float(pi) - float(mu))
+                if not valid:
+                    wanted = 0.0
+                elif name == "vanilla":
+                    wanted = float(not (adv > 0 and rho > high or adv < 0 and (rho < low or rho > dual)))
+                else:
+                    wanted = min(1.0, min(max(rho, low), high) / rho)
+                assert verdict.update_mask[t] == pytest.approx(wanted, abs=1e-3), (name, rho, adv)
+                assert REASONS[verdict.reason[t]] == ("" if not valid else "kept" if wanted == 1 else "clipped")
+                clipped += wanted < 1 and bool(valid)
+        assert clipped > 10
+
+
+@pytest.mark.process
+def test_every_shipped_method_composes_with_the_runs_thresholds():
+    assert "cppo" in replay.METHODS and "_harness" not in replay.METHODS
+    for name in replay.METHODS:
+        assert replay.setting(name, RUN_HEADER).label == name
+    method = replay.setting("cppo", RUN_HEADER).actor.policy_loss
+    assert (method.delta, method.delta_b, method.budget, method.divergence) == (0.05, 0.005, "fixed", "binary_tv")
+    assert replay.setting("cppo_pr6731", RUN_HEADER).actor.policy_loss.horizon == 32
+    assert replay.setting("grpo", RUN_HEADER).actor.clip_ratio_high == 0.28
+    assert replay.run_setting(RUN_HEADER).actor.policy_loss.delta == 0.07
+
+
+def test_overrides_of_a_setting():
+    text = "cppo trust_region.delta=0.3 actor_rollout_ref.actor.policy_loss.gate=soft"
+    method = replay.setting(text, RUN_HEADER).actor.policy_loss
+    assert (method.delta, method.delta_b, method.gate) == (0.3, 0.005, "soft")
+    with pytest.raises(ValueError, match="no method 'cpo'; there are cispo, cppo"):
+        replay.setting("cpo", RUN_HEADER)
+    with pytest.raises(ValueError, match="no method ''; there are cispo"):
+        replay.setting(" ", RUN_HEADER)
+    with pytest.raises(ValueError, match=r"policy_loss.delta=7 is not permitted: a number in \(0, 1\]"):
+        replay.setting("cppo trust_region.delta=7", RUN_HEADER)
+    with pytest.raises(ValueError, match="dlta"):
+        replay.setting("cppo actor_rollout_ref.actor.policy_loss.dlta=7", RUN_HEADER)
+
+
+def test_a_top_k_divergence_is_judged_only_by_the_dump_that_has_it():
+    setting = replay.setting("cppo divergence=topk_tv", RUN_HEADER)
+    assert not replay.can_judge(setting, RUN_HEADER)
+    assert replay.can_judge(setting, RUN_HEADER | {"divergence": "topk_tv"})
+    assert replay.can_judge(replay.setting("cppo", RUN_HEADER), RUN_HEADER | {"divergence": "topk_tv"})

@@ -1,0 +1,275 @@
+"""One override turns a GRPO command into a CPPO command, and what breaks it stops before Ray starts."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import GRPO
+from hydra.errors import ConfigCompositionException, InstantiationException
+from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from cppo_verl.plugin.config import CPPOLossConfig
+from cppo_verl.plugin.losses import cppo as cppo_rule
+
+CONFIG = Path(__file__).parents[3] / "cppo_verl" / "config"
+RULE = "actor_rollout_ref.actor.policy_loss."
+# verl's examples/grpo_trainer/run_qwen3-8b.sh in substance: a working GRPO command.
+
+
+@pytest.fixture(scope="module")
+def cppo(compose):
+    """The CPPO command's config with some dotted keys changed."""
+    config = compose(*GRPO, "+method=cppo")
+    return lambda *overrides: OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def top_k(compose):
+    return compose(*GRPO, "+method=cppo", "divergence=topk_tv")
+
+
+def start_up(config):
+    """What verl.trainer.main_ppo does with the config before it touches Ray."""
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+
+
+def changed(before, after, path=""):
+    """Dotted keys whose value differs."""
+    keys = set()
+    for key in before.keys() | after.keys():
+        a, b = (x._get_node(key) if key in x else None for x in (before, after))
+        if OmegaConf.is_dict(a) and OmegaConf.is_dict(b):
+            keys |= changed(a, b, f"{path}{key}.")
+        elif a != b:
+            keys.add(f"{path}{key}")
+    return keys
+
+
+def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
+    before, after = compose(*GRPO), compose(*GRPO, "+method=cppo")
+    start_up(before)
+    start_up(after)
+    rule = omega_conf_to_dataclass(after.actor_rollout_ref.actor).policy_loss
+    assert isinstance(rule, CPPOLossConfig)
+    assert get_policy_loss_fn(rule.loss_mode).args == (cppo_rule, CPPOLossConfig)
+    assert get_trainer_cls(after.trainer.v1.trainer_mode).__mro__[2] is get_trainer_cls(before.trainer.v1.trainer_mode)
+    assert changed(before, after) == {
+        "algorithm.rollout_correction.bypass_mode",
+        "trainer.v1.trainer_mode",
+        "trust_region",
+        *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "shuffle", "mu", "delta", "delta_b", "budget")),
+        *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),
+        *(RULE + key for key in ("top_k", "ratio_cap", "dump")),
+    }
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("path", sorted(CONFIG.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_shipped_group_composes_and_passes_verls_checks(compose, path):
+    # A method brings the group divergence with it.
+    plus = "" if path.parent.name == "divergence" else "+"
+    overrides = [*GRPO, f"{plus}{path.parent.name}={path.stem}"]
+    if path.parent.name != "method":
+        overrides.append("+method=cppo")
+    start_up(compose(*overrides))
+
+
+MASKED = [
+    path.stem
+    for path in sorted((CONFIG / "method").glob("*.yaml"))
+    if path.stem not in ("_harness", "grpo", "cispo", "minpro", "pnpo")
+]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("method", MASKED)
+def test_every_masked_method_takes_a_top_k_divergence_by_one_override(compose, method):
+    divergence = "topk_kl" if method == "cppo_kl" or method.startswith("trm") else "topk_tv"
+    config = compose(*GRPO, f"+method={method}", f"divergence={divergence}")
+    rule = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    assert (rule.divergence, rule.top_k, rule.captures) == (divergence, 20, True)
+
+
+@pytest.mark.parametrize("method", ["grpo", "minpro"])
+def test_a_method_without_a_divergence_refuses_one(compose, method):
+    with pytest.raises(ConfigCompositionException, match="Could not override 'divergence'"):
+        compose(*GRPO, f"+method={method}", "divergence=topk_tv")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "way_out"),
+    [
+        (["actor_rollout_ref.rollout.name=sglang"], "actor_rollout_ref.rollout.name=vllm"),
+        (["actor_rollout_ref.model.use_fused_kernels=true"], "actor_rollout_ref.model.use_fused_kernels=false"),
+        (
+            ["actor_rollout_ref.actor.fsdp_config.pad_to_length=true"],
+            "actor_rollout_ref.actor.fsdp_config.pad_to_length=false",
+        ),
+        (["distillation.enabled=true"], "distillation.enabled=false"),
+        (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=fsdp2"),
+        ([RULE + "top_k=50"], "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"),
+        (
+            ["+actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=5"],
+            "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=20",
+        ),
+    ],
+)
+def test_what_keeps_mus_likeliest_tokens_away_is_refused_with_the_override_that_mends_it(top_k, overrides, way_out):
+    config = copy.deepcopy(top_k)
+    setting = re.escape(way_out.lstrip("+").split("=")[0])
+
+    def change(*dotlist):
+        for key, value in (item.lstrip("+").split("=") for item in dotlist):
+            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+        return config.actor_rollout_ref.actor.policy_loss
+
+    with pytest.raises(InstantiationException, match=rf"{setting}=.*; set {re.escape(way_out)}"):
+        omega_conf_to_dataclass(change(*overrides))
+    omega_conf_to_dataclass(change(way_out))
+
+
+def test_the_binary_divergences_ask_for_none_of_it(cppo):
+    start_up(cppo("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.model.use_fused_kernels=true"))
+
+
+def test_no_shipped_group_shadows_one_of_verls():
+    import verl.trainer
+
+    verls = {p.name for p in (Path(verl.trainer.__file__).parent / "config").iterdir()}
+    assert not {p.name for p in CONFIG.iterdir() if p.is_dir()} & verls
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("delta=0", r"delta=0 is not permitted: a number in \(0, 1\]"),
+        ("delta=1.5", r"delta=1.5 is not permitted: a number in \(0, 1\]"),
+        ("delta=abc", r"delta='abc' is not permitted: a number in \(0, 1\]"),
+        ("delta=.NaN", r"delta=nan is not permitted"),
+        ("delta_b=-0.02", r"delta_b=-0.02 is not permitted: a number in \(0, 1\]"),
+        ("w_min=0", r"w_min=0 is not permitted: a number in \(0, 1\]"),
+        ("w_min=1.01", r"w_min=1.01 is not permitted: a number in \(0, 1\]"),
+        ("budget=adaptiv", r"budget='adaptiv' is not permitted: one of \('adaptive', 'fixed', 'none'\)"),
+        ("gate=sharp", r"gate='sharp' is not permitted: one of \('hard', 'soft', 'sapo', 'penalty'\)"),
+        ("divergence=top_k_tv", r"divergence='top_k_tv' is not permitted: one of \('binary_tv', 'binary_kl', 'topk_"),
+        ("top_k=0", r"top_k=0 is not permitted: an integer >= 1"),
+        ("top_k=2.5", r"top_k=2.5 is not permitted: an integer >= 1"),
+        ("mask_std_0=maybe", r"mask_std_0='maybe' is not permitted: true or false"),
+        ("weights=random", r"weights='random' is not permitted: one of \('linear', 'shuffled'\)"),
+        ("budget_clamp=0.5", r"budget_clamp=0.5 is not permitted: a number >= 1"),
+        ("ratio_cap=0.5", r"ratio_cap=0.5 is not permitted: a number >= 1, or null"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_permitted_range(cppo, override, message):
+    with pytest.raises(InstantiationException, match=message):
+        start_up(cppo(RULE + override))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("method", ["cppo", "grpo", "minpro"])
+def test_every_method_dumps_tokens_by_one_override_and_none_without(compose, method):
+    overrides = [*GRPO, f"+method={method}", "trainer.default_local_dir=/run/checkpoints"]
+    dump = omega_conf_to_dataclass(compose(*overrides).actor_rollout_ref.actor.policy_loss).dump
+    assert dump.every == 0
+    config = compose(*overrides, "trust_region.dump.every=10")
+    start_up(config)
+    dump = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).dump
+    assert (dump.every, dump.responses, dump.megabytes) == (10, 32, 256)
+    assert dump.folder == "/run/checkpoints/tokens"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("every=-1", r"every=-1 is not permitted: an integer >= 0"),
+        ("every=2.5", r"every=2.5 is not permitted: an integer >= 0"),
+        ("every=true", r"every=True is not permitted: an integer >= 0"),
+        ("responses=0", r"responses=0 is not permitted: an integer >= 1"),
+        ("megabytes=0", r"megabytes=0 is not permitted: a number > 0"),
+        ("folder=null", r"folder=None is not permitted: a path"),
+    ],
+)
+def test_impossible_dumps_are_refused(cppo, override, message):
+    with pytest.raises(InstantiationException, match=r"trust_region\.dump\." + message):
+        start_up(cppo("trust_region.dump." + override))
+
+
+def test_a_dump_of_a_distilling_run_is_refused(cppo):
+    rule = cppo("trust_region.dump.every=10", "distillation.enabled=true").actor_rollout_ref.actor.policy_loss
+    with pytest.raises(InstantiationException, match=r"dump\.every=10 is not permitted: 0 with distillation\.enabled"):
+        omega_conf_to_dataclass(rule)
+
+
+def test_impossible_combinations_are_refused_by_name(compose, cppo):
+    with pytest.raises(InstantiationException, match="mask_std_0=True is not permitted: false with actor.shuffle=true"):
+        start_up(cppo("actor_rollout_ref.actor.shuffle=true"))
+    with pytest.raises(InstantiationException, match=r"no key 'gate' \(got gate='soft'\)"):
+        start_up(compose(*GRPO, "+method=trm_max", "+" + RULE + "gate=soft"))
+    with pytest.raises(InstantiationException, match="delta=None is not permitted: a number where delta_avg is null"):
+        start_up(compose(*GRPO, "+method=trm_max", RULE + "delta=null"))
+    with pytest.raises(InstantiationException, match="horizon=8 is not permitted: null with weights=shuffled"):
+        start_up(cppo(RULE + "horizon=8", RULE + "weights=shuffled"))
+
+
+def test_unknown_keys_are_refused(compose):
+    with pytest.raises(ConfigCompositionException, match=r"Could not override .*policy_loss\.detla"):
+        compose(*GRPO, "+method=cppo", RULE + "detla=0.1")
+    with pytest.raises(InstantiationException, match=r"no key 'detla' \(got detla=0.1\); it has .*'delta', 'delta_b'"):
+        start_up(compose(*GRPO, "+method=cppo", "+" + RULE + "detla=0.1"))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("override", "way_out"),
+    [
+        ("trainer.use_v1=false", "trainer.use_v1=true"),
+        ("trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode=cppo_sync"),
+        ("trainer.v1.trainer_mode=colocate_async", "trainer.v1.trainer_mode=cppo_colocate_async"),
+        ("trainer.v1.trainer_mode=other", "trainer.v1.trainer_mode=cppo_sync"),
+        ("algorithm.rollout_correction.bypass_mode=false", "algorithm.rollout_correction.bypass_mode=true"),
+        ("algorithm.rollout_correction.rollout_is=token", "algorithm.rollout_correction.rollout_is=null"),
+        ("algorithm.rollout_correction.rollout_rs=token_k1", "algorithm.rollout_correction.rollout_rs=null"),
+        ("actor_rollout_ref.rollout.calculate_log_probs=false", "actor_rollout_ref.rollout.calculate_log_probs=true"),
+        ("actor_rollout_ref.rollout.temperature=0", "actor_rollout_ref.rollout.temperature=1"),
+        ("actor_rollout_ref.rollout.top_p=0.95", "actor_rollout_ref.rollout.top_p=1"),
+        ("actor_rollout_ref.rollout.top_k=20", "actor_rollout_ref.rollout.top_k=-1"),
+        (
+            "actor_rollout_ref.rollout.logprobs_mode=raw_logits",
+            "actor_rollout_ref.rollout.logprobs_mode=processed_logprobs",
+        ),
+    ],
+)
+def test_a_wrong_mu_is_refused_with_the_override_that_mends_it(cppo, override, way_out):
+    setting = re.escape(override.split("=")[0])
+    with pytest.raises(InstantiationException, match=rf"{setting}=.*; set {re.escape(way_out)}"):
+        start_up(cppo(override))
+    start_up(cppo(override, way_out))
+
+
+def test_a_temperature_that_both_sides_apply_is_right_and_one_that_mu_lacks_is_refused(cppo):
+    hot = "actor_rollout_ref.rollout.temperature=0.7"
+    raw = "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs"
+    start_up(cppo(hot))
+    start_up(cppo(raw))
+    with pytest.raises(InstantiationException, match=r"temperature 0.7; set .*processed_logprobs"):
+        start_up(cppo(hot, raw))
+
+
+@pytest.mark.trainer
+def test_verls_command_stops_before_ray_and_says_what_to_change():
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *GRPO, "+method=cppo"]
+    result = subprocess.run(
+        [*command, "algorithm.rollout_correction.bypass_mode=false"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "set algorithm.rollout_correction.bypass_mode=true" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+    assert "Started a local Ray instance" not in result.stderr

@@ -1,0 +1,198 @@
+"""The registered loss, called through verl's registry as verl calls it."""
+
+import math
+from itertools import chain
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from loss_batches import CAP, DELTA, DELTA_B, W_MIN, actor_config, batch, call
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
+from verl.utils.metric import AggregationType, Metric
+from verl.utils.py_functional import append_to_dict, rename_dict
+from verl.workers.config import FSDPActorConfig
+
+from cppo_verl.plugin.trainer import pop_shares
+
+
+def expected(data, gate="hard", budget="adaptive", kl=False):
+    """Loss and gradient per token and the statistics, by the loop, in double precision."""
+    loss, grad, stats = [], [], []
+    rows = zip(*(data[k].tolist() for k in ("old_log_prob", "log_prob", "advantages", "response_mask")), strict=True)
+    for log_mu, log_pi, adv, valid in rows:
+        div = [
+            (_binary_kl(m, p) if kl else abs(math.exp(p) - math.exp(m))) if v else 0.0
+            for m, p, v in zip(log_mu, log_pi, valid, strict=True)
+        ]
+        w = oracle.position_weights(valid, W_MIN)
+        delta_b = {"fixed": DELTA_B, "none": None}.get(budget)
+        if budget == "adaptive":
+            delta_b = oracle.adaptive_budget(div, valid, DELTA_B)
+        away = [v and oracle.moves_away(m, p, a) for m, p, a, v in zip(log_mu, log_pi, adv, valid, strict=True)]
+        rule = oracle.hard_mask if gate == "hard" else oracle.soft_mask
+        mask = rule(div, valid, w, DELTA, delta_b, away)
+        value, derivative = oracle.surrogate(log_mu, log_pi, adv, mask, CAP)
+        loss.append(value)
+        grad.append(derivative)
+        stats.append((div, valid, w, adv, mask, delta_b))
+    return loss, grad, stats
+
+
+def _binary_kl(log_mu, log_pi):
+    mu, pi = math.exp(log_mu), math.exp(log_pi)
+    return mu * (log_mu - log_pi) + ((1 - mu) * math.log((1 - mu) / (1 - pi)) if mu < 1 else 0.0)
+
+
+@pytest.mark.parametrize("gate", ["hard", "soft"])
+@pytest.mark.parametrize("budget", ["adaptive", "fixed", "none"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_loss_and_gradient_are_the_loops(gate, budget, mode):
+    data = batch()
+    loss, _ = call(data, actor_config(gate=gate, budget=budget), mode)
+    loss.backward()
+    value, grad, _ = expected(data, gate, budget)
+    mask = data["response_mask"].double()
+    want = agg_loss(loss_mat=torch.tensor(value).double(), loss_mask=mask, loss_agg_mode=mode)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    leaf = torch.zeros_like(mask, requires_grad=True)
+    agg_loss(loss_mat=torch.tensor(grad).double() * leaf, loss_mask=mask, loss_agg_mode=mode).backward()
+    torch.testing.assert_close(data["log_prob"].grad.double(), leaf.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_kl_divergence_masks_as_the_loop_does():
+    data = batch(seed=3, drift=0.3)
+    loss, _ = call(data, actor_config(divergence="binary_kl", budget="fixed"))
+    loss.backward()
+    _, grad, _ = expected(data, budget="fixed", kl=True)
+    kept = data["log_prob"].grad != 0
+    assert torch.equal(kept, torch.tensor(grad) != 0)
+    assert 0 < kept.sum() < data["response_mask"].sum()
+
+
+def test_half_precision_input_is_masked_as_its_fp32_value():
+    data = batch()
+    half = {k: v.detach().bfloat16() if v.is_floating_point() else v for k, v in data.items()}
+    single = {k: v.float() if v.is_floating_point() else v for k, v in half.items()}
+    losses = [call(d, actor_config())[0] for d in (half, single)]
+    assert losses[0].dtype == torch.float32 and torch.equal(*losses)
+
+
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_a_batch_without_a_valid_token_has_loss_and_gradient_zero(tokens):
+    data = batch()
+    data["response_mask"] = torch.zeros_like(data["response_mask"])
+    loss, metrics = call(data, actor_config(tokens=tokens, sequences=12))
+    loss.backward()
+    assert loss.item() == 0 and not data["log_prob"].grad.any()
+    assert pop_shares(metrics) == {}
+
+
+@pytest.mark.parametrize("field", ["log_prob", "old_log_prob", "advantages"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_values_on_valid_tokens_are_named(field, value):
+    data = batch()
+    data[field] = data[field].detach().clone()
+    data[field][2, 7] = value
+    with pytest.raises(ValueError, match=rf"^{field} must be finite.*1 of \d+ valid.*{value} at response 2, column 7"):
+        call(data, actor_config())
+
+
+def test_log_probabilities_above_zero_are_refused_but_not_rounding():
+    data = batch()
+    data["log_prob"] = data["log_prob"].detach().clone()
+    data["log_prob"][2, 7] = 1e-5
+    call(data, actor_config())
+    data["log_prob"][2, 7] = 0.01
+    with pytest.raises(ValueError, match="log_prob must be finite and not above zero"):
+        call(data, actor_config())
+
+
+def test_unequal_shapes_and_importance_weights_are_refused():
+    data = batch()
+    with pytest.raises(
+        ValueError, match=r"one shape \[B, L\], got old_log_prob \(12, 40\), log_prob .*mask \(12, 39\)"
+    ):
+        call(data | {"response_mask": data["response_mask"][:, 1:]}, actor_config())
+    with pytest.raises(ValueError, match="rollout_is=null"):
+        get_policy_loss_fn("cppo")(**data, config=actor_config(), rollout_is_weights=torch.ones(12, 40))
+
+
+def test_verls_own_policy_loss_config_is_refused_with_the_override():
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    with pytest.raises(TypeError, match=r"\+method=cppo"):
+        call(batch(), config)
+
+
+def step_metrics(data, ranks, micro_batches):
+    """The metrics of one update, reduced by verl's own functions as its workers and trainer do.
+
+    micro_batches: per rank, a list of row-index lists.
+    """
+    tokens, sequences = int(data["response_mask"].sum()), len(data["response_mask"])
+    per_rank = []
+    grad = torch.zeros_like(data["log_prob"])
+    for rank in range(ranks):
+        collected = {}
+        for rows in micro_batches[rank]:
+            part = {k: v[rows].detach() for k, v in data.items()}
+            part["log_prob"].requires_grad_()
+            loss, metrics = call(part, actor_config(tokens, sequences, dp_size=ranks))
+            loss.backward()
+            grad[rows] += part["log_prob"].grad / ranks  # FSDP averages over ranks
+            append_to_dict(collected, Metric.from_dict(metrics, aggregation=AggregationType.MEAN))
+        per_rank.append(collected)
+    reduced = {key: Metric.aggregate_dp([rank[key] for rank in per_rank]) for key in per_rank[0]}
+    return pop_shares(rename_dict(reduced, "actor/")), grad
+
+
+SPLITS = {
+    "one micro-batch": (1, [[range(12)]]),
+    "four micro-batches": (1, [[range(0, 3), range(3, 6), range(6, 9), range(9, 12)]]),
+    "micro-batches of unequal size": (1, [[range(0, 1), range(1, 8), range(8, 12)]]),
+    "two ranks": (2, [[range(0, 3), range(3, 6)], [range(6, 9), range(9, 12)]]),
+    "four ranks, unequal": (4, [[range(0, 1)], [range(1, 2)], [range(2, 4)], [range(4, 12)]]),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_metrics_and_gradient_do_not_depend_on_the_split(split):
+    data = batch()
+    ranks, parts = SPLITS[split]
+    metrics, grad = step_metrics(data, ranks, [[list(rows) for rows in rank] for rank in parts])
+    whole, whole_grad = step_metrics(data, *[1, [[list(range(12))]]])
+    assert metrics == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(grad, whole_grad, rtol=1e-6, atol=1e-9)
+
+
+def test_metrics_are_the_loops():
+    data = batch(drift=0.8)
+    metrics, _ = step_metrics(data, 1, [[list(range(12))]])
+    _, _, stats = expected(data)
+    stats = [row for row in stats if any(row[1])]
+    for group, infix in ((lambda a: True, ""), (lambda a: a > 0, "positive/"), (lambda a: a < 0, "negative/")):
+        tokens, responses = [], []
+        for div, valid, w, adv, mask, delta_b in stats:
+            row = [(d, w_t * d, m) for d, v, w_t, a, m in zip(div, valid, w, adv, mask, strict=True) if v and group(a)]
+            tokens += row
+            if row:  # a response's advantages are all alike here
+                kept = [d for d, v in zip(div, valid, strict=True) if v]
+                responses.append((delta_b, np.quantile(kept, 0.9), np.dot(w, div) / sum(w)))
+        masked = [wd for _, wd, m in tokens if m == 0]
+        want = {
+            "masked_share": len(masked) / len(tokens),
+            "budget_rejected_share": sum(wd <= DELTA for wd in masked) / len(masked),
+            "token_rejected_share": sum(wd > DELTA for wd in masked) / len(masked),
+            "divergence": np.mean([d for d, _, _ in tokens]),
+            "delta_b": np.mean([r[0] for r in responses]),
+            "divergence_p90": np.mean([r[1] for r in responses]),
+            "prefix_average": np.mean([r[2] for r in responses]),
+        }
+        got = {name: metrics[f"trust_region/{infix}{name}"] for name in want}
+        assert got == pytest.approx(want, rel=1e-5)
+        assert 0 < want["budget_rejected_share"] < 1
+
+
+def test_metric_names_do_not_trip_verls_reduction_by_name():
+    _, metrics = call(batch(), actor_config())
+    assert not [key for key in chain(metrics, pop_shares(dict(metrics))) if "max" in key or "min" in key]
