@@ -21,7 +21,8 @@ setup(
     # An explicit root makes an editable install a plain path entry, which Ray workers and hydra's
     # package resources read like an ordinary install.
     package_dir={"": "."},
-    packages=find_packages(include=["cppo_verl", "cppo_verl.*"]),
+    # hydra finds its plug-ins in the namespace package hydra_plugins, which other distributions share.
+    packages=[*find_packages(include=["cppo_verl", "cppo_verl.*"]), "hydra_plugins"],
     package_data={"cppo_verl": ["config/**/*.yaml", "analysis/html/templates/*"]},
     install_requires=["torch>=2.6", "numpy>=2.0", "wrapt>=1.16"],
     extras_require={

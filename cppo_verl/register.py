@@ -11,13 +11,8 @@ try:
     import wrapt
 
     from cppo_verl.cpu import platform  # noqa: F401  registers the CPU platform
-    from cppo_verl.launch.hydra_launcher import register_launcher
-    from cppo_verl.launch.search_path import register_search_path
     from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
     from cppo_verl.plugin.config import TOP_K_ROLLOUT
-
-    register_search_path()
-    register_launcher()
 
     # verl's trainers and engines cost seconds to import and few processes need them: theirs register
     # when verl itself imports the registry they belong to.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from cppo_verl.launch.sweep_job import RECORD, read_record
+from cppo_verl.artifacts.sweep_record import RECORD, read_record
 
 ACCURACY = re.compile(r"val-core/(?P<benchmark>.+)/acc/mean@(?P<n>\d+)$")
 SOURCES_SUFFIX = ".sources.json"
@@ -187,13 +187,13 @@ def _read_config(folder: Path, run: Run, label: str | None) -> None:
         run.notes.append(f"{saved[0].parent}: not readable ({type(error).__name__})")
         return
     if label is None:
-        run.label = _label_of_point(folder, run.notes) or str(choices.get("method") or run.label)
+        run.label = _label_of_job(folder, run.notes) or str(choices.get("method") or run.label)
     run.seed = OmegaConf.select(config, "data.seed")
     run.t_stop = OmegaConf.select(config, "trainer.total_training_steps")
 
 
-def _label_of_point(folder: Path, notes: list[str]) -> str | None:
-    """What sets a sweep's point apart from the others, but for its seed: "key=value,..." or a method's bare name."""
+def _label_of_job(folder: Path, notes: list[str]) -> str | None:
+    """What sets a sweep's job apart from the others, but for its seed: "key=value,..." or a method's bare name."""
     try:
         record = read_record(folder)
     except ValueError:

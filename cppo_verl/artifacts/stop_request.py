@@ -1,11 +1,17 @@
-"""Asks a running trainer to end after the step it is at, with a checkpoint of that step.
+"""Asks a running trainer to end after its current step, with a checkpoint of that step.
 
 A request is a file ``stop`` in the run's ``trainer.default_local_dir``. Anything that writes to that folder can make
-one: ``cppo-verl stop``, the signal handlers of `cppo_verl.launch`, a Slurm script's trap, ``touch``. It needs neither
-the address nor the token of the run's Ray cluster. The plug-in's trainers look for it before their first step and at
-the end of each step; one that ends because of it puts a file ``stopped`` in its place.
+one: ``cppo-verl stop``, the signal handler of `cppo_verl.launch.trainer_process`, a Slurm script's trap, ``touch``. It
+needs neither the address nor the token of the run's Ray cluster. The plug-in's trainers look for it before their first
+step and at the end of each step. One that ends because of it replaces it by a file ``stopped``.
+
+A request is made once. No trainer removes one that it has not obeyed, so a request that comes while a run is starting
+ends that run before its first step. Only who starts a trainer knows that a request is older than the run: launchers
+call `start_over` first.
 """
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from cppo_verl.artifacts.atomic import replacing
@@ -14,36 +20,55 @@ REQUEST, ANSWER = "stop", "stopped"
 
 
 def request_stop(folder: str | Path, reason: str) -> None:
-    """Ask the run whose ``trainer.default_local_dir`` is ``folder`` to end after its step."""
+    """Ask the run whose ``trainer.default_local_dir`` is ``folder`` to end after its step.
+
+    Raises:
+        OSError: the request cannot be written.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(Path(folder) / REQUEST) as (file,):
         file.write_text(reason)
 
 
 def requested(folder: str | Path) -> str | None:
-    """The reason of a request that waits in ``folder``, or None where there is none."""
+    """Return the reason of the request that waits in ``folder``, or None without one."""
     return _read(folder, REQUEST)
 
 
+def age(folder: str | Path) -> timedelta:
+    """Return how long the request in ``folder`` has waited, in whole seconds; zero without one."""
+    try:
+        seconds = time.time() - (Path(folder) / REQUEST).stat().st_mtime
+    except FileNotFoundError:
+        return timedelta(0)
+    return timedelta(seconds=max(0, round(seconds)))  # the file server's clock may be ahead
+
+
+def withdraw(folder: str | Path) -> None:
+    """Take back a request that no run has obeyed."""
+    (Path(folder) / REQUEST).unlink(missing_ok=True)
+
+
 def answer(folder: str | Path, what: str) -> None:
-    """Say what the run has done about the request, in its place."""
+    """Replace the request by what the run has done about it."""
     with replacing(Path(folder) / ANSWER) as (file,):
         file.write_text(what)
     withdraw(folder)
 
 
 def stopped(folder: str | Path) -> str | None:
-    """What the last run in ``folder`` said if it ended for a request, None if it did not or another has started."""
+    """Return the answer of the last run in ``folder``, or None if no request ended it."""
     return _read(folder, ANSWER)
 
 
-def withdraw(folder: str | Path) -> None:
-    (Path(folder) / REQUEST).unlink(missing_ok=True)
+def forget_answer(folder: str | Path) -> None:
+    """Remove an earlier run's answer."""
+    (Path(folder) / ANSWER).unlink(missing_ok=True)
 
 
 def start_over(folder: str | Path) -> str | None:
-    """Remove what earlier runs have left; return the reason of a request that none has answered."""
-    (Path(folder) / ANSWER).unlink(missing_ok=True)
+    """Remove request and answer before a trainer is started; return the reason of a request that was there."""
+    forget_answer(folder)
     left_over = requested(folder)
     withdraw(folder)
     return left_over

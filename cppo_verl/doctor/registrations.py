@@ -24,7 +24,7 @@ def registered() -> dict[str, bool]:
         "policy losses": {"cppo", "trm", "prefix_ratio"} <= POLICY_LOSS_REGISTRY.keys(),
         "trainers": set(TRAINER_MODES) <= TRAINER_REGISTRY.keys(),
         "top-K rollout": TOP_K_ROLLOUT in RolloutReplicaRegistry._registry,
-        "hydra groups": any(plugin.__module__.startswith("cppo_verl") for plugin in search_paths),
+        "hydra groups": any(plugin.__module__ == "hydra_plugins.cppo_verl" for plugin in search_paths),
         "platform cpu": PlatformRegistry.get("cpu") is not None,
     }
     if get_platform().device_name == "cpu":

@@ -1,70 +1,117 @@
 """verl's trainer as a child process that a person may interrupt and a cluster may preempt."""
 
+import ctypes
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from cppo_verl.artifacts import stop_request
 
 EXIT_CODE_STOPPED = 128 + signal.SIGTERM
-"""For a program that passes `Stopped` on: not finished, and the same command continues."""
+"""Exit code of a program whose trainer was `Stopped`: not finished, and the same command continues."""
+SAME_SIGNAL_SECONDS = 1.0
+"""``timeout`` and others signal a process and then its group: signals that come this close count as one."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+"""The option of prctl(2) that names the signal for a process whose parent has ended."""
 
 
 class Stopped(Exception):
-    """The trainer has ended early with a checkpoint, as it was asked to; the message is what it says of it."""
+    """The trainer has ended early with a checkpoint because it was asked to; the message is its own account."""
 
 
-@contextmanager
-def trainer(
-    arguments: Sequence[str],
-    log: Path,
-    environment: dict[str, str],
-    checkpoints: Path | None = None,
-    module: str = "verl.trainer.main_ppo",
-    pass_fds: Sequence[int] = (),
-) -> Iterator[subprocess.Popen]:
-    """Start verl's trainer with its output in ``log``; at the end of the body wait for its end.
+@dataclass
+class Child:
+    """A trainer that `Trainers.start` has started."""
 
-    SIGTERM asks a run to end after its step with a checkpoint (`cppo_verl.artifacts.stop_request`). A second one, or
-    the first where there is nothing to save, raises KeyboardInterrupt as Ctrl-C does; a body that raises ends the
-    trainer at once, and with it Ray and all that Ray started. To be called in the main thread, as Python's signal
-    handlers are.
+    process: subprocess.Popen
+    log: Path
+    checkpoints: Path | None
+    job: Any
+    lock: TextIO | None
 
-    Args:
-        checkpoints: the run's ``trainer.default_local_dir``, or None for a run that saves nothing.
-        module: what ``python -m`` is to run.
-        pass_fds: file descriptors that the trainer, and none of its own children, is to hold open.
+    def exit_code(self) -> int:
+        """Return the exit code of a trainer that has ended: EXIT_CODE_STOPPED if it was asked to."""
+        stopped = self.checkpoints is not None and stop_request.stopped(self.checkpoints) is not None
+        return EXIT_CODE_STOPPED if stopped and self.process.returncode == 0 else self.process.returncode
 
-    Raises:
-        Stopped: the run ended early, for SIGTERM or for any other request.
+
+class Trainers:
+    """verl's trainers as child processes of the ``with`` statement's body, which starts them and waits for their end.
+
+    SIGTERM, and SIGHUP of a terminal that closes, ask them to end after their step with a checkpoint
+    (`cppo_verl.artifacts.stop_request`). A second signal raises KeyboardInterrupt as Ctrl-C does. So does the first if
+    nothing can be asked: no trainer runs, it saves nothing, or the request cannot be written. What the shell has told
+    to ignore stays ignored. A body that raises ends the trainers at once, and with them Ray and all that Ray started.
+    On Linux that also happens when this process is killed.
+
+    To be entered in the main thread, as Python's signal handlers need it.
     """
-    signalled, asked, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def on_sigterm(*_):
-        # `timeout` and others signal a process and its group: two at once are one.
-        if checkpoints is None or asked.is_set():
-            raise KeyboardInterrupt
-        signalled.set()
+    def __init__(self) -> None:
+        self.running: list[Child] = []
+        self.received: int | None = None
+        """The last signal that has come."""
+        self._received_at = 0.0
+        self._folders: list[Path] = []
+        self._asked: list[Path] = []
+        self._handlers: dict[int, Any] = {}
 
-    def keep_asking():
-        # A run that is just starting takes a request for one from before its start.
-        while not ended.wait(1):
-            if signalled.is_set():
-                stop_request.request_stop(checkpoints, "SIGTERM")
-                asked.set()
+    def __enter__(self) -> "Trainers":
+        self._handlers = {number: signal.getsignal(number) for number in ENDING}
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if self._handlers[number] != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        return self
 
-    asking = threading.Thread(target=keep_asking, daemon=True)
-    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, on_sigterm)}
-    try:
-        asking.start()
-        # exec keeps an ignored SIGINT, which a shell script's background jobs have: the trainer's must end it.
-        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        if error is KeyboardInterrupt and self.received is None:
+            self.received = signal.SIGINT
+        for number in ENDING:  # impatient further signals would leave Ray behind
+            signal.signal(number, signal.SIG_IGN)
+        processes = [child.process for child in self.running]
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in processes:
+            process.wait()
+        for folder in self._asked:
+            stop_request.withdraw(folder)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        environment: dict[str, str],
+        checkpoints: Path | None = None,
+        module: str = "verl.trainer.main_ppo",
+        job: Any = None,
+        lock: TextIO | None = None,
+    ) -> subprocess.Popen:
+        """Start ``python -m module`` with its output in ``log``.
+
+        Args:
+            checkpoints: the run's ``trainer.default_local_dir``, or None for a run that saves nothing.
+            job: kept in the `Child` for `ended`.
+            lock: a file that the trainer, and none of its own children, holds open as well.
+        """
+        if checkpoints is not None:
+            if (left_over := stop_request.start_over(checkpoints)) is not None:
+                print(f"a request to stop from before this start is removed: {left_over}", file=sys.stderr)
+            self._folders.append(checkpoints)
+            if self.received is not None:  # before the folder was known
+                self._ask(checkpoints, self.received)
         with log.open("w") as file:
             # A session of its own: Ctrl-C reaches the trainer once, from here, and not Ray's processes past it.
             process = subprocess.Popen(
@@ -73,26 +120,64 @@ def trainer(
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=pass_fds,
+                pass_fds=[lock.fileno()] if lock else [],
+                preexec_fn=_in_the_child,
             )
+        self.running.append(Child(process, log, checkpoints, job, lock))
+        return process
+
+    def ended(self) -> Iterator[Child]:
+        """Yield and forget the trainers that have ended; a lock is closed when the next one is asked for."""
+        for child in [child for child in self.running if child.process.poll() is not None]:
+            self.running.remove(child)
+            if child.checkpoints is not None:
+                self._folders.remove(child.checkpoints)
+            yield child
+            if child.lock is not None:
+                child.lock.close()
+
+    def _on_signal(self, number: int, _) -> None:
+        if self.received is not None and time.monotonic() - self._received_at < SAME_SIGNAL_SECONDS:
+            return
+        first, self.received, self._received_at = self.received is None, number, time.monotonic()
+        if not first or not self._folders:
+            raise KeyboardInterrupt
+        for folder in self._folders:
+            self._ask(folder, number)
+
+    def _ask(self, folder: Path, number: int) -> None:
+        name = signal.Signals(number).name
+        self._asked.append(folder)
         try:
-            signal.signal(signal.SIGINT, handlers[signal.SIGINT])
-            yield process
-            process.wait()
-        finally:
-            # impatient further signals would leave Ray behind
-            for number in handlers:
-                signal.signal(number, signal.SIG_IGN)
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait()
-    finally:
-        ended.set()
-        asking.join()
-        if signalled.is_set():
-            stop_request.withdraw(checkpoints)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            stop_request.request_stop(folder, name)
+        except OSError as error:
+            self._asked.remove(folder)
+            print(f"{name}: the run cannot be asked to stop, ending it at once: {error}", file=sys.stderr)
+            raise KeyboardInterrupt from error
+
+
+def _in_the_child() -> None:
+    # exec keeps an ignored SIGINT, which a shell script's background jobs have: the trainer's must end it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+@contextmanager
+def trainer(
+    arguments: Sequence[str], log: Path, environment: dict[str, str], checkpoints: Path | None = None
+) -> Iterator[subprocess.Popen]:
+    """Start verl's trainer with its output in ``log``; at the end of the body wait for its end.
+
+    `Trainers` says what signals do, and `Trainers.start` what the arguments are.
+
+    Raises:
+        Stopped: the run ended early, for a signal or for any other request.
+    """
+    with Trainers() as trainers:
+        process = trainers.start(arguments, log, environment, checkpoints)
+        yield process
+        process.wait()
     if checkpoints is not None and process.returncode == 0 and (what := stop_request.stopped(checkpoints)):
         raise Stopped(what)
 
@@ -100,13 +185,9 @@ def trainer(
 def show_failure(trainer: subprocess.Popen, log: Path) -> None:
     """Print the exit code of a trainer that failed, and the end of its log."""
     print(f"\nverl's trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
-    print(last_lines(log), file=sys.stderr)
-
-
-def last_lines(log: Path, count: int = 30) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+    print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), file=sys.stderr)
 
 
 def quoted(text: str | Path) -> str:
-    """The value of a hydra override, whatever characters it has: a sweep's folders are called method=cppo,seed=1."""
+    """Quote the value of a hydra override, because a sweep's folders have names like method=cppo,seed=1."""
     return QuotedString(str(text), Quote.single).with_quotes()

@@ -73,9 +73,7 @@ class TrustRegionTrainer:
         if self.captures:
             capture_top_k(config)
         check_resume(config)
-        left_over = stop_request.start_over(config.trainer.default_local_dir)
-        if left_over is not None:
-            logger.warning("a request to stop from before this start does not count and is removed: %s", left_over)
+        stop_request.forget_answer(config.trainer.default_local_dir)
         self.saved_step, self.stopping = None, False
         dump = getattr(method, "dump", None)
         self.token_dump = DumpWriter(config, dump) if dump is not None and dump.every else None
@@ -125,11 +123,13 @@ class TrustRegionTrainer:
         reason = stop_request.requested(folder)
         if reason is None:
             return False
+        if when == "before":
+            reason += f" (requested {stop_request.age(folder)} ago)"
         if when == "after" and self.saved_step != step:
             with marked_timer("save_checkpoint", self.timing_raw, color="green"):
                 self._save_checkpoint()
         what = f"stopped {when} step {step} of {self.total_training_steps}: {reason}"
-        print(f"cppo_verl  {what}", flush=True)
+        print(f"cppo_verl  {what}; the same command continues", flush=True)
         stop_request.answer(folder, what)
         self.stopping = True
         # What fit compares the next step with.

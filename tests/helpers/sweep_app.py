@@ -3,15 +3,12 @@ was and what it was told, then fails, waits or ends as a file named like its kin
 
 import json
 import os
-import sys
+import signal
 import time
 from pathlib import Path
 
 import hydra
 from omegaconf import OmegaConf
-
-if "-m" in sys.argv:
-    import cppo_verl.plugin  # noqa: F401  registers the launcher, which only the sweep itself needs
 
 
 @hydra.main(config_path=".", config_name="sweep_app", version_base=None)
@@ -21,12 +18,14 @@ def main(config):
     note = {"pid": os.getpid(), "config": OmegaConf.to_container(config, resolve=True)}
     with (folder / "notes.jsonl").open("a") as file:
         file.write(json.dumps(note) + "\n")
-    (folder / "stopped").unlink(missing_ok=True)
     if told(config) == "fail":
         raise RuntimeError("as it was told")
-    while told(config) == "wait":
+    if told(config) == "linger":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while told(config) in ("wait", "linger", "deaf"):
         time.sleep(0.1)
-        if (folder / "stop").exists():  # as verl's trainer does with the plug-in, see cppo_verl.artifacts.stop_request
+        # as verl's trainer does with the plug-in, see cppo_verl.artifacts.stop_request
+        if told(config) != "deaf" and (folder / "stop").is_file():
             (folder / "stop").rename(folder / "stopped")
             break
 

@@ -27,6 +27,13 @@ SHORT = [
 ]
 
 
+def default_signals():
+    """Let a child be interrupted (``preexec_fn``) where the tests may not be: a shell's background jobs start with
+    SIGINT, under nohup also SIGHUP, ignored, and hand that on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Program:
     """A command that a test starts, every process of which is findable by an environment variable."""
 
@@ -38,6 +45,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=default_signals,
             **settings,
         )
         self.text = ""

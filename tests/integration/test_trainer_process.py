@@ -1,0 +1,135 @@
+"""Signals to a program that runs a trainer by `cppo_verl.launch.trainer_process`, with tests/helpers/sweep_app.py in
+the place of verl's trainer."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from trainer_run import default_signals
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+LAUNCHER = """
+import os, sys, time
+from pathlib import Path
+from cppo_verl.launch.trainer_process import Trainers
+folder = Path(sys.argv[1])
+try:
+    with Trainers() as trainers:
+        arguments = [f"output={folder}", f"plans={folder}"]
+        trainers.start(arguments, folder / "log", dict(os.environ), folder / "checkpoints", module="sweep_app")
+        print("started", flush=True)
+        while trainers.running:
+            time.sleep(0.1)
+            codes = [child.exit_code() for child in trainers.ended()]
+except KeyboardInterrupt:
+    sys.exit(130)
+sys.exit(codes[0])
+"""
+
+
+class Launcher:
+    """The program, started and with its trainer at work unless ``ready`` is false."""
+
+    def __init__(self, folder, ready=True, told="wait", start_signals=default_signals):
+        (folder / "plain").write_text(told)
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=start_signals,
+        )
+        assert self.process.stdout.readline() == "started\n"
+        (self.trainer,) = psutil.Process(self.process.pid).children()
+        while ready and not (self.checkpoints / "notes.jsonl").exists():
+            time.sleep(0.05)
+
+    def send(self, number):
+        self.process.send_signal(number)
+        return self
+
+    def finish(self):
+        self.err = self.process.communicate(timeout=60)[1]
+        self.trainer.wait(60)
+        return self.process.returncode
+
+    def left(self):
+        return {path.name for path in self.checkpoints.iterdir()} & {"stop", "stopped"}
+
+
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_stops_a_run_at_work_and_one_that_is_starting(tmp_path, number, ready):
+    launcher = Launcher(tmp_path, ready)
+    assert launcher.send(number).finish() == 143
+    assert launcher.left() == {"stopped"}
+    assert (launcher.checkpoints / "stopped").read_text() == signal.Signals(number).name
+
+
+def test_a_second_signal_ends_the_run_at_once_and_takes_the_request_back(tmp_path):
+    launcher = Launcher(tmp_path, told="deaf").send(signal.SIGTERM)
+    time.sleep(1.5)
+    assert launcher.left() == {"stop"}
+    assert launcher.send(signal.SIGTERM).finish() == 130
+    assert launcher.left() == set()
+
+
+def test_signals_that_come_together_count_as_one(tmp_path):
+    # `timeout` signals its child, and then its own process group
+    launcher = Launcher(tmp_path).send(signal.SIGTERM).send(signal.SIGTERM)
+    assert launcher.finish() == 143
+    assert launcher.left() == {"stopped"}
+
+
+def test_a_request_that_cannot_be_written_is_told_and_ends_the_run_at_once(tmp_path):
+    launcher = Launcher(tmp_path)
+    (launcher.checkpoints / "stop").mkdir()  # fails as a full disk does, for root as well
+    assert launcher.send(signal.SIGTERM).finish() == 130
+    assert "SIGTERM: the run cannot be asked to stop, ending it at once: [Errno 21] Is a directory" in launcher.err
+    assert "Traceback" not in launcher.err
+
+
+def test_ctrl_c_ends_the_run_at_once(tmp_path):
+    assert Launcher(tmp_path).send(signal.SIGINT).finish() == 130
+
+
+def test_a_killed_launcher_takes_its_trainer_along(tmp_path):
+    assert Launcher(tmp_path).send(signal.SIGKILL).finish() == -signal.SIGKILL
+
+
+def test_a_job_of_a_shells_background_can_be_ended_at_once_by_two_sigterms(tmp_path):
+    def background():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    launcher = Launcher(tmp_path, told="deaf", start_signals=background).send(signal.SIGTERM)
+    time.sleep(1.5)
+    assert launcher.send(signal.SIGTERM).finish() == 130
+
+
+def test_under_nohup_a_closing_terminal_stops_nothing(tmp_path):
+    def nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    launcher = Launcher(tmp_path, start_signals=nohup).send(signal.SIGHUP)
+    time.sleep(1)
+    assert launcher.process.poll() is None
+    assert launcher.left() == set()
+    assert launcher.send(signal.SIGTERM).finish() == 143
+
+
+def test_a_request_from_before_the_start_is_removed_and_told(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "stop").write_text("yesterday's")
+    launcher = Launcher(tmp_path)
+    time.sleep(0.5)
+    assert launcher.process.poll() is None
+    assert launcher.send(signal.SIGTERM).finish() == 143
+    assert "a request to stop from before this start is removed: yesterday's" in launcher.err
