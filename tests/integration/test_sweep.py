@@ -16,6 +16,7 @@ import yaml
 from commands import GRPO
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -243,7 +244,36 @@ def test_every_named_sweep_is_one_of_runs_that_compose(name, jobs):
 
 
 def test_every_named_sweep_is_tested():
-    assert {path.stem for path in (ROOT / "recipes" / "sweep").iterdir()} == {"seeds", "methods", "delta_b_w_min"}
+    names = {path.stem for path in (ROOT / "recipes" / "sweep").iterdir()}
+    assert names == {"seeds", "methods", "delta_b_w_min", "slurm"}
+
+
+def test_a_recipes_job_on_slurm_composes_and_may_start_ray(monkeypatch):
+    monkeypatch.setenv("JOB_FOLDER", "/runs/method=dppo")
+    command = ["data_dir=/data", "scale=qwen3_1.7b_base", "method=dppo", "+sweep=slurm", "hydra.sweep.dir=/runs"]
+    with initialize_config_dir(str(ROOT / "recipes"), version_base=None):
+        slurm, basic = (
+            compose("paper", [*command, f"hydra/launcher={name}"], return_hydra_config=True)
+            for name in ("submitit_slurm", "basic")
+        )
+    assert slurm.trainer.default_local_dir == "/runs/method=dppo/checkpoints"
+    assert slurm.hydra.sweep.subdir == "method=dppo"
+    assert slurm.hydra.launcher._target_.endswith(".SlurmLauncher")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", slurm)
+    omega_conf_to_dataclass(slurm.actor_rollout_ref.actor)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", basic)
+    with pytest.raises(Exception, match="runs the jobs of a sweep in one process"):
+        omega_conf_to_dataclass(basic.actor_rollout_ref.actor)
+
+
+def test_submitit_runs_each_job_in_a_process_and_a_folder_of_its_own(tmp_path):
+    command = ["--config-dir", str(ROOT / "recipes"), "-m", "+sweep=slurm", "hydra/launcher=submitit_local"]
+    result = Sweep(tmp_path, *command, "hydra.sweep.dir=out", "kind=a,b", "seed=7").finish()
+    assert result.code == 0, result.text
+    (a,), (b,) = (notes(tmp_path, f"kind={kind},seed=7") for kind in "ab")
+    assert len({a["pid"], b["pid"], result.process.pid}) == 3
+    assert [a["config"]["kind"], b["config"]["kind"]] == ["a", "b"]
+    assert a["config"]["trainer"]["default_local_dir"] == str(tmp_path / "out" / "kind=a,seed=7" / "checkpoints")
 
 
 @pytest.mark.parametrize(
