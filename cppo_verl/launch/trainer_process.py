@@ -64,7 +64,7 @@ class Trainers:
         self._received_at = 0.0
         self._folders: list[Path] = []
         self._asked: list[Path] = []
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Trainers":
         self._handlers = {number: signal.getsignal(number) for number in ENDING}
