@@ -1,12 +1,13 @@
 """verl's trainer as a child process that a person may interrupt and a cluster may preempt."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -80,10 +81,11 @@ class Trainers:
             signal.signal(number, signal.SIG_IGN)
         processes = [child.process for child in self.running]
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)  # nothing happens to one that has ended
         for process in processes:
-            process.wait()
+            # Popen.wait would hang if the KeyboardInterrupt came while Popen.poll held its lock.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         for folder in self._asked:
             stop_request.withdraw(folder)
         for number, handler in self._handlers.items():
