@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from cppo_verl.launch.hydra_launcher import Job, check, identity
 
-PACKAGE = Path(__file__).parents[3] / "cppo_verl"
+ROOT = Path(__file__).parents[3]
 
 
 def test_hydra_finds_launcher_and_config_groups_by_itself():
@@ -23,14 +23,13 @@ def test_hydra_finds_launcher_and_config_groups_by_itself():
     assert "hydra_plugins.cppo_verl.ConfigGroups" in found[SearchPathPlugin]
 
 
-def test_no_module_of_ours_reaches_into_hydra():
-    for file in [*PACKAGE.rglob("*.py"), PACKAGE.parent / "hydra_plugins" / "cppo_verl.py"]:
-        if file.parent.name in ("doctor",):
-            continue
-        found = re.findall(
-            r"^.*(?:import.*hydra\._internal|hydra\._internal.* import|sys\.modules).*$", file.read_text(), re.M
-        )
-        assert found == [], file
+INTERNALS = re.compile(r"(?:from|import) hydra\._internal|sys\.modules\[.hydra|Plugins\.instance\(\)\.register")
+
+
+def test_no_module_reaches_into_hydra():
+    files = [*(ROOT / "cppo_verl").rglob("*.py"), ROOT / "hydra_plugins" / "cppo_verl.py"]
+    found = {file.name for file in files if INTERNALS.search(file.read_text())}
+    assert found <= {"checks.py"}  # the doctor's, which composes a command line that is not its own
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1.5, True, "2"])
