@@ -26,7 +26,7 @@ TRAINER_MODES = tuple(TRAINER_MODE_PREFIX + mode for mode in ("sync", "colocate_
 TOP_K_ROLLOUT = "vllm_top_k"
 TOP_K_AGENT_LOOP_MANAGER = "cppo_verl.plugin.topk.agent_loop.TopKAgentLoopManager"
 
-# hydra launchers that run several jobs of a sweep in one process, where verl starts Ray once.
+# hydra launchers that run several points of a sweep in one process, where verl starts Ray once.
 SHARED_PROCESS_LAUNCHERS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
@@ -274,13 +274,13 @@ class MethodConfig(PolicyLossConfig):
 
 
 def refuse_shared_process() -> None:
-    """Raise ValueError in a job of a sweep that shares its process with other jobs."""
+    """Raise ValueError in a point of a sweep that shares its process with other points."""
     if not HydraConfig.initialized():  # in a worker, or without hydra's command line
         return
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN and hydra.launcher._target_ in SHARED_PROCESS_LAUNCHERS:
         raise ValueError(
-            f"{hydra.launcher._target_} runs the jobs of a sweep in one process, where verl starts Ray once: "
+            f"{hydra.launcher._target_} runs the points of a sweep in one process, where verl starts Ray once: "
             "add hydra/launcher=processes hydra.sweep.dir=FOLDER"
         )
 

@@ -262,7 +262,7 @@ def test_a_recipes_job_on_slurm_composes_and_may_start_ray(monkeypatch):
     monkeypatch.setattr(HydraConfig.instance(), "cfg", slurm)
     omega_conf_to_dataclass(slurm.actor_rollout_ref.actor)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", basic)
-    with pytest.raises(Exception, match="runs the jobs of a sweep in one process"):
+    with pytest.raises(Exception, match="in one process, where verl starts Ray once"):
         omega_conf_to_dataclass(basic.actor_rollout_ref.actor)
 
 
