@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import hydra
-import verl  # noqa: F401  loads the plug-in, which brings the package's groups
 from hydra.errors import HydraException
 
 from cppo_verl.data.reasoning_gym import write_parquet
