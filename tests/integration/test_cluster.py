@@ -13,6 +13,9 @@ import nodes
 import psutil
 import pytest
 from nodes import ROOT, sh
+from ray.core.generated import gcs_pb2
+
+from cppo_verl.launch import node_watch
 
 SITE_PACKAGES = Path(psutil.__file__).parents[1]
 RAYLET = str(SITE_PACKAGES / "ray/core/src/ray/raylet/raylet")
@@ -224,3 +227,16 @@ def test_a_dead_node_is_named_and_ends_the_run_within_a_minute(cluster, tmp_path
     for program in (head.finish(), other.finish()):
         assert program.survivors() == []
     assert head.code != 0
+
+
+def test_a_run_that_does_not_obey_sigterm_is_killed(monkeypatch):
+    monkeypatch.setattr(node_watch, "GRACE", 0.5)
+    ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", ignores], stdout=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"up\n"
+        node_watch.end(psutil.Process(run.pid))
+    assert run.returncode == -signal.SIGKILL
+
+
+def test_a_node_that_was_removed_because_it_was_idle_is_told_from_a_dead_one_by_rays_own_number():
+    assert gcs_pb2.NodeDeathInfo.AUTOSCALER_DRAIN_IDLE == node_watch.REMOVED_IDLE
