@@ -58,7 +58,6 @@ found["marks"] = [
 listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
 found["dashboard"] = sorted({a.ip for a in listening if a.port == 8265})
 ray.shutdown()
-found["stranger"], found["nobody"], found["intruder"] = end(stranger), end(nobody), end(intruder)
 
 # The same entrypoint by Ray's own job server.
 submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--runtime-env-json"]
@@ -68,6 +67,10 @@ found["job"] = end(start(*submit, *ARGUMENTS))
 # What a run would miss, on both nodes and on one that has another version of the plug-in and one without it.
 # (a checkout on PYTHONPATH, or as a driver's folder, would be everywhere)
 own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("WANDB_")}
+missing = ["trainer.nnodes=5", "trainer.logger=[wandb]", f"trainer.default_local_dir={os.environ['FULL']}"]
+missing += ["data.train_files=/nowhere/train.parquet", "actor_rollout_ref.model.path=no-one/no-model"]
+never = own | {"HF_HUB_OFFLINE": "1", "IN_PLACE_OF_THE_TRAINER": os.environ["HELLO"]}
+refused = start(str(ENTRYPOINT), *ARGUMENTS, *missing, env=never, cwd="/")  # waits a minute for a fifth node
 others = []
 for name in ("OTHER", "WITHOUT"):
     other = start(*node(os.environ[name], name.lower()), env=own)
@@ -75,10 +78,9 @@ for name in ("OTHER", "WITHOUT"):
     # one after the other: Ray gives a node's agent fifteen seconds to start
     while "will now block forever" not in (line := other.stdout.readline()):
         assert line, f"{name} ended: {other.wait()}"
-missing = ["trainer.nnodes=5", "trainer.logger=[wandb]", f"trainer.default_local_dir={os.environ['FULL']}"]
-missing += ["data.train_files=/nowhere/train.parquet", "actor_rollout_ref.model.path=no-one/no-model"]
-never = own | {"HF_HUB_OFFLINE": "1", "IN_PLACE_OF_THE_TRAINER": os.environ["HELLO"]}
-found["refused"] = end(start(str(ENTRYPOINT), *ARGUMENTS, *missing, env=never, cwd="/"))
+found["refused"], found["stranger"], found["nobody"], found["intruder"] = map(
+    end, (refused, stranger, nobody, intruder)
+)
 for other in others:
     other.terminate()
     other.wait()

@@ -5,6 +5,7 @@ tests/e2e/test_two_nodes.py trains there.
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import nodes
 import psutil
 import pytest
 from nodes import ROOT, sh
-from ray.core.generated import gcs_pb2
+from ray.core.generated import common_pb2
 
 from cppo_verl.launch import node_watch
 
@@ -239,4 +240,4 @@ def test_a_run_that_does_not_obey_sigterm_is_killed(monkeypatch):
 
 
 def test_a_node_that_was_removed_because_it_was_idle_is_told_from_a_dead_one_by_rays_own_number():
-    assert gcs_pb2.NodeDeathInfo.AUTOSCALER_DRAIN_IDLE == node_watch.REMOVED_IDLE
+    assert common_pb2.NodeDeathInfo.AUTOSCALER_DRAIN_IDLE == node_watch.REMOVED_IDLE
