@@ -233,10 +233,10 @@ def test_a_dead_node_is_named_and_ends_the_run_within_a_minute(cluster, tmp_path
 def test_a_run_that_does_not_obey_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr(node_watch, "GRACE", 0.5)
     ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
-    with subprocess.Popen([sys.executable, "-c", ignores], stdout=subprocess.PIPE) as run:
+    with psutil.Popen([sys.executable, "-c", ignores], stdout=subprocess.PIPE) as run:
         assert run.stdout.readline() == b"up\n"
-        node_watch.end(psutil.Process(run.pid))
-    assert run.returncode == -signal.SIGKILL
+        node_watch.end(run)
+        assert run.wait() == -signal.SIGKILL
 
 
 def test_a_node_that_was_removed_because_it_was_idle_is_told_from_a_dead_one_by_rays_own_number():
