@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "calibrate": ("analysis.calibrate.command", "find thresholds that mask a wanted share of a run's tokens"),
-    "cluster": ("launch.cluster", "one command on several nodes: Slurm, given hosts, a Ray job"),
     "doctor": ("doctor.checks", "check this environment and a training command's settings, without training"),
     "evaluate": ("evaluation.evaluate", "score a checkpoint by verl's own validation: Avg@n, pass@k, intervals"),
     "inspect": ("analysis.inspect.command", "show which tokens of a run each method would mask, where and why"),

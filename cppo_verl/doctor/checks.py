@@ -1,40 +1,44 @@
-"""``python -m cppo_verl doctor``: what a run would find in this environment.
+"""``cppo-verl doctor``: whether a run would work in this environment.
 
-Reports versions, what is registered here and in a Ray worker, the device, and for a training command's arguments where
-mu will come from. With --cluster every node of a running Ray cluster is asked: versions, plug-in, GPUs, model and data,
-room for a checkpoint, wandb's key. Exits with 1 if anything would break a run.
+Reports versions, what of the plug-in verl knows here and in a Ray worker, the device, and for a training command's
+arguments where mu will come from. With --cluster it asks every node of a running Ray cluster: versions, plug-in, GPUs,
+model and data, room for a checkpoint, wandb's key. Exits with 1 if anything would break a run.
 """
 
 import argparse
+import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf
 
-from cppo_verl.doctor.registrations import registered
+from cppo_verl.doctor.registrations import registrations
 
-# The distributions whose versions decide whether a run works, in the order they are reported.
 STACK = ("torch", "verl", "vllm", "ray", "transformers", "tensordict", "TransferQueue", "flash-attn", "wandb")
+"""The distributions whose versions decide whether a run works, in the order they are reported."""
 
 
 class Report:
+    """Findings, printed as they come; ``failed`` says whether one of them would break a run."""
+
     def __init__(self):
         self.failed = False
 
-    def say(self, verdict: str, subject: str, text: str) -> None:
-        self.failed |= verdict == "FAIL"
-        print(f"{verdict:4}  {subject:22}  {text}", flush=True)
+    def say(self, finding: str, subject: str, text: str) -> None:
+        self.failed |= finding == "FAIL"
+        print(f"{finding:4}  {subject:22}  {text}", flush=True)
 
     def check(self, ok: bool, subject: str, good: str, bad: str) -> None:
         self.say("ok" if ok else "FAIL", subject, good if ok else bad)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-ray", action="store_true", help="do not start Ray to look inside a worker")
+    parser.add_argument("--no-ray", action="store_true", help="do not start Ray to check a worker of it")
     parser.add_argument(
         "--cluster", action="store_true", help="ask every node of the Ray cluster that RAY_ADDRESS names"
     )
@@ -61,19 +65,19 @@ def run(args: argparse.Namespace) -> int:
     _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
     if platform.device_name == "cpu" and _installed("vllm"):
         _kernels(report)
-    _registered(report, "this process", registered())
+    _registrations(report, "this process", registrations())
     config = _compose(report, args.overrides) if args.overrides else None
     if args.cluster:
-        from cppo_verl.doctor.cluster import check_nodes
+        from cppo_verl.doctor.cluster import check_cluster
 
         installed = [name for name in ("cppo-verl", *STACK) if _installed(name)]
-        check_nodes(report, config, installed, args.nodes, patience=60)
+        check_cluster(report, config, installed, args.nodes, patience=60)
     elif not args.no_ray:
         import ray
 
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            _registered(report, "a Ray worker", ray.get(ray.remote(registered).remote()))
+            _registrations(report, "a Ray worker", ray.get(ray.remote(registrations).remote()))
         finally:
             ray.shutdown()
     if config is not None:
@@ -106,8 +110,9 @@ def _installed(name: str) -> str | None:
 
 def _versions(report: Report, extra: str) -> None:
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
-    supported = {}
+    supported: dict[str, SpecifierSet | str | None] = {}
     for line in requires("cppo-verl") or []:
         requirement = Requirement(line)
         if requirement.marker and requirement.marker.evaluate({"extra": extra}):
@@ -146,7 +151,7 @@ def _kernels(report: Report) -> None:
     report.check(loaded, "vLLM's kernels", "loaded", f"{reason}: {way_out}")
 
 
-def _registered(report: Report, where: str, found: dict[str, bool]) -> None:
+def _registrations(report: Report, where: str, found: dict[str, bool]) -> None:
     missing = [name for name, ok in found.items() if not ok]
     report.check(
         not missing,
@@ -157,47 +162,43 @@ def _registered(report: Report, where: str, found: dict[str, bool]) -> None:
     )
 
 
+class ConfigError(Exception):
+    """hydra refuses the arguments of a training command; the message is hydra's."""
+
+
 def compose_command(arguments: Sequence[str]) -> DictConfig:
-    """The config of ``python -m verl.trainer.main_ppo <arguments>``, composed as hydra does for it.
+    """The config of ``python -m verl.trainer.main_ppo <arguments>``, as that command itself composes it.
 
     Raises:
-        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: what hydra says of the arguments.
+        ConfigError: hydra refuses the arguments.
     """
-    import verl  # noqa: F401  loads the plug-in
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path, get_args_parser
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.types import RunMode
+    from verl.trainer.main_ppo import main
 
-    args = get_args_parser().parse_args(arguments)
-    search_path = create_config_search_path(args.config_path or "pkg://verl.trainer.config")
-    if args.config_dir:
-        folder = f"file://{Path(args.config_dir).resolve()}"
-        search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
-    hydra = Hydra.create_main_hydra2("main_ppo", search_path)
+    argv, printed, complaints = sys.argv, io.StringIO(), io.StringIO()
+    sys.argv = ["main_ppo", *arguments, "--cfg", "job"]  # hydra prints the config instead of starting the trainer
     try:
-        config = hydra.compose_config(args.config_name or "ppo_trainer", args.overrides, run_mode=RunMode.RUN)
+        with redirect_stdout(printed), redirect_stderr(complaints):
+            main()
+    except (SystemExit, Exception) as error:  # an exception where HYDRA_FULL_ERROR is set, an exit elsewhere
+        said = complaints.getvalue().partition("\nSet the environment variable HYDRA_FULL_ERROR")[0].strip()
+        raise ConfigError(said or str(error)) from error
     finally:
-        GlobalHydra.instance().clear()
-    with open_dict(config):
-        del config["hydra"]
+        sys.argv = argv
+    config = OmegaConf.create(printed.getvalue())
+    assert isinstance(config, DictConfig)
     return config
 
 
 def _compose(report: Report, arguments: Sequence[str]) -> DictConfig | None:
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         return compose_command(arguments)
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError as error:
         report.say("FAIL", "config", str(error))
         return None
 
 
 def _command(report: Report, config: DictConfig) -> None:
-    """Instantiate of the training command's config what the workers instantiate."""
+    """Instantiate the parts of the training command's config that the workers instantiate."""
     from verl.plugin.platform import get_platform
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import PolicyLossConfig

@@ -1,9 +1,10 @@
-"""What every node of a Ray cluster has, for ``python -m cppo_verl doctor --cluster``.
+"""The cluster check: whether every node of a Ray cluster can run a training command (``cppo-verl doctor --cluster``).
 
-`look` runs as a task on each node, also on one without this package: it travels by value and imports what it needs
-there.
+`describe_node` runs as a task on each node, also on one without this package: Ray sends it by value, and it imports
+there what it needs.
 """
 
+import logging
 import math
 import netrc
 import os
@@ -27,19 +28,26 @@ LEAST_FREE = 1 << 30
 """Bytes that a checkpoint folder must have free where the model's size is not known."""
 
 
-def look(distributions: list[str], files: list[str], hub_model: str | None, folder: str | None) -> dict:
-    """What the node that this runs on has; nothing of it is compared here."""
-    versions = {"python": platform.python_version()}
+def describe_node(distributions: list[str], files: list[str], hub_model: str | None, folder: str | None) -> dict:
+    """What the node that this runs on has; `_problems` compares it with what the run needs.
+
+    Args:
+        distributions: whose versions are asked for.
+        files: of the config, as ``key=path``.
+        hub_model: name of a model on the hub, if the run needs one from there.
+        folder: of the checkpoints, of which the parts that do not exist yet are left out.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in distributions:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    found = {"host": socket.gethostname(), "python": sys.executable, "versions": versions}
+    found: dict = {"host": socket.gethostname(), "python": sys.executable, "versions": versions}
     try:
-        from cppo_verl.doctor.registrations import registered
+        from cppo_verl.doctor.registrations import registrations
 
-        found["registered"] = registered()
+        found["registrations"] = registrations()
     except Exception as error:  # verl's own of a platform that only the plug-in knows, for one
         found["import_error"] = f"{type(error).__name__}: {error}"
     found["missing"] = [x for x in files if not os.path.exists(os.path.expanduser(x.partition("=")[2]))]
@@ -74,15 +82,15 @@ def _wandb_key() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         try:
-            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
+            if path and host and netrc.netrc(os.path.expanduser(path)).authenticators(host):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
     return False
 
 
-def check_nodes(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
-    """Ask every node of the cluster that RAY_ADDRESS names, or that runs on this machine, and report what differs.
+def check_cluster(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
+    """Ask every node of the cluster that RAY_ADDRESS names, or that runs on this machine, and report what is missing.
 
     Args:
         config: of the run; None leaves out what depends on it.
@@ -92,12 +100,12 @@ def check_nodes(report, config: DictConfig | None, distributions: list[str], exp
     """
     runtime_env = config and OmegaConf.to_container(config.ray_kwargs.ray_init.get("runtime_env") or OmegaConf.create())
     try:
-        ray.init("auto", runtime_env=runtime_env or None, log_to_driver=False, logging_level="ERROR")
+        ray.init("auto", runtime_env=runtime_env or None, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         # Ray's own exceptions for this have no common class.
         way_out = (
             "; RAY_ADDRESS must name a running cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH its token"
-            " (`python -m cppo_verl cluster` sets both)"
+            " (recipes/cluster/node.sh starts one and sets both)"
         )
         report.say("FAIL", "Ray", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{way_out}")
         return
@@ -107,7 +115,7 @@ def check_nodes(report, config: DictConfig | None, distributions: list[str], exp
         ray.shutdown()
 
 
-def _check_nodes(report, config, distributions, expected, patience):
+def _check_nodes(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
     from cppo_verl.plugin.config import local_files
 
     nodes = sorted(_alive(expected, patience), key=lambda node: node["NodeManagerAddress"])
@@ -121,26 +129,27 @@ def _check_nodes(report, config, distributions, expected, patience):
     )
     if config is not None:
         _check_slots(report, nodes, config.trainer)
-    files, hub_model, folder = [], None, None
+    files: list[str] = []
+    hub_model = folder = None
     if config is not None:
         files, folder = local_files(config), os.path.abspath(config.trainer.default_local_dir)
         model = config.actor_rollout_ref.model.path
         hub_model = None if model.startswith(("/", "./", "../", "~")) or "://" in model else model
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    task = ray.remote(num_cpus=0, max_retries=0)(describe_node)
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     answers = [
         task.options(scheduling_strategy=strategy).remote(distributions, files, hub_model, folder)
         for strategy in strategies
     ]
-    here = look(distributions, [], None, None)["versions"]
+    here = describe_node(distributions, [], None, None)["versions"]
     for address, answer in zip(addresses, answers, strict=True):
         try:
             found = ray.get(answer, timeout=300)
         except Exception as error:  # of the task, of its worker, of the node
             report.say("FAIL", f"node {address}", f"no answer ({type(error).__name__}): {str(error).strip()}")
             continue
-        problems = _compare(found, here, config, expected)
+        problems = _problems(found, here, config, expected)
         where = f"{found['host']} {address}"
         for problem in problems:
             report.say("FAIL", where, problem)
@@ -173,8 +182,8 @@ def _alive(expected: int, patience: float) -> list[dict]:
         time.sleep(0.5)
 
 
-def _compare(found: dict, here: dict, config: DictConfig | None, nodes: int) -> list[str]:
-    """What of `look`'s answer would break the run, each with the way out."""
+def _problems(found: dict, here: dict, config: DictConfig | None, nodes: int) -> list[str]:
+    """What would break the run on a node that `describe_node` describes, each with the way out."""
     problems = []
     for name, wanted in here.items():
         there = found["versions"][name]
@@ -185,7 +194,7 @@ def _compare(found: dict, here: dict, config: DictConfig | None, nodes: int) -> 
         problems.append(
             f"the plug-in does not load ({found['import_error']}): pip install it for {found['python']} there"
         )
-    missing = [name for name, ok in found.get("registered", {}).items() if not ok]
+    missing = [name for name, ok in found.get("registrations", {}).items() if not ok]
     if missing:
         problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): pip install it there")
     problems += [f"{path} does not exist there: put it on a folder that all nodes share" for path in found["missing"]]

@@ -1,10 +1,10 @@
-"""Which of the plug-in's parts verl knows in a process, for the doctor and what it asks of other nodes."""
+"""Which parts of the plug-in verl knows in a process, for the doctor here and on the other nodes of a cluster."""
 
 import warnings
 
 
-def registered() -> dict[str, bool]:
-    """Which of the plug-in's parts verl knows in this process."""
+def registrations() -> dict[str, bool]:
+    """Whether verl knows each part of the plug-in in this process."""
     with warnings.catch_warnings():
         # verl warns of each engine whose framework is not installed.
         warnings.simplefilter("ignore")

@@ -154,12 +154,14 @@ def test_the_compose_files_fit_the_images():
     assert sorted(volume.split(":")[1] for volume in trainer["volumes"]) == sorted(volumes)
 
     two = yaml.safe_load((ROOT / "docker/compose.two-nodes.yaml").read_text())
-    assert set(two["services"]) == {"head", "worker"}
-    for service in two["services"].values():
-        assert service["extends"] == {"file": "compose.yaml", "service": "trainer"}
-        # The token comes as a file, and nothing is published beyond what the host's network shows.
-        assert service["environment"]["RAY_AUTH_MODE"] == "token"
-        assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/" + service["secrets"][0]
-        assert "ports" not in service
-    head = shlex.split(two["services"]["head"]["command"])
-    assert head[head.index("--dashboard-host") + 1] == "127.0.0.1"
+    [node] = two["services"].values()
+    assert node["extends"] == {"file": "compose.yaml", "service": "trainer"}
+    tini = json.loads(values(ROOT / "docker/Dockerfile.gpu", "ENTRYPOINT")[-1])
+    *_, script, address, nodes, token, separator, entrypoint = node["entrypoint"]
+    assert node["entrypoint"][: len(tini)] == tini
+    for path in (script, entrypoint):
+        assert os.access(ROOT / path.removeprefix("/opt/cppo_verl/"), os.X_OK)
+    # The token comes as a file, and nothing is published beyond what the host's network shows.
+    assert token == "/run/secrets/" + node["secrets"][0]
+    assert (address.endswith("}:6379"), nodes, separator) == (True, "2", "--")
+    assert "ports" not in node

@@ -89,11 +89,7 @@ def test_the_plug_ins_own_commands_are_understood(command):
     name, *arguments = command[3:]
     parser = argparse.ArgumentParser()
     importlib.import_module(f"cppo_verl.{COMMANDS[name][0]}").add_arguments(parser)
-    args = parser.parse_args(arguments)
-    if name == "cluster":
-        nodes = args.nodes.split(",")
-        assert args.command[:4] == ["--", "python", "-m", "verl.trainer.main_ppo"]
-        assert composed(command).trainer.nnodes == len(nodes)
+    parser.parse_args(arguments)
 
 
 @pytest.mark.process

@@ -1,12 +1,10 @@
-import os
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
 
 from cppo_verl.cli import main
-from cppo_verl.doctor.checks import Report, _device
+from cppo_verl.doctor.checks import ConfigError, Report, _device, compose_command
 
 COMMAND = [
     "+method=cppo",
@@ -26,7 +24,7 @@ def doctor(capsys):
     return run
 
 
-def test_a_sound_environment_and_command(doctor):
+def test_a_sound_environment_and_command_pass(doctor):
     code, out = doctor(*COMMAND)
     assert code == 0, out
     assert "registered: policy losses, trainers, top-K rollout, hydra groups, platform cpu, FSDP2 engine on cpu" in out
@@ -36,14 +34,13 @@ def test_a_sound_environment_and_command(doctor):
     assert "FAIL" not in out
 
 
-def test_what_the_top_k_capture_costs(doctor):
+def test_the_size_of_the_top_k_capture_is_reported(doctor):
     code, out = doctor(*COMMAND, "divergence=topk_tv", "data.train_batch_size=64", "actor_rollout_ref.rollout.n=8")
     assert code == 0, out
     # 64 x 8 x 512 x 120 bytes
     assert "mu's 20 most likely tokens: 120 bytes a response token, at most 31.5 MB a step of 512 responses" in out
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("overrides", "finding"),
     [
@@ -54,28 +51,16 @@ def test_what_the_top_k_capture_costs(doctor):
         (["trainer.device=cuda"], "cuda, but this environment runs on cpu: add +platform=cpu to the command"),
     ],
 )
-def test_what_would_break_a_run_is_found(doctor, overrides, finding):
+def test_a_setting_that_would_break_a_run_fails_with_the_way_out(doctor, overrides, finding):
     code, out = doctor(*COMMAND, *overrides)
     assert code == 1
     assert finding in out
 
 
-def test_a_command_without_the_method_is_not_cppo(doctor):
+def test_a_command_without_a_method_fails(doctor):
     code, out = doctor("+platform=cpu")
     assert code == 1
     assert "add +method=cppo to the command" in out
-
-
-@pytest.mark.process
-def test_a_system_library_that_vllm_lacks_is_named(tmp_path):
-    (tmp_path / "libnuma.so.1").touch()  # the loader finds this one first, and cannot use it
-    command = [sys.executable, "-m", "cppo_verl", "doctor", "--no-ray"]
-    result = subprocess.run(
-        command, env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    (failure,) = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
-    assert f"{tmp_path}/libnuma.so.1: file too short: install the system library libnuma1" in failure
 
 
 def test_a_gpu_platform_without_a_gpu_is_warned_of(capsys):
@@ -89,7 +74,46 @@ def test_a_gpu_platform_without_a_gpu_is_warned_of(capsys):
     assert "cuda (nvidia), 0 visible here: to train on this machine see its driver and CUDA_VISIBLE_DEVICES" in out
 
 
-@pytest.mark.trainer
-def test_a_ray_worker_is_asked_too(capsys):
-    assert main(["doctor"]) == 0
-    assert "a Ray worker" in capsys.readouterr().out
+SEARCH_PATH = "hydra:\n  searchpath: [pkg://verl.trainer.config]\n"
+
+
+@pytest.mark.parametrize(
+    "flags", [("--config-dir", "-cn"), ("--config-path", "--config-name"), ("-cp", "--config-name")]
+)
+def test_a_config_of_the_users_is_composed_as_by_verls_command(tmp_path, flags):
+    (tmp_path / "mine.yaml").write_text(f"defaults: [ppo_trainer, _self_]\n{SEARCH_PATH}trainer:\n  nnodes: 3\n")
+    config = compose_command([flags[0], str(tmp_path), flags[1], "mine", "+added=1", "~trainer.total_epochs"])
+    assert (config.trainer.nnodes, config.added) == (3, 1)
+    assert "total_epochs" not in config.trainer
+    assert "hydra" not in config
+
+
+def test_interpolations_and_numbers_survive():
+    config = compose_command(
+        ["actor_rollout_ref.actor.optim.lr=1e-6", "trainer.project_name=${trainer.experiment_name}"]
+    )
+    assert config.actor_rollout_ref.actor.optim.lr == 1e-6
+    config.trainer.experiment_name = "other"
+    assert config.trainer.project_name == "other"
+
+
+def test_the_folder_on_the_search_path_of_the_command_line_is_used(tmp_path):
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size" / "small.yaml").write_text("# @package trainer\nnnodes: 5\n")
+    assert compose_command([f"hydra.searchpath=[file://{tmp_path}]", "+size=small"]).trainer.nnodes == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.nnods=2"], "Could not override 'trainer.nnods'"),
+        (["--config-name", "nothing"], "Cannot find primary config 'nothing'"),
+        (["+method=nothing"], "Could not find 'method/nothing'"),
+        (["trainer.nnodes=1,2"], "Ambiguous value for argument 'trainer.nnodes=1,2'"),
+        (["-m", "trainer.nnodes=1,2"], "Only one of --run, --multirun, --cfg"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_arguments_that_hydra_refuses_are_refused_in_its_words(arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compose_command(arguments)
