@@ -101,7 +101,7 @@ def demonstrations(tokenizer, frame, noise):
 @torch.no_grad()
 def accuracy(model, tokenizer, frame, samples=1):
     """Share of right answers on the rows of ``frame``, ``samples`` a row, at temperature 1."""
-    from cppo_verl.data.reasoning_gym import compute_score
+    from cppo_verl.rewards.reasoning_gym import compute_score
 
     questions = [prompt[0]["content"] for prompt in frame["prompt"]]
     batch = tokenizer.pad(

@@ -113,7 +113,7 @@ def test_the_shipped_run_is_looked_at_without_training(command, browser, tmp_pat
 def test_gsm8ks_reward_reads_what_its_prompts_ask_for():
     from verl.utils.reward_score import default_compute_score
 
-    from cppo_verl.data.prepare import GSM8K_PROMPT
+    from cppo_verl.data.readers import GSM8K_PROMPT
 
     assert '"#### N"' in GSM8K_PROMPT
     config = composed(shown(PAGE, "examples/gsm8k")[-1])
