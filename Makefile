@@ -43,6 +43,7 @@ lint: install
 	$(BIN)/shellcheck $(shell git ls-files '*.sh' '*.sbatch' .ci/run)
 	$(BIN)/hadolint $(wildcard docker/Dockerfile.*)
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(wildcard docker/compose*.yaml)
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 clean:
 	rm -rf build *.egg-info requirements/vllm-name/build requirements/vllm-name/*.egg-info
