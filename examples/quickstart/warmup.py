@@ -2,7 +2,7 @@
 
     python examples/quickstart/warmup.py --train data/train.parquet --validation data/validation.parquet --output model
 
-Reads the files that ``cppo_verl.data.reasoning_gym.write_parquet`` wrote, makes a tokenizer of the pieces their
+Reads the files that ``cppo_verl.data.reasoning_gym.write_parquet`` wrote, makes a tokenizer of the pieces that their
 texts are made of, and trains a randomly initialised model on noisy demonstrations, so that reinforcement
 learning starts from a policy that is sometimes right. A second run with the same settings and data does
 nothing. Nothing is downloaded.
