@@ -18,7 +18,7 @@ BROWSER := $(VENV)/browser
 
 install: $(VENV)/installed
 
-$(VENV)/installed: setup.py $(wildcard requirements/*.*) requirements/vllm-name/setup.py
+$(VENV)/installed: pyproject.toml $(wildcard requirements/*.*) requirements/vllm-name/setup.py
 	VENV=$(VENV) PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) requirements/install-cpu.sh -r requirements/test.txt
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
@@ -39,9 +39,11 @@ test-unit: install $(BROWSER)/chromium
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck $(shell git ls-files '*.sh' '*.sbatch' .ci/run)
 	$(BIN)/hadolint $(wildcard docker/Dockerfile.*)
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(wildcard docker/compose*.yaml)
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 clean:
 	rm -rf build *.egg-info requirements/vllm-name/build requirements/vllm-name/*.egg-info

@@ -1,4 +1,4 @@
-"""The command line: ``cppo-verl COMMAND``, or ``python -m cppo_verl COMMAND``."""
+"""Tools for CPPO runs in verl: check an environment, prepare data, evaluate checkpoints, analyse runs."""
 
 import argparse
 import importlib
@@ -17,18 +17,37 @@ COMMANDS = {
 }
 """{name: (module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``, what it does)}."""
 
+TRAINING = {"cluster", "doctor", "evaluate"}
+"""Commands that need all that a training run needs. The others need the extra ``tools`` at most."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Only the chosen command's module is imported."""
+    """Run one command and return its exit code. Only the chosen command's module is imported.
+
+    ``--help`` needs nothing but the standard library. A package that the command needs and does not find is named on
+    stderr with the way to install it; the exit code is then 1.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="cppo-verl", description=__doc__)
     commands = parser.add_subparsers(dest="command_name", metavar="COMMAND", required=True)
     parsers = {name: commands.add_parser(name, help=text) for name, (_, text) in COMMANDS.items()}
     # No option precedes the command, so that the first argument names it.
-    chosen = arguments[0] if arguments else None
+    chosen = arguments[0] if arguments else ""
     if chosen not in parsers:
         parser.parse_args(arguments)  # prints the help or the error, and exits
-    module = importlib.import_module(f"cppo_verl.{COMMANDS[chosen][0]}")
-    parsers[chosen].description = module.__doc__
-    module.add_arguments(parsers[chosen])
-    return module.run(parser.parse_args(arguments))
+    try:
+        module = importlib.import_module(f"cppo_verl.{COMMANDS[chosen][0]}")
+        parsers[chosen].description = module.__doc__
+        module.add_arguments(parsers[chosen])
+        return module.run(parser.parse_args(arguments))
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == "cppo_verl":
+            raise
+        print(f"cppo-verl {chosen} needs {error.name}, which is not installed: {_way_out(chosen)}", file=sys.stderr)
+        return 1
+
+
+def _way_out(command: str) -> str:
+    if command in TRAINING:
+        return "pip install 'cppo-verl[gpu]', or `make install` in a checkout for the CPU"
+    return "pip install 'cppo-verl[tools]', or '.[tools]' in a checkout"

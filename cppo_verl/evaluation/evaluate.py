@@ -1,4 +1,4 @@
-"""``python -m cppo_verl evaluate``: a checkpoint through verl's own validation, and what its answers say."""
+"""Score a checkpoint by verl's own validation: Avg@n and pass@k with intervals over problems."""
 
 import argparse
 import json
@@ -22,19 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, help="verl's global_step_N folder; default: the model.path of the command"
     )
-    parser.add_argument("--samples", type=int, default=16, help="answers a problem (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=16, help="answers per problem (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--force", action="store_true", help="evaluate again where --output holds a result")
     parser.add_argument(
         "command",
         nargs=argparse.REMAINDER,
-        help="after --: the arguments of verl.trainer.main_ppo of a training run, whose model, data and reward count",
+        help="after --: the training run's arguments of verl.trainer.main_ppo; its model, data and reward are used",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the result of an evaluation that is finished, or do it first; verl's exit code if that failed."""
+    """Print the result; evaluate first unless ``--output`` holds one. Return verl's exit code if that failed."""
     output = args.output.resolve()
     result = output / RESULT
     if result.exists() and not args.force:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def overrides(args: argparse.Namespace, output: Path) -> list[str]:
-    """What turns the training command into one validation."""
+    """Return the overrides that turn the training command into one validation."""
     sampling = "actor_rollout_ref.rollout.val_kwargs."
     greedy = args.temperature == 0
     return [
@@ -98,9 +98,9 @@ def overrides(args: argparse.Namespace, output: Path) -> list[str]:
 
 
 def summary(folder: Path, step: int, samples: int) -> dict:
-    """Avg@n and pass@k of each benchmark in a dump of answers, with intervals over problems, in [0, 1].
+    """Return Avg@n and pass@k, in [0, 1], of each benchmark in a folder of verl's answers.
 
-    Problems with fewer answers than ``samples`` count with those they have, and are counted.
+    A problem with fewer than ``samples`` answers counts with those it has; ``short`` is the number of such problems.
     """
     answers = read_generations(folder, step)
     benchmarks = {}
@@ -120,6 +120,7 @@ def summary(folder: Path, step: int, samples: int) -> dict:
 
 
 def show(value: dict) -> str:
+    """Return a `summary` as a Markdown table."""
     ks = sorted({int(k) for b in value["benchmarks"].values() for k in b["pass"]})
     header = ["benchmark", "problems", f"Avg@{value['samples']} [95 %]", *(f"pass@{k}" for k in ks)]
     rows = []

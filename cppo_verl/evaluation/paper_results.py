@@ -4,9 +4,12 @@ BENCHMARKS = ("aime24", "aime25", "aime26")
 MODELS = ("qwen3_1.7b", "qwen3_1.7b_base", "qwen3_8b_base", "qwen3_30b_a3b_base")
 T_STOP = dict(zip(MODELS, (1120, 680, 490, 560), strict=True))
 COLLAPSE = None
-"""Where the paper prints a collapse instead of numbers."""
+"""Stands for a row where the paper prints a collapse instead of numbers."""
 
-_ROWS = {
+Scores = tuple[float, float, float, float]
+"""(AIME24, AIME25, AIME26, mean)."""
+
+_ROWS: dict[str, list[Scores | None]] = {
     "grpo": [
         (30.41, 28.75, 24.58, 27.91),
         (11.25, 6.87, 8.54, 8.89),
@@ -50,5 +53,7 @@ _ROWS = {
         (64.79, 43.13, 56.46, 54.79),
     ],
 }
-TABLE = {model: {method: rows[i] for method, rows in _ROWS.items()} for i, model in enumerate(MODELS)}
-"""{model: {method: (AIME24, AIME25, AIME26, mean) or COLLAPSE}}, methods in the paper's order."""
+TABLE: dict[str, dict[str, Scores | None]] = {
+    model: {method: rows[i] for method, rows in _ROWS.items()} for i, model in enumerate(MODELS)
+}
+"""{model: {method: scores or COLLAPSE}}, methods in the paper's order."""

@@ -1,6 +1,6 @@
-"""Statistics of evaluations: Avg@n, pass@k, intervals, paired comparisons, and the paper's choice of a step.
+"""Statistics of evaluations: pass@k, confidence intervals, paired comparisons, and the paper's choice of a step.
 
-Accuracies are in [0, 1]; the tables turn them into per cent. Intervals are at 95 %.
+Accuracies are in [0, 1]; the tables print per cent. Intervals are at 95 %.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
+"""Confidence level of every interval."""
 RESAMPLES = 9999
 
 
@@ -19,40 +20,43 @@ class Interval(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A run's score by the paper's rule: the validation with the best mean, and its components."""
+    """A run's score by the paper's rule: the validation with the best mean over benchmarks."""
 
     step: int
     mean: float
     components: dict[str, float]
+    """{benchmark: accuracy} at that step."""
     last_step: int
     last: float
-    """Mean of the last validation, which no selection has inflated."""
+    """Mean of the last validation, which no choice has inflated."""
     smoothed: float
-    """Best moving average of three validations, which one lucky one cannot lift far."""
+    """Best moving average of three validations; a single lucky one cannot lift it far."""
     candidates: int
-    """Validations that the best was chosen among."""
+    """Number of validations that the best was chosen from."""
 
 
 class Comparison(NamedTuple):
-    """Of two methods on the same problems: difference of Avg@n, its interval over problems, and the two-sided
-    p-value of a sign-flip permutation test."""
+    """Two methods on the same problems."""
 
     difference: float
+    """Of the mean accuracies."""
     interval: Interval
+    """Of the difference, over problems."""
     p_value: float
+    """Two-sided, of a sign-flip permutation test."""
     problems: int
 
 
 def select(
     steps: Mapping[int, Mapping[str, float]], benchmarks: Sequence[str], t_stop: int | None = None
 ) -> Selection | None:
-    """Choose the step with the best unweighted mean over ``benchmarks`` on [0, t_stop], the first of equals.
+    """Choose the step in [0, t_stop] with the best unweighted mean over ``benchmarks``, the earliest step among ties.
 
     Args:
-        steps: {step: {benchmark: accuracy}}; a step that lacks one of the benchmarks is no candidate.
+        steps: {step: {benchmark: accuracy}}; a step that lacks one of the benchmarks cannot be chosen.
 
     Returns:
-        None where no step has all benchmarks.
+        None if no step has all benchmarks.
     """
     means = {
         step: math.fsum(values[name] for name in benchmarks) / len(benchmarks)
@@ -76,14 +80,14 @@ def select(
 
 
 def pass_at_k(correct: int, n: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from n samples of which ``correct`` are."""
+    """Estimate without bias the chance that one of k samples is right, from n samples of which ``correct`` are."""
     if not 1 <= k <= n or not 0 <= correct <= n:
         raise ValueError(f"need 1 <= k <= n and 0 <= correct <= n, got k={k}, n={n}, correct={correct}")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def interval_over_problems(accuracies: Sequence[float], seed: int = 0) -> Interval:
-    """Bootstrap interval of the mean of one accuracy per problem: what another draw of problems would give."""
+def interval_over_problems(accuracies: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
+    """Return the bootstrap interval of the mean accuracy under another draw of problems; NaN for fewer than two."""
     values = np.asarray(accuracies, dtype=float)
     if len(values) < 2:
         return Interval(math.nan, math.nan)
@@ -93,7 +97,7 @@ def interval_over_problems(accuracies: Sequence[float], seed: int = 0) -> Interv
 
 
 def interval_over_seeds(scores: Sequence[float]) -> Interval:
-    """Student's t interval of the mean over training runs; without one for a single run."""
+    """Return Student's t interval of the mean over training runs; NaN for a single run."""
     from scipy import stats
 
     if len(scores) < 2:
@@ -103,14 +107,14 @@ def interval_over_seeds(scores: Sequence[float]) -> Interval:
 
 
 def compare(first: Mapping, second: Mapping, seed: int = 0) -> Comparison | None:
-    """Paired comparison of two {problem: accuracy}, on the problems that both have; None if none."""
+    """Compare two {problem: accuracy} on the problems that both have; None if there is none."""
     common = sorted(first.keys() & second.keys(), key=str)
     if not common:
         return None
     differences = np.array([first[key] - second[key] for key in common])
     observed = abs(differences.mean())
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, len(differences)))
-    # The observed signs count as one of the draws; rounding must not make it rarer than itself.
+    # The observed signs are one of the draws, hence + 1. The tolerance counts a draw that ties but for rounding.
     as_far = np.abs((signs * differences).mean(-1)) >= observed - 1e-12
     return Comparison(
         float(differences.mean()),

@@ -1,4 +1,4 @@
-"""``python -m cppo_verl table RUN...``: many runs in one table, scored as the paper does."""
+"""Score many runs as the paper does, in one table."""
 
 import argparse
 import csv
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, what was passed over and what to mind; 1 if there is nothing to print."""
+    """Print the table, and on stderr what was skipped and what to be wary of; return 1 if there is nothing to print."""
     if args.output and args.output.exists() and not args.force:
         print(f"{args.output} exists: give --force to overwrite it", file=sys.stderr)
         return 1
@@ -66,7 +66,7 @@ Scored = list[tuple[Run, Selection]]
 
 
 def score(runs: Sequence[Run], benchmarks: Sequence[str], t_stop: int | None) -> dict[str, Scored]:
-    """{label: its runs with their scores}; a run without a validation on all benchmarks is noted and left out."""
+    """Return {label: its runs with their scores}; a run without a validation on all benchmarks is named and skipped."""
     groups = defaultdict(list)
     for item in runs:
         selection = (
@@ -87,7 +87,7 @@ def score(runs: Sequence[Run], benchmarks: Sequence[str], t_stop: int | None) ->
 def rows_of(
     groups: dict[str, Scored], benchmarks: Sequence[str], model: str | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a method a line, in per cent, with the interval over seeds where there are several."""
+    """Return header and rows: one method per row, in per cent, with an interval if there are several runs."""
     header = ["method", "runs", *benchmarks, "mean", "step", "last", "smoothed"]
     printed = paper_results.TABLE[model] if model else {}
     if model:
@@ -112,6 +112,7 @@ def rows_of(
 
 
 def warnings(groups: dict[str, Scored]) -> list[str]:
+    """Return one line per method whose best score or interval could mislead."""
     lines = []
     for label, scored in groups.items():
         gap = fmean(s.mean - s.last for _, s in scored)
@@ -128,23 +129,25 @@ def warnings(groups: dict[str, Scored]) -> list[str]:
 
 
 def compare_labels(groups: dict[str, Scored], benchmarks: Sequence[str], a: str, b: str) -> int:
+    """Print the paired comparison per benchmark and over all; return 1 for an unknown label."""
     for label in (a, b):
         if label not in groups:
             print(f"no scored run is labelled {label!r}: there are {', '.join(groups)}", file=sys.stderr)
             return 1
     first, second = (_accuracies(groups[label]) for label in (a, b))
     for name in (*benchmarks, None) if len(benchmarks) > 1 else (None,):
-        parts = [{k: v for k, v in x.items() if name is None or k[0] == name} for x in (first, second)]
-        result = compare(*parts)
+        one, other = ({k: v for k, v in x.items() if name is None or k[0] == name} for x in (first, second))
+        result = compare(one, other)
         where = name or "all problems"
         if result is None:
-            print(f"{a} - {b}, {where}: no problem of which both have answers (trainer.validation_data_dir keeps them)")
+            print(f"{a} - {b}, {where}: no problem that both have answers to (trainer.validation_data_dir keeps them)")
         else:
             print(f"{a} - {b}, {where}: {comparison(result)}")
     return 0
 
 
 def comparison(result: Comparison) -> str:
+    """Return a comparison in words, in percentage points."""
     low, high = result.interval
     return (
         f"{100 * result.difference:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] over {result.problems} problems, "
@@ -153,7 +156,7 @@ def comparison(result: Comparison) -> str:
 
 
 def _accuracies(scored: Scored) -> dict[tuple[str, str], float]:
-    """Avg@n of each problem at the selected steps, mean over runs."""
+    """Return {(benchmark, problem): Avg@n at the selected step, mean over runs}."""
     values = defaultdict(list)
     for item, selection in scored:
         try:
@@ -175,6 +178,7 @@ def _benchmarks(runs: Sequence[Run], model: str | None) -> list[str]:
 
 
 def percent(value: float, interval: Interval | None = None) -> str:
+    """Return an accuracy in [0, 1] as per cent, with its interval unless that is NaN."""
     if interval is None or math.isnan(interval.low):
         return f"{100 * value:.2f}"
     return f"{100 * value:.2f} [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
@@ -184,7 +188,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
-    def line(cells):
+    def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
@@ -197,7 +201,7 @@ def comma_separated(header: list[str], rows: list[list[str]]) -> str:
 
 
 def latex(header: list[str], rows: list[list[str]]) -> str:
-    def line(cells):
+    def line(cells: list[str]) -> str:
         special = {c: "\\" + c for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "\\": r"\textbackslash{}"}
         return " & ".join("".join(special.get(c, c) for c in cell) for cell in cells) + r" \\"
 

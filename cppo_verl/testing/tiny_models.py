@@ -1,7 +1,6 @@
-"""Tiny models for runs without a GPU: a tokenizer of a task's own pieces, a Qwen3 or Qwen3-MoE with random weights.
+"""Tiny models for runs without a GPU: a tokenizer made from a task's text, a Qwen3 or Qwen3-MoE with random weights.
 
-The quickstart warms such a model up; a recipe that is shrunk for a check trains it as it is. Nothing is
-downloaded.
+The quickstart warms such a model up. A recipe that is shrunk for a check trains it as it is. Nothing is downloaded.
 """
 
 import json
@@ -19,10 +18,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(questions, answers):
-    """A fast tokenizer with one token per digit and one per stretch of text between digits.
+    """Return a fast tokenizer with one token per digit and one per stretch of text between digits.
 
-    The instructions that every question ends with are one token, digits in them or not, so a question is
-    about as long as the numbers in it. Text made of other pieces becomes ``<unk>``.
+    The instructions at the end of every question are one token, so that a question is about as long as its numbers.
+    Text made of other pieces becomes ``<unk>``.
     """
     tail = os.path.commonprefix([question[::-1] for question in questions])[::-1]
     # ".0" stays with the text after it: the decimals of a whole number carry no information.
@@ -41,9 +40,9 @@ def build_tokenizer(questions, answers):
 
 
 def word_tokenizer(vocabulary, piece, *, unk_token, **settings):
-    """A fast tokenizer with ``vocabulary`` in its order, for text that the regular expression ``piece`` cuts up.
+    """Return a fast tokenizer for text that the regular expression ``piece`` cuts up; ids follow ``vocabulary``.
 
-    ``settings`` are those of transformers' ``PreTrainedTokenizerFast``.
+    ``settings`` go to transformers' ``PreTrainedTokenizerFast``.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -61,9 +60,9 @@ def word_tokenizer(vocabulary, piece, *, unk_token, **settings):
 
 
 def build_model(tokenizer, **settings):
-    """A randomly initialised Qwen3 with the tokenizer's vocabulary, or a Qwen3-MoE where num_experts is given.
+    """Return a randomly initialised Qwen3, or a Qwen3-MoE if ``settings`` has num_experts, in fp32.
 
-    ``settings`` are transformers' own of the two. A head is of 32, the smallest that vLLM's CPU attention has;
+    ``settings`` go to transformers' config. The head size is 32, the smallest that vLLM's attention on the CPU offers;
     its kernel for experts asks for multiples of 32 too.
     """
     import transformers
@@ -82,9 +81,9 @@ def build_model(tokenizer, **settings):
 
 
 def save(model, tokenizer, folder, marker, record):
-    """Write model, tokenizer and ``record``, as the json file ``marker``, to ``folder`` whole or not at all.
+    """Write model, tokenizer and ``record`` to ``folder``, whole or not at all; replace what it held.
 
-    What the folder held before is gone.
+    ``record`` becomes the JSON file ``marker``.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -102,9 +101,10 @@ def save(model, tokenizer, folder, marker, record):
 
 
 def share_of_digits(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    """Verl reward function: the share of a response's characters that are digits, right or wrong.
+    """Return the share of a response's characters that are digits, as a verl reward.
 
-    A random model never answers right, and prompts whose rewards are all equal stay out of the update.
+    A random model never answers right, and prompts whose rewards are all equal stay out of the update: this reward
+    differs between responses.
     """
     share = sum(character.isdigit() for character in solution_str) / max(len(solution_str), 1)
     return {"score": share, "acc": share}

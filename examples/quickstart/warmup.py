@@ -2,7 +2,7 @@
 
     python examples/quickstart/warmup.py --train data/train.parquet --validation data/validation.parquet --output model
 
-Reads the files that ``cppo_verl.data.reasoning_gym.write_parquet`` wrote, makes a tokenizer of the pieces their
+Reads the files that ``cppo_verl.data.reasoning_gym.write_parquet`` wrote, makes a tokenizer of the pieces that their
 texts are made of, and trains a randomly initialised model on noisy demonstrations, so that reinforcement
 learning starts from a policy that is sometimes right. A second run with the same settings and data does
 nothing. Nothing is downloaded.
@@ -101,7 +101,7 @@ def demonstrations(tokenizer, frame, noise):
 @torch.no_grad()
 def accuracy(model, tokenizer, frame, samples=1):
     """Share of right answers on the rows of ``frame``, ``samples`` a row, at temperature 1."""
-    from cppo_verl.data.reasoning_gym import compute_score
+    from cppo_verl.rewards.reasoning_gym import compute_score
 
     questions = [prompt[0]["content"] for prompt in frame["prompt"]]
     batch = tokenizer.pad(

@@ -28,7 +28,7 @@ from cppo_verl.artifacts.run_reader import read_generations, read_run
 from cppo_verl.artifacts.stop_request import request_stop
 from cppo_verl.artifacts.token_dump import REASONS, read_tokens
 from cppo_verl.core import top_k_divergence
-from cppo_verl.data.reasoning_gym import compute_score
+from cppo_verl.rewards.reasoning_gym import compute_score
 
 pytestmark = pytest.mark.trainer
 

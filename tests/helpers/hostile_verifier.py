@@ -1,4 +1,4 @@
-"""A verifier that does what the answer says, for ``test_math_reward``; any other answer must equal the truth."""
+"""A verifier that does what the answer says, for the sandbox; any other answer must equal the truth."""
 
 import ctypes
 import os

@@ -13,3 +13,8 @@ def answer(uid, sample, problem, accuracy, output=0):
     return json.dumps(
         {"input": problem, "acc": accuracy, "uid": f"{uid}_{sample}_{output}", "output": "o", "score": -1.0}
     )
+
+
+def validation(step, **benchmarks):
+    """A line of verl's file logger: the accuracy of each benchmark at ``step``."""
+    return json.dumps({"step": step, "data": {f"val-core/{name}/acc/mean@16": v for name, v in benchmarks.items()}})

@@ -1,0 +1,106 @@
+"""Runs read from sound and damaged logs, and answers from verl's dumps."""
+
+import json
+
+import pytest
+from run_folders import answer, validation, write
+
+from cppo_verl.artifacts.run_reader import read_generations, read_run, read_runs
+
+
+def test_a_later_attempt_replaces_the_steps_it_did_again(tmp_path):
+    write(
+        tmp_path / "metrics-2.jsonl", validation(0, aime24=0.1), validation(10, aime24=0.2), validation(20, aime24=0.9)
+    )
+    write(tmp_path / "metrics-10.jsonl", validation(20, aime24=0.3))
+    run = read_run(tmp_path)
+    assert run.accuracies() == {0: {"aime24": 0.1}, 10: {"aime24": 0.2}, 20: {"aime24": 0.3}}
+    assert run.notes == ["step 20 was validated twice; metrics-10.jsonl counts"]
+
+
+def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
+    path = write(
+        tmp_path / "m.jsonl",
+        validation(0, aime24=0.1),
+        "not json",
+        '{"step": 5, "data": {"val-core/aime24/acc/mean@16": NaN, "loss": null, "x": "text", "y": true}}',
+        '{"stop": 6}',
+        '{"step": "7", "data": {}}',
+        "[" * 100_000,
+        validation(10, aime24=0.2),
+        validation(20, aime24=0.5)[:-9],
+        end="",
+    )
+    path.write_bytes(path.read_bytes().replace(b"not", b"n\xfft"))
+    run = read_run(path)
+    assert run.accuracies() == {0: {"aime24": 0.1}, 10: {"aime24": 0.2}}
+    notes = "\n".join(run.notes)
+    assert "3 line(s) are not JSON objects and were skipped; the last is cut off: a run killed, or still" in notes
+    assert "2 line(s) without a step and data were skipped" in notes
+    assert "values of loss, val-core/aime24/acc/mean@16 that are not finite were skipped" in notes
+
+
+def test_a_folder_of_runs_is_not_taken_for_one(tmp_path):
+    for label, accuracy in (("cppo", 0.1), ("dppo", 0.3)):
+        write(tmp_path / label / "logs" / "metrics-0.jsonl", validation(0, aime24=accuracy))
+        write(tmp_path / label / "hydra" / "hydra.yaml", f"hydra: {{runtime: {{choices: {{method: {label}}}}}}}")
+        write(tmp_path / label / "hydra" / "config.yaml", "{}")
+    write(tmp_path / "failed" / "hydra" / "hydra.yaml", "hydra: {}")
+    runs = read_runs(tmp_path)
+    assert [(run.label, run.accuracies()) for run in runs] == [
+        ("cppo", {0: {"aime24": 0.1}}),
+        ("dppo", {0: {"aime24": 0.3}}),
+    ]
+    # without hydra's files nothing tells them apart, which is said
+    for path in tmp_path.rglob("hydra.yaml"):
+        path.unlink()
+    (run,) = read_runs(tmp_path)
+    assert any("metrics of 2 folders are taken for one run" in note for note in run.notes)
+
+
+def test_the_largest_number_of_samples_counts(tmp_path):
+    data = {
+        "val-core/aime24/acc/mean@16": 0.4,
+        "val-core/aime24/acc/mean@4": 0.9,
+        "val-core/aime24/acc/best@16/mean": 1,
+    }
+    backwards = dict(reversed(data.items()))
+    path = write(tmp_path / "m.jsonl", *(json.dumps({"step": s, "data": d}) for s, d in ((1, data), (2, backwards))))
+    assert read_run(path).accuracies() == {1: {"aime24": 0.4}, 2: {"aime24": 0.4}}
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n", '{"input": "a", "score": 1}\n'])
+def test_a_folder_without_metrics_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "other.jsonl").write_text(content)
+    with pytest.raises(FileNotFoundError, match="no metrics of verl's file logger in"):
+        read_run(tmp_path)
+
+
+def test_label_seed_and_last_step_come_from_hydras_files(tmp_path):
+    write(tmp_path / "logs" / "metrics-0.jsonl", validation(0, aime24=0.1))
+    write(tmp_path / "hydra" / "hydra.yaml", "hydra: {runtime: {choices: {method: cppo_soft}}}")
+    write(tmp_path / "hydra" / "config.yaml", "{data: {seed: 3}, trainer: {total_training_steps: 40}}")
+    run = read_run(tmp_path)
+    assert (run.label, run.seed, run.t_stop) == ("cppo_soft", 3, 40)
+    write(tmp_path / "hydra" / "config.yaml", "{data: {seed")
+    assert "hydra: not readable" in read_run(tmp_path).notes[0]
+
+
+def test_generations_are_grouped_by_problem_and_benchmark(tmp_path):
+    write(
+        tmp_path / "5.jsonl",
+        *[answer("u1", i, "p", acc) for i, acc in enumerate([1.0, 0.0])],
+        answer("u1", 2, "p", 0.0),
+        answer("u1", 2, "p", 1.0, output=1),  # the second output of the same sample
+        answer("u2", 0, "q", 0.0),
+        json.dumps({"input": "r", "acc": None, "uid": "u3_0_0"}),
+        '{"input": "cut',
+    )
+    (tmp_path / "5.sources.json").write_text(json.dumps({"u1": "aime24", "u2": "aime25"}))
+    answers = read_generations(tmp_path, 5)
+    assert answers.accuracy() == {("aime24", "p"): pytest.approx(2 / 3), ("aime25", "q"): 0.0}
+    assert answers.accuracy("aime25") == {("aime25", "q"): 0.0}
+    assert len(answers.notes) == 2
+    with pytest.raises(FileNotFoundError, match="no generations of step 6"):
+        read_generations(tmp_path, 6)

@@ -1,0 +1,96 @@
+"""Each data set's rows in verl's schema, and the rows that are refused."""
+
+import pytest
+from prepared import aime_year, dapo_row, manifest, names, rows, run, write
+
+
+def test_aime_reads_three_years_from_three_kinds_of_file(tmp_path):
+    """Three years, three kinds of file, three namings; part I and II apart; repeats as in some public copies."""
+    from verl.utils.reward_score import default_compute_score
+
+    first = write(tmp_path / "I.csv", aime_year(2024, "0{}", "Problem", "Answer")[:15])
+    second = write(tmp_path / "II.parquet", aime_year(2024, "0{}", "Problem", "Answer")[15:] * 3)
+    folder = write(tmp_path / "2025" / "a.jsonl", aime_year(2025, "so it is $\\boxed{{0{}}}$.", "question", "solution"))
+    last = write(tmp_path / "2026.json", [row | {"answer": int(row["answer"])} for row in aime_year(2026)])
+    source = (f"2024={first}", f"2024={second}", f"2025={folder.parent}", f"2026={last}")
+    assert run("aime", "--source", *source, "--output", tmp_path / "out", "--expect-rows", 90) == 0
+    got = rows(tmp_path / "out" / "validation.parquet")
+    assert [row["data_source"] for row in got] == ["aime24"] * 30 + ["aime25"] * 30 + ["aime26"] * 30
+    assert [row["reward_model"]["ground_truth"] for row in got] == [str(i) for i in range(30)] * 3
+    assert [row["extra_info"]["year"] for row in got] == [2024] * 30 + [2025] * 30 + [2026] * 30
+    counts = manifest(tmp_path / "out")["files"]["validation.parquet"]
+    assert (counts["read"], counts["duplicates"], counts["rows"]) == (120, 30, 90)
+    for row in got[3::30]:
+        assert "Problem 3 of" in row["prompt"][0]["content"] and "Answer: $Answer" in row["prompt"][0]["content"]
+        for response, right in (("So.\nAnswer: 3", True), ("So.\nAnswer: $3$", True), ("So.\nAnswer: 4", False)):
+            truth = row["reward_model"]["ground_truth"]
+            assert default_compute_score(row["data_source"], response, truth)["acc"] is right
+
+
+@pytest.mark.parametrize("answer", ["1000", "-1", "3.5", "", "x", None, "336^\\circ", "\u0663", "12 or 13"])
+def test_an_aime_answer_must_be_an_integer_from_0_to_999(tmp_path, capsys, answer):
+    content = aime_year(2025)
+    content[17]["answer"] = answer
+    source = write(tmp_path / "a.parquet", content)
+    assert run("aime", "--years", "2025", "--source", f"2025={source}", "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "row 17" in error and repr(answer) in error
+    assert names(tmp_path / "out") == []
+
+
+def test_gsm8k_ground_truths_are_found_by_verls_reward(tmp_path):
+    """verl's reader finds, in the form that the prompt asks for, the ground truth that is written."""
+    from verl.utils.reward_score import default_compute_score
+
+    train = [{"question": "Q1", "answer": "1+1=<<1+1=2>>2\n#### 2"}, {"question": "Q2", "answer": "x\n#### 1,234,567"}]
+    test = [{"question": "Q3", "answer": "#### -0.5"}]
+    source = [f"{part}={write(tmp_path / f'{part}.csv', c)}" for part, c in (("train", train), ("validation", test))]
+    assert run("gsm8k", "--source", *source, "--output", tmp_path / "out", "--expect-rows", 2) == 0
+    got = rows(tmp_path / "out" / "train.parquet") + rows(tmp_path / "out" / "validation.parquet")
+    assert [row["reward_model"]["ground_truth"] for row in got] == ["2", "1234567", "-0.5"]
+    assert [row["extra_info"]["split"] for row in got] == ["train", "train", "validation"]
+    for row in got:
+        assert '"#### N"' in row["prompt"][0]["content"]
+        truth = row["reward_model"]["ground_truth"]
+        assert default_compute_score(row["data_source"], f"Sure.\n#### {truth}", truth) == 1.0
+        assert default_compute_score(row["data_source"], f"Sure.\n#### {truth}1", truth) == 0.0
+
+
+@pytest.mark.parametrize("answer", ["no mark 5", "#### five", "#### ", "#### 1 2"])
+def test_a_gsm8k_answer_must_end_in_a_number(tmp_path, capsys, answer):
+    good = write(tmp_path / "good.jsonl", [{"question": "Q", "answer": "#### 1"}])
+    bad = write(tmp_path / "bad.jsonl", [{"question": "Q", "answer": "#### 1"}, {"question": "R", "answer": answer}])
+    assert run("gsm8k", "--source", f"train={good}", f"validation={bad}", "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "bad.jsonl, row 1" in error and repr(answer) in error
+    assert names(tmp_path / "out") == []
+
+
+GOOD = dapo_row("Fine", "1")
+
+
+BAD_DAPO = {
+    "missing columns": ([{"prompt": "a", "solution": "1"}], "no column data_source, ability, reward_model, extra_info"),
+    "its columns": ([{"prompt": "a", "solution": "1"}], "it has prompt, solution"),
+    "null prompt": ([GOOD, dapo_row("x", "1", prompt=None)], "row 1: prompt must be a list of messages, got None"),
+    "text prompt": ([dapo_row("x", "1", prompt="What?")], "got 'What?'"),
+    "no content": ([dapo_row("x", "1", prompt=[{"role": "user"}])], "got {'role': 'user'}"),
+    "null content": ([dapo_row("x", "1", prompt=[{"role": "user", "content": None}])], "must be text, got None"),
+    "blank content": ([dapo_row("x", "1", prompt=[{"role": "user", "content": "\ufeff \n"}])], "content is empty"),
+    "NUL": ([GOOD, GOOD, dapo_row("a\0b", "1")], "row 2: prompt.content holds a NUL"),
+    "number answer": ([dapo_row("x", 7)], "reward_model.ground_truth must be text, got 7"),
+    "no answer": ([dapo_row("x", "1", reward_model={"style": "rule"})], "must hold ground_truth, got {'style'"),
+    "no index": ([dapo_row("x", "1", extra_info=None)], "extra_info must be a dict"),
+    "unknown source": ([GOOD, dapo_row("x", "1", data_source="my_math")], "data_source 'my_math' is unknown to verl"),
+    "upper case": ([dapo_row("x", "1", data_source="AIME25")], "data_source 'AIME25'"),
+    "only conflicts": ([dapo_row("x", "1"), dapo_row("x", "2")], "no row of train is left"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DAPO)
+def test_a_row_that_cannot_be_used_is_shown(tmp_path, capsys, case):
+    content, message = BAD_DAPO[case]
+    source = write(tmp_path / "bad.jsonl", content)
+    assert run("dapo", "--source", source, "--output", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert names(tmp_path / "out") == []

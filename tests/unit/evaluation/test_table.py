@@ -1,0 +1,93 @@
+"""Runs as one table: scores, the paper's rows, warnings and comparisons."""
+
+import json
+
+import pytest
+from run_folders import answer, validation, write
+
+from cppo_verl.cli import main
+
+
+@pytest.fixture
+def three_seeds(tmp_path):
+    runs = []
+    for seed, shift in enumerate([0.0, 0.02, 0.04]):
+        folder = tmp_path / f"cppo-{seed}"
+        steps = {0: 0.1, 10: 0.3 + shift, 20: 0.2, 30: 0.9}
+        write(
+            folder / "metrics-0.jsonl",
+            *(validation(s, aime24=a, aime25=a + 0.1, aime26=a - 0.1) for s, a in steps.items()),
+        )
+        write(folder / "hydra" / "hydra.yaml", "hydra: {runtime: {choices: {method: cppo}}}")
+        write(folder / "hydra" / "config.yaml", f"{{data: {{seed: {seed}}}, trainer: {{total_training_steps: 20}}}}")
+        runs.append(str(folder))
+    return runs
+
+
+def test_table_shows_seeds_beside_the_papers_rows(three_seeds, capsys):
+    assert main(["table", *three_seeds, "--paper", "qwen3_1.7b", "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    rows = [row.split(",") for row in out.replace("[25.0", "[25.0").splitlines()]
+    assert rows[0][:6] == ["method", "runs", "aime24", "aime25", "aime26", "mean"]
+    cppo = out.splitlines()[-1]
+    # mean of 30, 32 and 34 per cent; half width 4.30265 * 2 / sqrt(3)
+    assert cppo.startswith('cppo,3,32.00,42.00,22.00,"32.00 [27.03, 36.97]",10/10/10,20.00,')
+    assert cppo.endswith("34.79,30.63,30.21,31.88")
+    assert out.splitlines()[1].startswith("grpo,0,not run,not run,not run,not run,,,,30.41")
+    assert "cppo: the best of 3 validations is 12.0 points above the last one" in err
+
+
+@pytest.mark.parametrize("format", ["markdown", "latex"])
+def test_table_formats_hold_the_same_cells(three_seeds, format, capsys):
+    assert main(["table", "a|b=" + three_seeds[0], "x_y=" + three_seeds[1], "--format", format, "--t-stop", "40"]) == 0
+    out = capsys.readouterr().out
+    assert "90.00" in out
+    if format == "markdown":
+        lines = out.splitlines()
+        assert len({len(text) for text in lines}) == 1
+        assert lines[2].startswith("| a\\|b ")
+    else:
+        assert r"x\_y & 1 & 90.00" in out
+        assert out.count(r"\\") == 3
+
+
+def test_table_names_the_runs_that_cannot_be_scored_and_shows_the_rest(three_seeds, tmp_path, capsys):
+    other = write(tmp_path / "other.jsonl", validation(0, gsm8k=0.5))
+    command = ["table", *three_seeds, str(other), str(tmp_path / "nowhere"), "--benchmarks", "aime24,aime25"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "| cppo" in out
+    assert f"{other}: left out, no step validated on aime24, aime25 (it has gsm8k)" in err
+    assert "skipped: no run at" in err
+    assert main(["table", str(other), "--benchmarks", "aime24"]) == 1
+    assert main(["table", "--paper", "qwen3_8b_base", "--format", "csv"]) == 0
+    assert "cppo,0,not run,not run,not run,not run,,,,34.58,30.00,28.75,31.11" in capsys.readouterr().out
+
+
+def test_a_table_is_not_overwritten_unasked(three_seeds, tmp_path, capsys):
+    target = tmp_path / "t" / "table.md"
+    assert main(["table", *three_seeds, "--output", str(target)]) == 0
+    target.write_text("mine")
+    assert main(["table", *three_seeds, "--output", str(target)]) == 1
+    assert target.read_text() == "mine"
+    assert "give --force" in capsys.readouterr().err
+    assert main(["table", *three_seeds, "--output", str(target), "--force"]) == 0
+    assert "| cppo" in target.read_text()
+
+
+def test_table_compares_two_methods_on_the_same_problems(tmp_path, capsys):
+    for label, right in (("a", [3, 2, 4]), ("b", [1, 2, 2])):
+        folder = tmp_path / label
+        write(folder / "metrics-0.jsonl", validation(5, aime24=0.5))
+        rows = [answer(f"u{p}", i, f"p{p}", float(i < n)) for p, n in enumerate(right) for i in range(4)]
+        write(folder / "val" / "5.jsonl", *rows)
+        (folder / "val" / "5.sources.json").write_text(json.dumps({f"u{p}": "aime24" for p in range(3)}))
+        write(folder / "rollouts" / "5.jsonl", answer("u9", 0, "a training prompt", 1.0))
+    (tmp_path / "b").rename(tmp_path / "lr=1e-6")  # as hydra's sweeps name folders
+    runs = [f"a={tmp_path / 'a'}", f"b={tmp_path / 'lr=1e-6'}"]
+    assert main(["table", str(tmp_path / "lr=1e-6"), "--format", "csv"]) == 0
+    assert "\nlr=1e-6,1,50.00," in capsys.readouterr().out
+    assert main(["table", *runs, "--compare", "a", "b"]) == 0
+    assert "a - b, all problems: +33.33 points" in capsys.readouterr().out
+    assert main(["table", *runs, "--compare", "a", "c"]) == 1
+    assert "no scored run is labelled 'c': there are a, b" in capsys.readouterr().err
