@@ -14,7 +14,7 @@ try:
     from cppo_verl.launch.hydra_launcher import register_launcher
     from cppo_verl.launch.search_path import register_search_path
     from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
-    from cppo_verl.plugin.config import TOP_K_ROLLOUT
+    from cppo_verl.plugin.constants import TOP_K_ROLLOUT
 
     register_search_path()
     register_launcher()

@@ -97,9 +97,10 @@ def setting(text: str, header: dict) -> Setting:
             config = compose(overrides=[f"+method={method}", *known, *overrides])
         actor = config.actor_rollout_ref.actor
         OmegaConf.set_struct(actor, False)
-        for key in ("mu", "shuffle", "dump"):  # what only a run can fill
-            del actor.policy_loss[key]
-        return Setting(text, _actor(OmegaConf.to_container(actor, resolve=True)))
+        del actor.policy_loss["preflight"]  # only a run can fill it
+        replayed = Setting(text, _actor(OmegaConf.to_container(actor, resolve=True)))
+        replayed.actor.policy_loss.refuse_pinned(method, config.trust_region, overrides)
+        return replayed
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ValueError(f"method {text!r}: {error}") from error
 

@@ -168,6 +168,7 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
     from hydra._internal.utils import create_config_search_path, get_args_parser
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     args = get_args_parser().parse_args(arguments)
@@ -180,6 +181,7 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
         config = hydra.compose_config(args.config_name or "ppo_trainer", args.overrides, run_mode=RunMode.RUN)
     finally:
         GlobalHydra.instance().clear()
+    HydraConfig.instance().set_config(config)  # the loss's config checks what the command line sets
     with open_dict(config):
         del config["hydra"]
     return config
@@ -202,7 +204,7 @@ def _command(report: Report, config: DictConfig) -> None:
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import PolicyLossConfig
 
-    from cppo_verl.plugin.config import captured_bytes, missing_files
+    from cppo_verl.plugin.preflight import captured_bytes, missing_files
 
     device = get_platform().device_name
     if (config.trainer.device == "cpu") != (device == "cpu"):
@@ -222,9 +224,9 @@ def _command(report: Report, config: DictConfig) -> None:
     own = [
         f.name for f in fields(policy_loss) if f.name not in {g.name for g in fields(PolicyLossConfig)} - {"loss_mode"}
     ]
-    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name not in ("mu", "shuffle", "dump"))
+    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name != "preflight")
     report.say("ok", "method", settings)
-    mu = policy_loss.mu
+    mu = policy_loss.preflight
     report.say(
         "ok",
         "mu",

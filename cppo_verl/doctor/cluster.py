@@ -108,7 +108,7 @@ def check_nodes(report, config: DictConfig | None, distributions: list[str], exp
 
 
 def _check_nodes(report, config, distributions, expected, patience):
-    from cppo_verl.plugin.config import local_files
+    from cppo_verl.plugin.preflight import local_files
 
     nodes = sorted(_alive(expected, patience), key=lambda node: node["NodeManagerAddress"])
     addresses = [node["NodeManagerAddress"] for node in nodes]

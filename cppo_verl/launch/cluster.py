@@ -207,7 +207,7 @@ def trainer_folder(command: Sequence[str]) -> Path | None:
     from omegaconf.errors import OmegaConfBaseException
 
     from cppo_verl.doctor.checks import compose_command
-    from cppo_verl.plugin.config import TRAINER_MODES
+    from cppo_verl.plugin.constants import TRAINER_MODES
 
     try:
         trainer = compose_command(arguments).trainer

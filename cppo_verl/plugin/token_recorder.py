@@ -173,7 +173,7 @@ class DumpWriter:
         actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
         method = OmegaConf.to_container(actor.policy_loss, resolve=True)
         self.header = {
-            "method": {key: value for key, value in method.items() if key not in ("mu", "shuffle", "dump")},
+            "method": {key: value for key, value in method.items() if key != "preflight"},
             "clip_ratio_low": actor.clip_ratio_low,
             "clip_ratio_high": actor.clip_ratio_high,
             "divergence": method.get("divergence", "binary_tv"),

@@ -43,14 +43,9 @@ from cppo_verl.plugin.checkpoints import (
     write_best,
     write_sources,
 )
-from cppo_verl.plugin.config import (
-    TOP_K_AGENT_LOOP_MANAGER,
-    TOP_K_ROLLOUT,
-    TRAINER_MODE_PREFIX,
-    captured_bytes,
-    missing_files,
-)
+from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
 from cppo_verl.plugin.losses import METRIC_PREFIX
+from cppo_verl.plugin.preflight import captured_bytes, missing_files
 from cppo_verl.plugin.token_recorder import FIELDS, DumpWriter, draw, recording_loss, row_field, take
 from cppo_verl.plugin.topk.codec import ABSENT
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss

@@ -18,7 +18,7 @@ WORKER = Path(__file__).parents[1] / "helpers" / "engine_worker.py"
 METHODS = sorted(
     path.stem
     for path in (Path(__file__).parents[2] / "cppo_verl" / "config" / "method").glob("*.yaml")
-    if path.stem not in ("_harness", "cppo_shuffled")  # whose weights are drawn anew for each micro-batch
+    if path.stem not in ("_common", "cppo_shuffled")  # whose weights are drawn anew for each micro-batch
 )
 TOP_K = ["cppo+topk_tv", "cppo_kl+topk_kl", "dppo+topk_tv", "trm_max_avg+topk_kl"]
 MODES = ["cppo@seq-mean-token-sum", "cppo@seq-mean-token-mean", "grpo@seq-mean-token-mean"]

@@ -16,7 +16,7 @@ from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.logprobs import FlatLogprobs, Logprob
 
-from cppo_verl.plugin.config import TOP_K_ROLLOUT
+from cppo_verl.plugin.constants import TOP_K_ROLLOUT
 from cppo_verl.plugin.topk.codec import ABSENT, pack
 
 CAPTURED = "mu_top_k"
