@@ -7,7 +7,7 @@ from cppo_verl.core.trust_region import TrustRegion
 
 GROUPS = ("all", "positive", "negative")
 TOKEN_SUMS = ("tokens", "masked", "budget_rejected", "divergence", "log_ratio")
-RESPONSE_SUMS = ("responses", "delta_b", "divergence_p90", "prefix_average")
+RESPONSE_SUMS = ("responses", "effective_delta_b", "divergence_p90", "prefix_average")
 POSITION_BINS = 8
 POSITION_SUMS = ("tokens", "divergence")
 

@@ -5,18 +5,18 @@ in each worker: what ``__post_init__`` refuses here never reaches a GPU.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from hydra.core.hydra_config import HydraConfig
 from verl.base_config import BaseConfig
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.workers.config import PolicyLossConfig
 
+from cppo_verl.core.divergence import Kind
 from cppo_verl.core.trust_region import Gate
 from cppo_verl.plugin.constants import LOSS_MODES
-from cppo_verl.plugin.preflight import Preflight, pinned_settings, refuse_shared_process, top_k_rules, violations
+from cppo_verl.plugin.preflight import Preflight, refuse_pinned, refuse_shared_process, top_k_rules, violations
 
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl"]
 Budget = Literal["adaptive", "fixed", "none"]
@@ -85,7 +85,7 @@ class MethodConfig(PolicyLossConfig):
         self.dump.require(not distilled, "every", "0 with distillation.enabled=true")
         if HydraConfig.initialized():  # neither in a worker nor without hydra's command line
             hydra = HydraConfig.get()
-            self.refuse_pinned(hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
+            refuse_pinned(self, hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
 
     @property
     def dump(self) -> DumpConfig | None:
@@ -98,30 +98,6 @@ class MethodConfig(PolicyLossConfig):
         if cls is MethodConfig:
             return tuple(mode for mode in POLICY_LOSS_REGISTRY if mode not in LOSS_MODES)
         return (cls.loss_mode,)
-
-    def refuse_pinned(self, method: str | None, trust_region: Mapping[str, Any], overrides: Sequence[str]) -> None:
-        """Raise ValueError if the command line sets a key of ``trust_region`` that the method pins to another value.
-
-        Args:
-            method: its name in the hydra group.
-            trust_region: the run's.
-            overrides: the command line's.
-        """
-        pins = {key: getattr(self, key) for key in ("delta", "delta_b", "budget") if hasattr(self, key)}
-        if hasattr(self, "divergence"):
-            pins["partition"] = self.divergence.partition("_")[0]
-        problems = []
-        for key, pinned in pinned_settings(pins, trust_region, overrides).items():
-            value = trust_region[key]
-            instead = f"actor_rollout_ref.actor.policy_loss.{key}={value}"
-            if key == "partition":
-                instead = f"divergence={value}_{self.divergence.partition('_')[2]}"
-            problems.append(
-                f"method={method} pins {key}={pinned}, so trust_region.{key}={value} would be ignored: set {instead} "
-                f"instead, or use a method that reads trust_region.{key}, such as method=cppo"
-            )
-        if problems:
-            raise ValueError(" | ".join(problems))
 
     def require(self, ok: bool, name: str, permitted: str) -> None:
         if not ok:
@@ -147,7 +123,7 @@ def is_integer(value: object) -> bool:
 
 @dataclass
 class MaskedLossConfig(MethodConfig):
-    """What the masked methods share: the divergence and the surrogate.
+    """Hydra config that the masked methods share: the divergence and the surrogate.
 
     Args:
         divergence: D_t; "binary_tv" is |pi - mu| of the sampled token, "binary_kl" its KL(mu || pi),
@@ -156,7 +132,7 @@ class MaskedLossConfig(MethodConfig):
         ratio_cap: upper bound of the importance ratio in the surrogate, >= 1; null for none.
     """
 
-    divergence: str = "binary_tv"
+    divergence: Divergence = "binary_tv"
     top_k: int = 20
     ratio_cap: float | None = 20.0
 
@@ -171,13 +147,22 @@ class MaskedLossConfig(MethodConfig):
         self.require(cap is None or (is_number(cap) and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
 
     @property
+    def partition(self) -> str:
+        """ "binary" or "topk"."""
+        return self.divergence.partition("_")[0]
+
+    @property
+    def kind(self) -> Kind:
+        return "tv" if self.divergence.endswith("_tv") else "kl"
+
+    @property
     def captures(self) -> bool:
         """Whether D_t needs mu's most likely tokens from the rollout engine."""
-        return self.divergence.startswith("topk_")
+        return self.partition == "topk"
 
     @property
     def largest_divergence(self) -> float:
-        return 1 if self.divergence.endswith("_tv") else math.inf
+        return 1 if self.kind == "tv" else math.inf
 
 
 @dataclass
@@ -200,12 +185,12 @@ class CPPOLossConfig(MaskedLossConfig):
     loss_mode: str = "cppo"
     delta: float = 0.15
     delta_b: float = 0.02
-    budget: str = "adaptive"
+    budget: Budget = "adaptive"
     budget_clamp: float = 2.0
     w_min: float = 0.8
-    weights: str = "linear"
+    weights: Weights = "linear"
     horizon: int | None = None
-    gate: str = "hard"
+    gate: Gate = "hard"
     tau: float = 1.0
 
     def __post_init__(self):
@@ -235,7 +220,7 @@ class TRMLossConfig(MaskedLossConfig):
     """
 
     loss_mode: str = "trm"
-    divergence: str = "binary_kl"
+    divergence: Divergence = "binary_kl"
     delta: float | None = 0.1
     delta_avg: float | None = 0.002
 
@@ -255,7 +240,7 @@ class PrefixRatioLossConfig(MethodConfig):
     """
 
     loss_mode: str = "prefix_ratio"
-    ratio: str = "minimum"
+    ratio: PrefixRatio = "minimum"
 
     def __post_init__(self):
         super().__post_init__()

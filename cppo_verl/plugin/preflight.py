@@ -190,22 +190,35 @@ def top_k_rules(top_k: int) -> tuple[Rule, ...]:
     )
 
 
-def pinned_settings(pins: dict[str, Any], trust_region: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The keys of ``trust_region`` that the command line sets and the method pins to another value, with that value.
+def refuse_pinned(
+    loss: BaseConfig, method: str | None, trust_region: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
+    """Raise ValueError if the command line sets a key of ``trust_region`` that the method pins to another value.
 
-    A config file may set such a key for all methods, as a recipe's scale does: a preset's own value then stands. On the
-    command line a key is meant for this run, which must not go on with another value.
+    A config file may set such a key for all methods, as a recipe's scale does: the preset's own value then stands. On
+    the command line a key is meant for this run, which must not go on with another value.
 
     Args:
-        pins: the values that the loss takes, for the keys that it has.
+        loss: the loss's config.
+        method: its name in the hydra group.
         trust_region: the run's.
         overrides: the command line's.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     given = {key for override in parsed for key in _keys(override.key_or_group, override.value())}
-    return {
-        key: value for key, value in pins.items() if f"trust_region.{key}" in given and trust_region.get(key) != value
-    }
+    problems = []
+    for key in ("delta", "delta_b", "budget", "partition"):
+        value = trust_region.get(key)
+        if f"trust_region.{key}" in given and value != loss.get(key, value):
+            instead = (
+                f"{ACTOR}policy_loss.{key}={value}" if key != "partition" else f"divergence={value}_{loss['kind']}"
+            )
+            problems.append(
+                f"method={method} pins {key}={loss[key]}, so trust_region.{key}={value} would be ignored: set {instead} "
+                f"instead, or use a method that reads trust_region.{key}, such as method=cppo"
+            )
+    if problems:
+        raise ValueError(" | ".join(problems))
 
 
 def _keys(key: str, value: Any) -> list[str]:

@@ -13,7 +13,7 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from cppo_verl.core.divergence import candidate_divergence, gather_log_probs
-from cppo_verl.plugin.losses import measured_divergence
+from cppo_verl.plugin.losses import loss_context
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, UNIT, decode, encode, unpack
 
 DIVERGENCE = "cppo_divergence"
@@ -37,7 +37,7 @@ def top_k_ppo_loss(
     if student_logits is not None:
         divergence = divergence_of_logits(student_logits.squeeze(0), data, config.policy_loss.divergence)
         return {DIVERGENCE: divergence.unsqueeze(0)}
-    with measured_divergence(no_padding_2_padding(model_output[DIVERGENCE], data)):
+    with loss_context(divergence=no_padding_2_padding(model_output[DIVERGENCE], data)):
         return ppo_loss(config, model_output, data, dp_group)
 
 

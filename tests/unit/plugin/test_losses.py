@@ -184,7 +184,7 @@ def test_metrics_are_the_loops():
             "budget_rejected_share": sum(wd <= DELTA for wd in masked) / len(masked),
             "token_rejected_share": sum(wd > DELTA for wd in masked) / len(masked),
             "divergence": np.mean([d for d, _, _ in tokens]),
-            "delta_b": np.mean([r[0] for r in responses]),
+            "effective_delta_b": np.mean([r[0] for r in responses]),
             "divergence_p90": np.mean([r[1] for r in responses]),
             "prefix_average": np.mean([r[2] for r in responses]),
         }

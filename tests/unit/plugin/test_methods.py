@@ -136,7 +136,9 @@ def test_horizon_and_budget_clamp_of_the_pull_request():
     mask = torch.ones(1, 4, dtype=torch.bool)
     torch.testing.assert_close(position_weights(mask, 0.8, horizon=11), torch.tensor([[1.0, 0.98, 0.96, 0.94]]))
     data = batch(drift=1.5)
-    budgets = [call(data, actor_config(budget_clamp=c))[1]["actor/trust_region/all/delta_b"] for c in (1.0, 2.0, 5.0)]
+    budgets = [
+        call(data, actor_config(budget_clamp=c))[1]["actor/trust_region/all/effective_delta_b"] for c in (1.0, 2.0, 5.0)
+    ]
     assert budgets[0] < budgets[1] < budgets[2]
 
 

@@ -20,8 +20,8 @@ from vllm.logprobs import create_sample_logprobs
 from cppo_verl.core import exact_divergence
 from cppo_verl.core.divergence import gather_log_probs
 from cppo_verl.core.metrics import POSITION_BINS, position_sums
-from cppo_verl.plugin.config import TOP_K_ROLLOUT
-from cppo_verl.plugin.losses import METRIC_PREFIX, measured_divergence
+from cppo_verl.plugin.constants import TOP_K_ROLLOUT
+from cppo_verl.plugin.losses import METRIC_PREFIX, loss_context
 from cppo_verl.plugin.topk.agent_loop import TopKAgentLoopWorker, _calls, align, record_calls
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, bytes_per_token, decode, encode, pack, unpack
 from cppo_verl.plugin.topk.loss import divergence_of_logits
@@ -489,7 +489,7 @@ def test_the_loss_takes_the_measured_divergence_on_valid_tokens_alone():
     data = batch()
     mask = data["response_mask"]
     exact = (data["log_prob"].detach().exp() - data["old_log_prob"].exp()).abs()
-    with measured_divergence(torch.where(mask, exact, torch.nan)):
+    with loss_context(divergence=torch.where(mask, exact, torch.nan)):
         loss, metrics = call(data, actor_config(divergence="topk_tv"))
     want, want_metrics = call(data, actor_config())
     assert loss.item() == pytest.approx(want.item())
