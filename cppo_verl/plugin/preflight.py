@@ -210,12 +210,12 @@ def refuse_pinned(
     for key in ("delta", "delta_b", "budget", "partition"):
         value = trust_region.get(key)
         if f"trust_region.{key}" in given and value != loss.get(key, value):
-            instead = (
-                f"{ACTOR}policy_loss.{key}={value}" if key != "partition" else f"divergence={value}_{loss['kind']}"
-            )
+            way_out = f"{ACTOR}policy_loss.{key}={value}"
+            if key == "partition":
+                way_out = f"divergence={value}_{loss['kind']}"
             problems.append(
-                f"method={method} pins {key}={loss[key]}, so trust_region.{key}={value} would be ignored: set {instead} "
-                f"instead, or use a method that reads trust_region.{key}, such as method=cppo"
+                f"method={method} pins {key}={loss[key]}, so trust_region.{key}={value} would be ignored: "
+                f"set {way_out} instead, or use a method that reads trust_region.{key}, such as method=cppo"
             )
     if problems:
         raise ValueError(" | ".join(problems))

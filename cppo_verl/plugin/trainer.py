@@ -5,8 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,6 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.artifacts import stop_request
-from cppo_verl.core.metrics import GROUPS, POSITION_BINS, shares
 from cppo_verl.plugin.checkpoints import (
     best_so_far,
     check_resume,
@@ -44,11 +42,12 @@ from cppo_verl.plugin.checkpoints import (
     write_sources,
 )
 from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
-from cppo_verl.plugin.losses import METRIC_PREFIX
 from cppo_verl.plugin.preflight import captured_bytes, missing_files
+from cppo_verl.plugin.step_metrics import pop_shares, shares_by_update
 from cppo_verl.plugin.token_recorder import FIELDS, DumpWriter, draw, recording_loss, row_field, take
 from cppo_verl.plugin.topk.codec import ABSENT
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss
+from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -316,105 +315,6 @@ def capture_top_k(config: DictConfig) -> None:
                     f"likely tokens over: make it a subclass of {TOP_K_AGENT_LOOP_MANAGER}, or use divergence=binary_tv"
                 )
     logger.info(captured_bytes(config))
-
-
-def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool]) -> tuple[torch.Tensor, float]:
-    """Which rows belong to a prompt whose responses' rewards differ.
-
-    A prompt with a single response has no standard deviation and is kept; so are verl's padding rows,
-    which count for nothing.
-
-    Returns:
-        Boolean [rows], and the share of prompts left out.
-    """
-    groups = defaultdict(list)
-    for row, uid in enumerate(uids):
-        if not padding[row]:
-            groups[uid].append(row)
-    kept = torch.ones(len(uids), dtype=torch.bool)
-    left_out = [rows for rows in groups.values() if len(rows) > 1 and len({rewards[row] for row in rows}) == 1]
-    for rows in left_out:
-        kept[rows] = False
-    return kept, len(left_out) / len(groups)
-
-
-def mini_batch_of_row(rows: int, dp_size: int, mini_batch_size: int) -> torch.Tensor:
-    """Index of the mini-batch that each row falls into: verl hands each rank a contiguous part of the
-    batch, and each rank cuts its part into contiguous mini-batches."""
-    return (torch.arange(rows) % (rows // dp_size)) // (mini_batch_size // dp_size)
-
-
-def leave_out(data: TensorDict, kept: torch.Tensor, mini_batches: torch.Tensor, seq_mean: bool) -> TensorDict:
-    """response_mask and loss_mask of a batch without the rows that are not ``kept``.
-
-    A row without valid tokens has no loss, and verl counts ``loss_mask`` for the token denominator. Its
-    sequence denominator is the configured mini-batch size: in the seq-mean modes the advantages of the
-    other rows come too, scaled up to make up for it, which no mask sees, as they keep their sign.
-    """
-    lengths = data["response_mask"].offsets().diff()
-    keep_token = kept.repeat_interleave(lengths)
-    fields = {name: _like(data[name], keep_token) for name in ("response_mask", "loss_mask")}
-    if seq_mean:
-        rows = torch.bincount(mini_batches)
-        scale = rows / torch.bincount(mini_batches, weights=kept.double()).clamp_min(1)
-        fields["advantages"] = _like(data["advantages"], scale[mini_batches].repeat_interleave(lengths))
-    # A mini-batch with nothing left would divide by zero tokens: one token in the denominator alone.
-    first = data["loss_mask"].offsets()[:-1]
-    for mini_batch in mini_batches.unique():
-        rows = ((mini_batches == mini_batch) & (lengths > 0)).nonzero().flatten()
-        if len(rows) and not kept[rows].any():
-            fields["loss_mask"].values()[first[rows[0]]] = 1
-    return TensorDict(fields, batch_size=len(kept))
-
-
-def _like(nested: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``nested`` times a factor per token, a new tensor of its dtype."""
-    values = (nested.values() * factor).to(nested.dtype)
-    return torch.nested.nested_tensor_from_jagged(values, nested.offsets())
-
-
-def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
-    """Take the loss's sums out of a step's metrics and return the shares made of them.
-
-    verl reduces a loss's metrics by the mean over micro-batches, ranks and mini-batches, each with
-    the same weight. A mean of per-micro-batch shares would be wrong wherever these differ in size;
-    numerators and denominators are scaled alike by it, so that their quotient is the pooled share.
-    """
-    sums = defaultdict(dict)
-    for key in [key for key in metrics if key.startswith(METRIC_PREFIX)]:
-        group, name = key.removeprefix(METRIC_PREFIX).split("/")
-        sums[group][name] = metrics.pop(key)
-    result = {}
-    for group in GROUPS:
-        infix = "" if group == "all" else f"{group}/"
-        if sums[group]:
-            result |= {f"trust_region/{infix}{name}": value for name, value in shares(sums[group]).items()}
-    if sums["all"].get("tokens"):
-        # What verl's own losses report, under verl's names.
-        result["actor/ppo_kl"] = -sums["all"]["log_ratio"] / sums["all"]["tokens"]
-        result["actor/pg_clipfrac"] = result["trust_region/masked_share"]
-    return result
-
-
-def shares_by_update(metrics: dict[str, Sequence[float]], first_updates: int = 1) -> dict[str, float]:
-    """Mean D_t at a batch's first update, where pi still is mu but for the engines' mismatch (and, in the
-    asynchronous trainers, for the staleness of the batch), and at the later ones, where it has drifted;
-    over all tokens, and by position.
-
-    Args:
-        metrics: the loss's sums of one step, a value for each mini-batch.
-        first_updates: how many of these mini-batches, from the start, count as the first update: 1, or 0 where
-            the policy has been updated since the last weight sync.
-    """
-    result = {}
-    for when, updates in (("first_update", slice(first_updates)), ("later_updates", slice(first_updates, None))):
-        for group in ("all", *(f"position_{b}" for b in range(POSITION_BINS))):
-            tokens = sum(metrics.get(f"{METRIC_PREFIX}{group}/tokens", [])[updates])
-            if tokens > 0:
-                infix = "" if group == "all" else f"/{group}"
-                divergence = sum(metrics[f"{METRIC_PREFIX}{group}/divergence"][updates])
-                result[f"trust_region/{when}/divergence{infix}"] = divergence / tokens
-    return result
 
 
 @register_trainer(TRAINER_MODE_PREFIX + "sync")

@@ -103,7 +103,7 @@ def test_leaving_prompts_out_is_removing_them_by_hand(gradients, method):
 
 @pytest.mark.parametrize("method", [*METHODS, *TOP_K])
 def test_metrics_do_not_depend_on_micro_batches_or_ranks(gradients, method):
-    from cppo_verl.plugin.trainer import pop_shares
+    from cppo_verl.plugin.step_metrics import pop_shares
 
     whole = pop_shares(dict(gradients[1][method, "whole"]["metrics"]))
     if method in ("grpo", "cispo"):

@@ -13,7 +13,7 @@ from verl.utils.metric import AggregationType, Metric
 from verl.utils.py_functional import append_to_dict, rename_dict
 from verl.workers.config import FSDPActorConfig
 
-from cppo_verl.plugin.trainer import pop_shares
+from cppo_verl.plugin.step_metrics import pop_shares
 
 
 def expected(data, gate="hard", budget="adaptive", kl=False):

@@ -11,7 +11,7 @@ from verl.workers.config import FSDPActorConfig
 
 from cppo_verl.core import position_weights, shuffled_weights
 from cppo_verl.plugin.config import PrefixRatioLossConfig, TRMLossConfig
-from cppo_verl.plugin.trainer import leave_out, mini_batch_of_row, rows_with_spread
+from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
 
 
 def loss_and_gradient(loss_mode, policy_loss, data, **actor):
