@@ -5,7 +5,7 @@ CUDA stream at every bucket, and mooncake asks for RDMA and rounds the weights t
 """
 
 import pickle
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
 
@@ -71,7 +71,7 @@ class GlooCheckpointEngine(CheckpointEngine):
             self.group.barrier().wait()  # the store goes with this process
 
     @torch.no_grad()
-    async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
+    async def receive_weights(self, global_steps: int | None = None):
         index = 1
         while (meta := pickle.loads(self.store.get(f"weight_{index}"))) is not None:
             name, shape, dtype = meta

@@ -34,4 +34,4 @@ def keep_plain_weights() -> None:
         self.moe_kernel = None
         process(self, layer)
 
-    UnquantizedFusedMoEMethod.process_weights_after_loading = pack_each_time  # type: ignore[method-assign]  a patch
+    UnquantizedFusedMoEMethod.process_weights_after_loading = pack_each_time  # type: ignore[method-assign]  # a patch

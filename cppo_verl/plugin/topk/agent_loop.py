@@ -72,7 +72,7 @@ def recording_client(client: LLMServerClient, calls: Calls) -> LLMServerClient:
         return server_id, RecordingServer(server, calls)
 
     recording = copy.copy(client)
-    recording.__dict__ |= {"_acquire_server": acquire_server, "_release_server": client._release_server}
+    vars(recording).update(_acquire_server=acquire_server, _release_server=client._release_server)
     return recording
 
 
