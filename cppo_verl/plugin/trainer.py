@@ -1,5 +1,7 @@
-"""verl's v1 trainers with the trust region's metrics and the advantage hook mask_std_0, as
-trainer.v1.trainer_mode=cppo_<verl's mode>."""
+"""verl's v1 trainers with the trust region's metrics, mask_std_0, token dumps, stop requests and the best checkpoint.
+
+trainer.v1.trainer_mode=cppo_<verl's mode> chooses them.
+"""
 
 import logging
 import os
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -53,14 +56,22 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 
-class TrustRegionTrainer:
-    """Mixin over one of verl's trainers."""
+if TYPE_CHECKING:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer as VerlTrainer
+else:
+    VerlTrainer = object
+
+
+class TrustRegionTrainer(VerlTrainer):
+    """Mixin over each of verl's v1 trainers; docs/seams.md lists what it overrides."""
+
+    total_training_steps: int
 
     def __init__(self, config):
         missing = missing_files(config)
         if missing:
             raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
-        # Everything in verl that asks for the mode means verl's own.
+        # verl compares the mode with its own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
         method = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
         self.captures = getattr(method, "captures", False)  # verl's own losses have no divergence
@@ -69,7 +80,7 @@ class TrustRegionTrainer:
         check_resume(config)
         left_over = stop_request.start_over(config.trainer.default_local_dir)
         if left_over is not None:
-            logger.warning("a request to stop from before this start does not count and is removed: %s", left_over)
+            logger.warning("a stop request from before this start is removed: %s", left_over)
         self.saved_step, self.stopping = None, False
         dump = getattr(method, "dump", None)
         self.token_dump = DumpWriter(config, dump) if dump is not None and dump.every else None
@@ -114,7 +125,7 @@ class TrustRegionTrainer:
         super().on_step_end()
 
     def _end_if_asked(self, when: str) -> bool:
-        """Make the current step the last one, with a checkpoint if there was a step, where a request waits."""
+        """If there is a stop request, make the current step the last one, with a checkpoint after it."""
         folder, step = self.config.trainer.default_local_dir, self.global_steps
         reason = stop_request.requested(folder)
         if reason is None:
@@ -126,12 +137,12 @@ class TrustRegionTrainer:
         print(f"cppo_verl  {what}", flush=True)
         stop_request.answer(folder, what)
         self.stopping = True
-        # What fit compares the next step with.
+        # verl's fit ends at this step.
         self.total_training_steps = step if when == "after" else step - 1
         return True
 
     def _validate(self):
-        # A run that resumes validates its checkpoint first.
+        # Before its first step a run validates the checkpoint that it resumes from.
         if self.stopping and self.config.trainer.get("val_before_train", True):
             self.validation = {}
             return {}
@@ -151,7 +162,7 @@ class TrustRegionTrainer:
                 self._everywhere(lambda role=role, keep=keep: rotate(folder, step, role, keep))
 
     def _everywhere(self, function: Callable[[], None]) -> None:
-        """On the machines that hold a part of a checkpoint, several times on each, and on the trainer's."""
+        """Call on every machine that holds a part of a checkpoint, once per worker, and on the trainer's."""
         ray.get([worker.__ray_call__.remote(lambda _: function()) for worker in self.actor_rollout_wg.workers])
         function()
 
@@ -187,7 +198,7 @@ class TrustRegionTrainer:
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
-        # verl polls for finished generations every two seconds, longer than a small model generates.
+        # verl polls for finished generations every two seconds; a small model generates in less.
         kwargs = self.config.trainer.v1.sampler.sampler_kwargs
         replay_buffer.poll_interval = kwargs.get("poll_interval", replay_buffer.poll_interval)
         return replay_buffer
@@ -233,7 +244,7 @@ class TrustRegionTrainer:
         return data.select(*masked.keys())
 
     def _draw_rows(self, batch: KVBatchMeta) -> list[int]:
-        """Choose the responses whose tokens are to be dumped, if any, and let the workers know."""
+        """Draw the responses whose tokens are dumped at this step, if any, and send the workers their rows."""
         if self.token_dump is None or not self.token_dump.due(self.global_steps):
             return []
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
@@ -241,12 +252,12 @@ class TrustRegionTrainer:
         if drawn:
             field = row_field(drawn, len(batch))
             self._put(batch, field)
-            if batch.fields is not None:  # else the workers get all there are
+            if batch.fields is not None:  # None: the workers get all fields
                 batch.fields = [*batch.fields, *field.keys()]
         return drawn
 
     def _dump_tokens(self, batch: KVBatchMeta, drawn: list[int]) -> None:
-        """Write what the workers have recorded in the update."""
+        """Write what the workers recorded in the update."""
         workers = self.actor_rollout_wg.workers
         records = [record for part in ray.get([w.__ray_call__.remote(take) for w in workers]) for record in part]
         keys = {row: batch.keys[row] for row in drawn}
@@ -264,22 +275,25 @@ class TrustRegionTrainer:
 
 
 class ActorWorkers(wrapt.ObjectProxy):
-    """verl's worker group of the actor. verl's `_update_actor` decides by its distillation config alone
-    whether the loss sees the logits, and averages the metrics over mini-batches before it returns."""
+    """verl's worker group of the actor, with verl's logits hook and each mini-batch's metrics.
+
+    verl's `_update_actor` turns the logits hook on for distillation alone, and averages the metrics over mini-batches
+    before it returns.
+    """
 
     def __init__(self, wrapped):
         super().__init__(wrapped)
-        self._self_looks_at_logits = False
+        self._self_logits_hook = False
         self._self_last_metrics: dict[str, list[float]] = {}
 
     def choose_loss(self, config: DictConfig, captures: bool, records: bool) -> None:
-        """Put another function in the place of verl's ``ppo_loss`` where the run needs one.
+        """Replace verl's ``ppo_loss`` where the run needs another loss function.
 
         Args:
             captures: take D_t in the forward pass, by `top_k_ppo_loss`.
-            records: keep what the loss sees of drawn responses, by `recording_loss`.
+            records: keep what the loss sees of the drawn responses, by `recording_loss`.
         """
-        self._self_looks_at_logits = captures
+        self._self_logits_hook = captures
         if not captures and not records:
             return
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
@@ -288,11 +302,11 @@ class ActorWorkers(wrapt.ObjectProxy):
 
     @property
     def last_metrics(self) -> dict[str, list[float]]:
-        """Of the last `update_actor`, one value a mini-batch, in the order of the updates."""
+        """Metrics of the last `update_actor`: one value per mini-batch, in the order of the updates."""
         return self._self_last_metrics
 
     def update_actor(self, batch: KVBatchMeta):
-        if self._self_looks_at_logits:
+        if self._self_logits_hook:
             batch.extra_info["distillation_use_topk"] = True
         output = self.__wrapped__.update_actor(batch)
         self._self_last_metrics = dict(output["metrics"])
@@ -300,7 +314,7 @@ class ActorWorkers(wrapt.ObjectProxy):
 
 
 def capture_top_k(config: DictConfig) -> None:
-    """Put the rollout and the agent loops that hand over mu's most likely tokens in the place of verl's."""
+    """Replace verl's rollout and agent loops by those that return mu's most likely tokens."""
     rollout = config.actor_rollout_ref.rollout
     with open_dict(config):
         rollout.name = TOP_K_ROLLOUT
