@@ -10,12 +10,16 @@ import traceback
 try:
     import wrapt
 
-    from cppo_verl.cpu import platform  # noqa: F401  registers the CPU platform
-    from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
-    from cppo_verl.plugin.config import TOP_K_ROLLOUT
+    from cppo_verl.cpu import platform
 
-    # verl's trainers and engines cost seconds to import and few processes need them: theirs register
-    # when verl itself imports the registry they belong to.
+    # First: importing the losses makes verl choose a platform.
+    platform.register_platform()
+
+    from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
+    from cppo_verl.plugin.constants import TOP_K_ROLLOUT
+
+    # verl's trainers and engines cost seconds to import, and few processes need them. The plug-in's register when verl
+    # itself imports the registry that they belong to.
     @wrapt.when_imported("verl.workers.rollout.replica")
     def _register_replica(module):
         def load():
@@ -27,7 +31,7 @@ try:
 
     @wrapt.when_imported("verl.workers.rollout.base")
     def _register_rollout(module):
-        # The workers' side of it, which hands over weights, is verl's own.
+        # The workers' side, which hands over weights, is verl's own.
         module._ROLLOUT_REGISTRY[TOP_K_ROLLOUT, "async"] = module._ROLLOUT_REGISTRY["vllm", "async"]
 
     @wrapt.when_imported("verl.trainer.ppo.v1")

@@ -24,7 +24,8 @@ from verl.workers.config import ActorConfig
 
 import cppo_verl.config
 from cppo_verl.artifacts.token_dump import REASONS, Response
-from cppo_verl.plugin.losses import measured_divergence, observed_decisions
+from cppo_verl.plugin.losses import Observed, loss_context
+from cppo_verl.plugin.preflight import refuse_pinned
 from cppo_verl.plugin.token_recorder import seen_by_rule
 
 METHODS = sorted(file.stem for file in (Path(cppo_verl.config.__path__[0]) / "method").glob("[!_]*.yaml"))
@@ -97,9 +98,10 @@ def setting(text: str, header: dict) -> Setting:
             config = compose(overrides=[f"+method={method}", *known, *overrides])
         actor = config.actor_rollout_ref.actor
         OmegaConf.set_struct(actor, False)
-        for key in ("mu", "shuffle", "dump"):  # what only a run can fill
-            del actor.policy_loss[key]
-        return Setting(text, _actor(OmegaConf.to_container(actor, resolve=True)))
+        del actor.policy_loss["preflight"]  # only a run can fill it
+        replayed = Setting(text, _actor(OmegaConf.to_container(actor, resolve=True)))
+        refuse_pinned(replayed.actor.policy_loss, method, config.trust_region, overrides)
+        return replayed
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ValueError(f"method {text!r}: {error}") from error
 
@@ -149,7 +151,8 @@ def _columns(setting: Setting, responses: list[Response]) -> tuple[dict[str, Ten
     )
     log_pi.requires_grad_()
     loss_fn = get_policy_loss_fn(setting.actor.policy_loss.loss_mode)
-    with observed_decisions() as observed, measured_divergence(divergence):
+    observed: list[Observed] = []
+    with loss_context(divergence=divergence, observed=observed):
         loss, _ = loss_fn(
             old_log_prob=log_mu,
             log_prob=log_pi,

@@ -1,4 +1,4 @@
-"""What the mask did, as sums that add up over micro-batches and ranks, and the shares made of them."""
+"""Metrics of the mask: sums that add up over micro-batches and ranks, and the shares made of them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from cppo_verl.core.trust_region import TrustRegion
 
 GROUPS = ("all", "positive", "negative")
 TOKEN_SUMS = ("tokens", "masked", "budget_rejected", "divergence", "log_ratio")
-RESPONSE_SUMS = ("responses", "delta_b", "divergence_p90", "prefix_average")
+RESPONSE_SUMS = ("responses", "effective_delta_b", "divergence_p90", "prefix_average")
 POSITION_BINS = 8
 POSITION_SUMS = ("tokens", "divergence")
 
@@ -23,12 +23,21 @@ def mask_sums(
     delta: float,
     p90: Tensor,
 ) -> Tensor:
-    """Sums over the batch, shape [3, 9]: groups GROUPS by advantage sign, columns TOKEN_SUMS + RESPONSE_SUMS.
+    """Sums over the batch: a row per group of `GROUPS`, a column per name of TOKEN_SUMS + RESPONSE_SUMS.
 
-    A token belongs to the sign of its advantage, a response to the sign of its advantages' sum; those
-    of advantage zero count in "all" only. All per-token tensors have shape [B, L]; divergence, log_ratio
-    and advantages are zero outside the mask, valid is the mask as 0 and 1 in their dtype; p90 is the
-    0.9-quantile of D_t per response, [B, 1].
+    A token belongs to the sign of its advantage, a response to the sign of its advantages' sum; those of advantage zero
+    count in "all" only.
+
+    Args:
+        region: the constraints of each token.
+        update_mask: M_t, [B, L].
+        divergence, log_ratio, advantages: D_t, log rho_t and A_t, [B, L], zero outside the mask.
+        valid: the mask as 0 and 1 in their dtype, [B, L].
+        delta: token threshold.
+        p90: 0.9-quantile of D_t per response, [B, 1].
+
+    Returns:
+        Shape [3, 9].
     """
     # The token threshold comes first: what w_t D_t <= delta would have let pass, the budget rejected.
     below = (region.weighted_divergence <= delta).to(valid.dtype)
@@ -82,16 +91,20 @@ def _sums_by_sign(columns: tuple[Tensor, ...], valid: Tensor, sign: Tensor) -> T
 def shares(sums: dict[str, float]) -> dict[str, float]:
     """Metrics of one group from its sums, which may all be scaled by one common factor.
 
-    Returns the token metrics if the group has tokens, the rejection shares if any was masked and the
-    response metrics if it has responses: a share of nothing is left out, not reported as zero.
+    Args:
+        sums: by the names TOKEN_SUMS + RESPONSE_SUMS.
+
+    Returns:
+        The token metrics if the group has tokens, the rejection shares if any was masked, and the response metrics if
+        it has responses: a share of nothing is left out, not reported as zero.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     if sums["tokens"] > 0:
         metrics["masked_share"] = sums["masked"] / sums["tokens"]
         metrics["divergence"] = sums["divergence"] / sums["tokens"]
     if sums["masked"] > 0:
         metrics["budget_rejected_share"] = sums["budget_rejected"] / sums["masked"]
-        # Sums of fractions (soft gates) round: no share below zero by that.
+        # Sums of non-integers (soft gates) round; that must not make a share negative.
         metrics["token_rejected_share"] = max(0.0, 1 - metrics["budget_rejected_share"])
     if sums["responses"] > 0:
         for name in RESPONSE_SUMS[1:]:

@@ -33,7 +33,16 @@ def surrogate_weight(
 
 @torch.no_grad()
 def clipped_weight(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """clip(ratio, 1 - low, 1 + high) A_t, an importance weight clipped without gradient as CISPO has it."""
+    """clip(ratio, 1 - low, 1 + high) A_t, an importance weight clipped without gradient as CISPO's is.
+
+    Args:
+        ratio: an importance ratio per token, > 0.
+        advantages: A_t, same shape.
+        low, high: distances of the clip bounds from 1.
+
+    Returns:
+        Same shape.
+    """
     return ratio.clamp(1 - low, 1 + high) * advantages
 
 
@@ -60,9 +69,15 @@ class WeightedLogProb(torch.autograd.Function):
 def masked_surrogate(
     log_pi: Tensor, log_mu: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
 ) -> Tensor:
-    """Per-token loss whose negative sum is the surrogate (11); arguments as for `surrogate_weight`.
+    """Per-token loss -M_t min(rho_t, ratio_cap) A_t, whose negative sum is the surrogate (11).
 
-    log_pi carries the gradient, -M_t min(rho_t, ratio_cap) A_t. The loss is in fp32 (fp64 for fp64).
+    Args:
+        log_pi: log pi(y_t | s_t), carries the gradient, which is the loss itself.
+        log_mu: log mu(y_t | s_t).
+        advantages, update_mask, ratio_cap: as for `surrogate_weight`.
+
+    Returns:
+        Same shape, fp32 (fp64 for fp64).
     """
     log_ratio = as_float32(log_pi.detach()) - as_float32(log_mu)
     return WeightedLogProb.apply(log_pi, surrogate_weight(log_ratio, advantages, update_mask, ratio_cap))
@@ -76,6 +91,13 @@ def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     The paper's abstract gives the ratio. Ours is what it leaves open: the minimum runs over the
     response's valid tokens before t and is not bounded by one, and the ratio is clipped without
     gradient (`clipped_weight`).
+
+    Args:
+        log_ratio: log rho_t, [..., L].
+        mask: true on valid tokens, [..., L].
+
+    Returns:
+        Shape [..., L]; 1 outside the mask.
     """
     log_ratio = torch.where(mask, log_ratio, torch.inf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     before = torch.nn.functional.pad(log_ratio.cummin(-1).values[..., :-1], (1, 0), value=MAX_LOG_RATIO)
@@ -87,7 +109,14 @@ def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 def mean_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """(prod_{j<=t} rho_j)^(1/t), the geometric mean of the prefix's ratios, PNPO's (arXiv 2608.01418).
 
-    The source was not at hand beyond this definition; the clipping is `clipped_weight`'s.
+    Only this definition is PNPO's; the clipping is `clipped_weight`'s, as for MinPRO.
+
+    Args:
+        log_ratio: log rho_t, [..., L].
+        mask: true on valid tokens, [..., L].
+
+    Returns:
+        Shape [..., L]; outside the mask the ratio of the valid prefix.
     """
     log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio.cumsum(-1) / mask.cumsum(-1).clamp_min(1)).exp()

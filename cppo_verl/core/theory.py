@@ -5,7 +5,7 @@ lexicographic order, the distribution of the next token, shape [V^t, V]. A rewar
 Positions count from 1 in the formulas and from 0 in the lists. All is fp64; V^T beyond some millions does not fit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -108,29 +108,28 @@ def terminal_average_bound(horizon: int, delta_b: float, largest: float, xi: flo
     return 4 * xi * largest * (horizon - 1) * (horizon - 1) * delta_b
 
 
-def project(mu: Policy, target: Policy, allowed: Callable[[int, float], float]) -> list[np.ndarray]:
-    """Move mu towards ``target`` at every prefix as far as ``allowed`` lets it.
-
-    Args:
-        allowed: of a position t = 1..T and the weighted sum S_{t-1} of the divergences before it on this path, the
-            largest D_t; what it returns may also depend on the weights it was made with.
+def project(mu: Policy, target: Policy, region: "Region") -> list[np.ndarray]:
+    """Move mu towards ``target`` at every prefix as far as ``region`` permits.
 
     Returns:
-        A policy with D_t <= allowed(t, S_{t-1}) on every path, equal where it binds, where S counts w_t D_t with the
-        weights ``allowed.weights``.
+        A policy with D_t <= region(t, S_{t-1}) on every path, equal where it binds; S_t sums w_j D_j over j <= t with
+        the region's weights.
     """
     spent, policy = np.zeros(1), []
     for t, (m, q) in enumerate(zip(mu, target, strict=True)):
         full = 0.5 * np.abs(q - m).sum(1)
-        most = np.array([max(0.0, allowed(t + 1, s)) for s in spent])
+        most = np.array([max(0.0, region(t + 1, s)) for s in spent])
         share = np.minimum(1.0, np.divide(most, full, out=np.ones_like(full), where=full > 0))
         policy.append(m + share[:, None] * (q - m))
-        spent = np.repeat(spent + allowed.weights[t] * share * full, m.shape[1])
+        spent = np.repeat(spent + region.weights[t] * share * full, m.shape[1])
     return policy
 
 
 class Region:
-    """A trust region as `project` asks it: delta uniform, with position weights, or with the prefix budget too.
+    """A trust region: a token threshold, position weights, and a prefix budget where delta_b is given.
+
+    Called with a position t = 1..T and the weighted sum S_{t-1} of the divergences before it on a path, it returns the
+    largest permitted D_t.
 
     Args:
         weights: w_t, [T]; ones for the uniform region.

@@ -31,8 +31,14 @@ def position_weights(
 ) -> Tensor:
     """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9).
 
-    T is the response's own number of valid tokens, or ``horizon`` for all responses alike; tokens beyond
-    it keep w_min. The mask may also come as 0 and 1 in ``dtype``.
+    Args:
+        mask: true, or 1 in ``dtype``, on valid tokens, [..., L].
+        w_min: weight of the last token, in (0, 1].
+        horizon: T for all responses alike, whose later tokens keep w_min; None for each response's number of valid
+            tokens.
+
+    Returns:
+        Shape [..., L]; 0 outside the mask.
     """
     valid = mask.to(dtype)
     elapsed = valid.cumsum(-1).sub_(1)
@@ -46,7 +52,16 @@ def position_weights(
 def shuffled_weights(
     mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The weights of (9), randomly reassigned to positions within each response (the paper's ablation)."""
+    """The weights of (9), randomly reassigned to positions within each response (the paper's ablation).
+
+    Args:
+        mask: true on valid tokens, [..., L].
+        w_min: weight of the last token before shuffling, in (0, 1].
+        generator: of the random order; torch's default if None.
+
+    Returns:
+        Shape [..., L]; 0 outside the mask.
+    """
     keys = torch.rand(mask.shape, device=mask.device, generator=generator)
     order = torch.where(mask, keys, torch.inf).argsort(-1)
     t = torch.empty_like(order).scatter_(-1, order, torch.arange(mask.shape[-1], device=mask.device).expand_as(order))
@@ -61,7 +76,11 @@ def adaptive_budget(
     """delta_b(y) = clamp(P90(D_1..D_T), delta_b_min, upper * delta_b_min) per response (22).
 
     Args:
-        p90: ``masked_quantile(divergence, mask, 0.9)`` where the caller has it already.
+        divergence: D_t, [..., L].
+        mask: true on valid tokens, [..., L].
+        delta_b_min: lower clamp, > 0.
+        upper: upper clamp in units of ``delta_b_min``, >= 1.
+        p90: ``masked_quantile(divergence, mask, 0.9)``, if the caller has it already.
 
     Returns:
         Shape [..., 1]; delta_b_min for an empty response.
@@ -122,7 +141,11 @@ def build_trust_region(
 
 @torch.no_grad()
 def violation(region: TrustRegion, delta: float) -> Tensor:
-    """x_t = max(w_t D_t / delta, S_t / (delta + delta_b W_{t-1})) (19); feasible iff x_t <= 1."""
+    """x_t = max(w_t D_t / delta, S_t / (delta + delta_b W_{t-1})) (19); feasible iff x_t <= 1.
+
+    Returns:
+        Shape [..., L].
+    """
     token = region.weighted_divergence / delta
     if region.delta_b is None:
         return token

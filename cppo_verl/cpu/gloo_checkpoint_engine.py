@@ -5,8 +5,9 @@ CUDA stream at every bucket, and mooncake asks for RDMA and rounds the weights t
 """
 
 import pickle
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import Generator
 from datetime import timedelta
+from typing import Any
 
 import ray
 import torch
@@ -23,10 +24,11 @@ class GlooCheckpointEngine(CheckpointEngine):
 
     def __init__(self, bucket_size: int, is_master: bool = False):
         self.is_master = is_master
-        self.store: dist.TCPStore | None = None
-        self.group: dist.ProcessGroupGloo | None = None
+        self.store: Any = None  # a TCPStore, whose type does not know that it takes bytes
+        self.group: Any = None  # a ProcessGroupGloo, whose type lacks its methods
 
-    def prepare(self) -> tuple[str, int] | None:
+    def prepare(self):
+        """The store's host and port, from the actor's rank 0; None from all others."""
         if not self.is_master:
             return None
         host = ray.util.get_node_ip_address().strip("[]")
@@ -44,7 +46,8 @@ class GlooCheckpointEngine(CheckpointEngine):
 
         return kwargs([0] + [-1] * (actor_wg_world_size - 1)), kwargs(list(range(1, rollout_world_size + 1)))
 
-    def init_process_group(self, rank: int, world_size: int, address: tuple[str, int]) -> None:
+    # verl passes by keyword what build_topology returns.
+    def init_process_group(self, rank: int, world_size: int, address: tuple[str, int]) -> None:  # type: ignore[override]
         if rank < 0:
             return
         if self.store is None:
@@ -68,7 +71,7 @@ class GlooCheckpointEngine(CheckpointEngine):
             self.group.barrier().wait()  # the store goes with this process
 
     @torch.no_grad()
-    async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
+    async def receive_weights(self, global_steps: int | None = None):
         index = 1
         while (meta := pickle.loads(self.store.get(f"weight_{index}"))) is not None:
             name, shape, dtype = meta

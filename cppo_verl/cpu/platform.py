@@ -1,8 +1,9 @@
 """verl platform "cpu": logical GPU slots of Ray, gloo, weights handed over in shared memory.
 
-It is chosen by VERL_PLATFORM=cpu, or by detection where no accelerator answers and torch itself was
-built without one. With an accelerator build of torch it never wins by itself, so that a GPU machine
-whose driver is broken fails as it does without this plug-in.
+VERL_PLATFORM=cpu chooses it, or detection where no accelerator answers and torch itself was built without one. With an
+accelerator build of torch it is never detected, so that a GPU machine with a broken driver fails as it does without
+this plug-in. This module imports verl in its functions only, because importing verl loads the plug-in, which imports
+this module.
 """
 
 import resource
@@ -12,11 +13,10 @@ from typing import Any
 
 import psutil
 import torch
-from verl.plugin.platform import PlatformBase, PlatformRegistry, get_platform
 
 
 class CPUDevice(ModuleType):
-    """torch.cpu with what verl asks of torch.cuda on top."""
+    """torch.cpu, extended by the functions of torch.cuda that verl calls."""
 
     def __getattr__(self, name):
         return getattr(torch.cpu, name)
@@ -75,8 +75,9 @@ class CPUDevice(ModuleType):
 CPU_DEVICE = CPUDevice("cppo_verl.cpu_device")
 
 
-@PlatformRegistry.register(platform="cpu")
-class PlatformCPU(PlatformBase):
+class PlatformCPU:
+    """What verl asks of a platform; `register_platform` adds verl's base class."""
+
     device_name = "cpu"
     vendor_name = "cpu"
     device_module = CPU_DEVICE
@@ -119,7 +120,7 @@ class PlatformCPU(PlatformBase):
         return "gloo"
 
     def visible_devices_envvar(self) -> str:
-        # Ray sets it for its "GPU" resource, the slots that stand for processes here.
+        # Ray sets it for its "GPU" resource, which stands for processes here.
         return "CUDA_VISIBLE_DEVICES"
 
     def ray_resource_name(self) -> str:
@@ -145,5 +146,14 @@ class PlatformCPU(PlatformBase):
         return None
 
 
+def register_platform() -> None:
+    from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+    PlatformRegistry.register(platform="cpu")(type("PlatformCPU", (PlatformCPU, PlatformBase), {}))
+
+
 def is_active() -> bool:
+    """Whether verl runs on this platform in this process."""
+    from verl.plugin.platform import get_platform
+
     return isinstance(get_platform(), PlatformCPU)

@@ -8,7 +8,7 @@ import verl.utils.distributed as distributed
 def apply() -> None:
     # initialize_global_process_group_ray joins "cpu:gloo" and "<device>:<backend>" into one string;
     # on this platform both name the CPU, which torch refuses as a duplicate.
-    # tests/unit/cpu/test_cpu.py fails when verl no longer does so.
+    # tests/unit/cpu/test_verl_patches.py fails when verl no longer does so.
     distributed.initialize_global_process_group_ray = partial(
         distributed.initialize_global_process_group_ray, backend="cpu:gloo"
     )

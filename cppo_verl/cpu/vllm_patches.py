@@ -1,8 +1,8 @@
 """The two places in vLLM 0.28.0's CPU build that keep verl from updating its weights.
 
-Loaded by vLLM in each of its processes through the entry point group "vllm.general_plugins", so that
-it stands apart from ``plugin`` and imports no verl; it does nothing where vLLM does not run on the CPU.
-tests/unit/cpu/test_cpu.py fails when vLLM no longer needs one of them.
+vLLM loads this module in each of its processes, through the entry point group "vllm.general_plugins": it must not
+import verl. It does nothing where vLLM does not run on the CPU. tests/unit/cpu/test_vllm_patches.py fails when vLLM no
+longer needs one of the patches.
 """
 
 import functools
@@ -25,8 +25,8 @@ def keep_plain_weights() -> None:
 
     utils.dispatch_cpu_unquantized_gemm = keep_weight
 
-    # The weights of experts are packed in their place, and only where there is no kernel yet: those of
-    # a weight sync stay as they come, are read as if they were packed, and no error tells of it.
+    # The weights of experts are packed in place, and only where there is no kernel yet: those of a weight sync would
+    # stay plain and be read as packed, without an error.
     process = UnquantizedFusedMoEMethod.process_weights_after_loading
 
     @functools.wraps(process)
@@ -34,4 +34,4 @@ def keep_plain_weights() -> None:
         self.moe_kernel = None
         process(self, layer)
 
-    UnquantizedFusedMoEMethod.process_weights_after_loading = pack_each_time
+    UnquantizedFusedMoEMethod.process_weights_after_loading = pack_each_time  # type: ignore[method-assign]  # a patch

@@ -173,10 +173,12 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: hydra refuses the arguments.
     """
+    from hydra.conf import HydraConf
+    from hydra.core.hydra_config import HydraConfig
     from verl.trainer.main_ppo import main
 
     argv, printed, complaints = sys.argv, io.StringIO(), io.StringIO()
-    sys.argv = ["main_ppo", *arguments, "--cfg", "job"]  # hydra prints the config instead of starting the trainer
+    sys.argv = ["main_ppo", *arguments, "--cfg", "all"]  # hydra prints the config instead of starting the trainer
     try:
         with redirect_stdout(printed), redirect_stderr(complaints):
             main()
@@ -187,6 +189,11 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
         sys.argv = argv
     config = OmegaConf.create(printed.getvalue())
     assert isinstance(config, DictConfig)
+    hydra = OmegaConf.create({"hydra": HydraConf})
+    hydra.merge_with(
+        {"hydra": OmegaConf.masked_copy(config.pop("hydra"), ["mode", "launcher", "overrides", "runtime"])}
+    )
+    HydraConfig.instance().set_config(hydra)  # the loss's config checks what the command line sets
     return config
 
 
@@ -204,7 +211,7 @@ def _command(report: Report, config: DictConfig) -> None:
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import PolicyLossConfig
 
-    from cppo_verl.plugin.config import captured_bytes, missing_files
+    from cppo_verl.plugin.preflight import captured_bytes, missing_files
 
     device = get_platform().device_name
     if (config.trainer.device == "cpu") != (device == "cpu"):
@@ -224,9 +231,9 @@ def _command(report: Report, config: DictConfig) -> None:
     own = [
         f.name for f in fields(policy_loss) if f.name not in {g.name for g in fields(PolicyLossConfig)} - {"loss_mode"}
     ]
-    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name not in ("mu", "shuffle", "dump"))
+    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name != "preflight")
     report.say("ok", "method", settings)
-    mu = policy_loss.mu
+    mu = policy_loss.preflight
     report.say(
         "ok",
         "mu",

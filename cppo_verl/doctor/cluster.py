@@ -116,7 +116,7 @@ def check_cluster(report, config: DictConfig | None, distributions: list[str], e
 
 
 def _check_nodes(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
-    from cppo_verl.plugin.config import local_files
+    from cppo_verl.plugin.preflight import local_files
 
     nodes = sorted(_alive(expected, patience), key=lambda node: node["NodeManagerAddress"])
     addresses = [node["NodeManagerAddress"] for node in nodes]

@@ -17,11 +17,11 @@ def registrations() -> dict[str, bool]:
         from verl.workers.engine import EngineRegistry
         from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    from cppo_verl.plugin.config import TOP_K_ROLLOUT, TRAINER_MODES
+    from cppo_verl.plugin.constants import LOSS_MODES, TOP_K_ROLLOUT, TRAINER_MODES
 
     search_paths = Plugins.instance().discover(SearchPathPlugin)
     found = {
-        "policy losses": {"cppo", "trm", "prefix_ratio"} <= POLICY_LOSS_REGISTRY.keys(),
+        "policy losses": set(LOSS_MODES) <= POLICY_LOSS_REGISTRY.keys(),
         "trainers": set(TRAINER_MODES) <= TRAINER_REGISTRY.keys(),
         "top-K rollout": TOP_K_ROLLOUT in RolloutReplicaRegistry._registry,
         "hydra groups": any(plugin.__module__ == "hydra_plugins.cppo_verl" for plugin in search_paths),

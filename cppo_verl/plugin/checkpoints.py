@@ -1,4 +1,4 @@
-"""What a run keeps beside what verl keeps: a metrics file, the sources of its answers, its best checkpoint."""
+"""Files that a run writes beside verl's: metrics, the data sources of its answers, its best checkpoint."""
 
 import json
 import os
@@ -19,8 +19,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def log_to_file(config: DictConfig) -> Path:
-    """Add verl's file logger to the run's loggers, with a file of its own for each attempt: verl's default
-    path is overwritten by a run that resumes. A path that the user has set stays."""
+    """Add verl's file logger to the run's loggers, with a new file for each attempt.
+
+    A run that resumes would overwrite verl's default path. A path that the user has set stays.
+    """
     loggers = config.trainer.logger
     loggers = [loggers] if isinstance(loggers, str) else list(loggers)
     if "file" not in loggers:
@@ -35,10 +37,10 @@ def log_to_file(config: DictConfig) -> Path:
 
 
 def check_resume(config: DictConfig) -> None:
-    """Refuse what verl would silently start from scratch on, over the checkpoints that are there.
+    """Refuse a tracker file with which verl would silently start from scratch, over the existing checkpoints.
 
     Raises:
-        ValueError: the tracker file names a checkpoint that is not there, or none.
+        ValueError: the tracker file names no checkpoint, or one that does not exist.
     """
     folder = Path(config.trainer.default_local_dir)
     step = newest(folder)
@@ -53,9 +55,9 @@ def check_resume(config: DictConfig) -> None:
 
 
 def not_written(folder: str | Path, step: int, error: Exception) -> str:
-    """Where the checkpoint of a step could not be written, why, and what a run can resume from."""
+    """The error message for a checkpoint that could not be written: where, why, and what a run can resume from."""
     folder = Path(folder).absolute()
-    # The error of a Ray worker tells its node's address in its text only.
+    # The error of a Ray worker has its node's address in its text only.
     worker = re.search(r"\bip=([\w.:]+)", str(error))
     node = worker[1] if worker else socket.gethostname()
     free = shutil.disk_usage(folder).free / 1e6
@@ -69,14 +71,17 @@ def not_written(folder: str | Path, step: int, error: Exception) -> str:
 
 
 def newest(folder: str | Path) -> str | None:
-    """The step that verl's tracker file names: of the newest checkpoint that all ranks have written."""
+    """The step in verl's tracker file: that of the newest checkpoint that all ranks have written."""
     tracker = Path(folder) / TRACKER
     return tracker.read_text().strip() if tracker.exists() else None
 
 
 def rotate(folder: str | Path, step: int, role: str, keep: int | None) -> None:
-    """Remove this machine's checkpoints of a role ("actor", "critic") up to ``step`` but the last ``keep``, if any
-    number is given. verl does so with what the same attempt has written; what those before it left would stay."""
+    """Remove this machine's checkpoints of a role ("actor", "critic") up to ``step``, except for the last ``keep``.
+
+    verl rotates what the same attempt has written; the checkpoints of earlier attempts would stay. Without ``keep`` all
+    stay.
+    """
     steps = [n for n in _steps(folder) if n <= step and (Path(folder) / f"global_step_{n}" / role).exists()]
     for old in steps[:-keep] if keep else ():
         shutil.rmtree(Path(folder) / f"global_step_{old}" / role, ignore_errors=True)
@@ -87,7 +92,7 @@ def _steps(folder: str | Path) -> list[int]:
 
 
 def write_sources(folder: str | Path, step: int, uids: list[str], data_sources: list[str]) -> None:
-    """Beside verl's dump of a validation's answers, which names no benchmark: {uid of the prompt: data source}."""
+    """Write {uid of the prompt: data source} beside verl's dump of a validation's answers, which lacks the source."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sources = dict(zip(map(str, uids), map(str, data_sources), strict=True))
@@ -102,7 +107,7 @@ def mean_accuracy(metrics: dict[str, float]) -> float | None:
 
 
 def best_so_far(folder: str | Path) -> dict | None:
-    """{"step", "accuracy"} of the checkpoint that is kept as the best of the run."""
+    """{"step", "accuracy"} of the run's best checkpoint so far; None if there is none."""
     try:
         return json.loads((Path(folder) / BEST / "best.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -117,9 +122,9 @@ def write_best(folder: str | Path, step: int, accuracy: float) -> None:
 
 
 def link_checkpoint(folder: str | Path, step: int) -> None:
-    """Hard links to this machine's files of a checkpoint under ``folder``/best, out of reach of verl's rotation.
+    """Hard-link this machine's files of a checkpoint under ``folder``/best, where verl does not rotate them.
 
-    Run on every machine that holds a part; several processes may do so at once.
+    Call it on every machine that holds a part; several processes may do so at once.
     """
     source = Path(folder) / f"global_step_{step}"
     for file in source.rglob("*") if source.exists() else ():
@@ -136,14 +141,14 @@ def link_checkpoint(folder: str | Path, step: int) -> None:
 
 
 def forget_others(folder: str | Path, step: int) -> None:
-    """Remove what earlier bests `link_checkpoint` has left on this machine."""
+    """Remove the links of earlier best checkpoints on this machine."""
     for other in (Path(folder) / BEST).glob("global_step_*"):
         if other.name != f"global_step_{step}":
             shutil.rmtree(other, ignore_errors=True)
 
 
 def progress_line(step: int, steps: int, seconds_left: float, metrics: dict[str, float], accuracy: float | None) -> str:
-    """One line a step for a person who watches."""
+    """The line that a step prints for a person who watches."""
     minutes, seconds = divmod(int(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"step {step}/{steps}", f"{hours}:{minutes:02d}:{seconds:02d} left"]

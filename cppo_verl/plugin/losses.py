@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
-from cppo_verl.core.divergence import as_float32, binary_divergence
+from cppo_verl.core.divergence import Kind, as_float32, binary_divergence
 from cppo_verl.core.metrics import (
     GROUPS,
     POSITION_BINS,
@@ -58,26 +58,13 @@ class Tokens(NamedTuple):
     mask: Tensor
     """True on valid tokens."""
     valid: Tensor
-    """The mask in fp32: conversions cost as much as the arithmetic does."""
+    """The mask as 0 and 1; a conversion for each use would cost as much as the arithmetic."""
     divergence: Tensor | None
-    """D_t where the trainer has measured it in the forward pass, which the top-K divergences need."""
-
-
-_measured: ContextVar[Tensor | None] = ContextVar("cppo_verl_measured_divergence", default=None)
-
-
-@contextmanager
-def measured_divergence(divergence: Tensor) -> Iterator[None]:
-    """Policy losses taken inside see this D_t [B, L]: verl hands them no more than log-probabilities."""
-    token = _measured.set(divergence)
-    try:
-        yield
-    finally:
-        _measured.reset(token)
+    """D_t where it was measured in the forward pass, as the top-K divergences are."""
 
 
 class Decision(NamedTuple):
-    """What a rule makes of a micro-batch."""
+    """What a rule decides about the tokens of a micro-batch."""
 
     weight: Tensor
     """What grad log pi_t is multiplied by, [B, L]; zero outside the mask."""
@@ -86,51 +73,62 @@ class Decision(NamedTuple):
     region: TrustRegion
     divergence: Tensor
     delta: float
-    """Token threshold that tells apart, in the metrics, what rejected a token."""
+    """Token threshold; in the metrics it separates the two constraints that can reject a token."""
     p90: Tensor
     """0.9-quantile of D_t per response, [B, 1]."""
 
 
-Rule = Callable[[MethodConfig, ActorConfig, Tokens], Decision]
 Observed = tuple[MethodConfig, Tokens, Decision]
 
-_observed: ContextVar[list[Observed] | None] = ContextVar("cppo_verl_observed_decisions", default=None)
+
+class LossContext(NamedTuple):
+    """What a policy loss of verl gets and gives beside its signature, which carries log-probabilities alone."""
+
+    divergence: Tensor | None = None
+    """D_t [B, L], where it was measured in the forward pass."""
+    observed: list[Observed] | None = None
+    """Where given, each policy loss of the plug-in appends what it decided; verl's own losses append nothing."""
+
+
+NO_CONTEXT = LossContext()
+_context: ContextVar[LossContext] = ContextVar("cppo_verl_loss_context", default=NO_CONTEXT)
 
 
 @contextmanager
-def observed_decisions() -> Iterator[list[Observed]]:
-    """What the policy losses taken inside decided, one entry a micro-batch; verl's own losses leave none."""
-    observed = []
-    token = _observed.set(observed)
+def loss_context(**changes) -> Iterator[None]:
+    """Policy losses called inside see the context around it with these fields of `LossContext` replaced."""
+    token = _context.set(_context.get()._replace(**changes))
     try:
-        yield observed
+        yield
     finally:
-        _observed.reset(token)
+        _context.reset(token)
 
 
 def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
-    """CPPO, and as values of its config DPPO and the ablations."""
-    divergence, p90 = _divergence(method.divergence, tokens)
+    """CPPO; DPPO and the paper's ablations are values of its config."""
+    divergence, p90 = _divergence(method.partition, method.kind, tokens)
     weights = (
         shuffled_weights(tokens.mask, method.w_min)
         if method.weights == "shuffled"
         else position_weights(tokens.valid, method.w_min, horizon=method.horizon)
     )
-    delta_b = {"fixed": method.delta_b, "none": None}.get(method.budget)
+    delta_b: Tensor | float | None = None
     if method.budget == "adaptive":
         delta_b = adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp, p90)
+    elif method.budget == "fixed":
+        delta_b = method.delta_b
     region = build_trust_region(divergence, tokens.mask, delta=method.delta, delta_b=delta_b, weights=weights)
     keep = update_mask(
         region, tokens.log_ratio, tokens.advantages, delta=method.delta, gate=method.gate, tau=method.tau
     )
-    # The penalty's weights leave [0, 1]; what it rejects is what it takes away, down to nothing.
+    # The penalty's weights leave [0, 1]; the metrics count what it takes off a weight of 1, at most all of it.
     reported = keep.clamp(0, 1) if method.gate == "penalty" else keep
     return Decision(_masked(method, tokens, keep), reported, region, divergence, method.delta, p90)
 
 
 def trm(method: TRMLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     """TRM-Max, TRM-Avg and both."""
-    divergence, p90 = _divergence(method.divergence, tokens)
+    divergence, p90 = _divergence(method.partition, method.kind, tokens)
     keep = response_mask_by_divergence(divergence, tokens.mask, delta=method.delta, delta_avg=method.delta_avg)
     delta = torch.inf if method.delta is None else method.delta
     region = build_trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
@@ -142,51 +140,52 @@ def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tok
     ratio = {"minimum": minimum_prefix_ratio, "mean": mean_prefix_ratio}[method.ratio](tokens.log_ratio, tokens.mask)
     low, high = config.clip_ratio_low, config.clip_ratio_high
     inside = ((ratio >= 1 - low) & (ratio <= 1 + high)).to(ratio.dtype)
-    divergence, p90 = _divergence("tv", tokens)
+    divergence, p90 = _divergence("binary", "tv", tokens)
     region = build_trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
 
     weight = clipped_weight(ratio, tokens.advantages, low, high)
     return Decision(weight, inside, region, divergence, torch.inf, p90)
 
 
-def _divergence(kind: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
+def _divergence(partition: str, kind: Kind, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """D_t [B, L] and its 0.9-quantile per response [B, 1]."""
-    if kind.startswith("topk_"):
+    if partition == "binary":
+        divergence = binary_divergence(tokens.log_pi, tokens.log_mu, kind)
+    elif tokens.divergence is not None:
         divergence = tokens.divergence
-        if divergence is None:
-            raise RuntimeError(f"divergence={kind} is measured in the forward pass by the plug-in's trainers")
     else:
-        divergence = binary_divergence(tokens.log_pi, tokens.log_mu, kind.removeprefix("binary_"))
+        raise RuntimeError(f"divergence={partition}_{kind} is measured in the forward pass by the plug-in's trainers")
     return divergence, masked_quantile(divergence, tokens.mask, 0.9)
 
 
 def _masked(method: MaskedLossConfig, tokens: Tokens, keep: Tensor) -> Tensor:
-    """The one surrogate of all masked methods: two of them differ in the mask alone."""
+    """The surrogate that all masked methods share, so that two of them differ in the mask alone."""
     return surrogate_weight(tokens.log_ratio, tokens.advantages, keep, method.ratio_cap)
 
 
 def policy_loss(
-    rule: Rule,
+    rule: Callable[[Any, ActorConfig, Tokens], Decision],
     config_type: type[MethodConfig],
+    *,
     old_log_prob: Tensor,
     log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
+    config: ActorConfig,
     loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """A rule as a policy loss of verl: averaged by verl's ``agg_loss``.
+    """A rule's decisions as a policy loss of verl, averaged by verl's ``agg_loss``.
 
     Args:
-        rule: one of this module's.
-        config_type: what the actor's ``policy_loss`` must be for it.
+        rule: one of this module's rules: method config, actor config and tokens to a decision.
+        config_type: the class of the actor's ``policy_loss`` that the rule reads.
         old_log_prob: log mu(y_t | s_t), the rollout engine's own, [B, L].
         log_prob: log pi(y_t | s_t), carries the gradient, [B, L].
         advantages: A_t, [B, L].
-        response_mask: valid tokens, [B, L]; whatever stands outside of it is ignored.
-        loss_agg_mode: verl's; "token-mean" is the paper's.
+        response_mask: true on valid tokens, [B, L]; values elsewhere are ignored.
         config: the actor's config.
+        loss_agg_mode: how verl's ``agg_loss`` averages the per-token loss.
         rollout_is_weights: must be None, the ratio to mu is already in the surrogate.
 
     Returns:
@@ -197,11 +196,11 @@ def policy_loss(
             zero, on valid tokens; tensors of unequal shapes; importance weights.
         TypeError: a config that is not the method's own.
     """
-    method = getattr(config, "policy_loss", None)
+    method = config.policy_loss
     if not isinstance(method, config_type):
         raise TypeError(
-            f"loss_mode={rule.__name__} needs its own config, but policy_loss is {type(method).__name__}: choose a "
-            "method, e.g. +method=cppo, instead of setting actor_rollout_ref.actor.policy_loss.loss_mode"
+            f"loss_mode={config_type.loss_mode} needs its own config, but policy_loss is {type(method).__name__}: "
+            "choose a method, e.g. +method=cppo, instead of setting actor_rollout_ref.actor.policy_loss.loss_mode"
         )
     if rollout_is_weights is not None:
         raise ValueError(
@@ -219,15 +218,14 @@ def policy_loss(
     with torch.no_grad():
         inputs = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
         valid = mask.to(torch.float32)
-        # Zero outside the mask, whatever stands there; nan_to_num hides no fault, see below.
+        # Zero outside the mask; nan_to_num hides no fault on valid tokens, which check_values looks for below.
         log_pi, log_mu, advantages = (as_float32(x).nan_to_num(0, 0, 0).mul_(valid) for x in inputs.values())
-        measured = _measured.get()
-        if measured is not None:
-            measured = torch.where(mask, measured, 0)
+        context = _context.get()
+        measured = None if context.divergence is None else torch.where(mask, context.divergence, 0)
         tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask, valid, measured)
         decision = rule(method, config, tokens)
-        if (observed := _observed.get()) is not None:
-            observed.append((method, tokens, decision))
+        if context.observed is not None:
+            context.observed.append((method, tokens, decision))
         sums = mask_sums(
             decision.region,
             decision.update_mask,
@@ -239,10 +237,10 @@ def policy_loss(
             decision.p90,
         )
         positions = position_sums(decision.divergence, valid)
-        # The largest value shows nan, +inf and what is above zero, the sum -inf.
+        # The maximum shows nan, +inf and values above zero, the sum shows -inf.
         extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
         # One transfer to the host for everything.
-        *sums, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = torch.cat(
+        *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = torch.cat(
             [sums.flatten(), positions.flatten(), extremes]
         ).tolist()
 
@@ -252,17 +250,17 @@ def policy_loss(
             check_values(name, x, mask)
 
     loss_mat = WeightedLogProb.apply(log_prob, decision.weight)
-    n_tokens = sums[0]
-    if n_tokens:
+    if totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/tokens")]:
         loss = agg_loss(loss_mat=loss_mat, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     else:
         # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
         loss = loss_mat.sum()
-    return loss, dict(zip(SUM_NAMES, sums, strict=True))
+    return loss, dict(zip(SUM_NAMES, totals, strict=True))
 
 
-for _rule, _config_type in ((cppo, CPPOLossConfig), (trm, TRMLossConfig), (prefix_ratio, PrefixRatioLossConfig)):
-    register_policy_loss(_rule.__name__)(partial(policy_loss, _rule, _config_type))
+register_policy_loss("cppo")(partial(policy_loss, cppo, CPPOLossConfig))
+register_policy_loss("trm")(partial(policy_loss, trm, TRMLossConfig))
+register_policy_loss("prefix_ratio")(partial(policy_loss, prefix_ratio, PrefixRatioLossConfig))
 
 
 def check_values(name: str, x: Tensor, mask: Tensor) -> None:

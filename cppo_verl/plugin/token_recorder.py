@@ -25,7 +25,7 @@ from cppo_verl.artifacts.atomic import replacing
 from cppo_verl.artifacts.token_dump import PATTERN, REASONS, Response, encode
 from cppo_verl.core.divergence import binary_divergence
 from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
-from cppo_verl.plugin.losses import Decision, Observed, Tokens, observed_decisions
+from cppo_verl.plugin.losses import Decision, Observed, Tokens, loss_context
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -90,7 +90,8 @@ def recording_loss(
     """``loss``, verl's ``ppo_loss`` or `top_k_ppo_loss`, that keeps what it sees of the drawn responses."""
     if model_output is None or ROW not in data:  # a look at the logits; a step without a dump
         return loss(data=data, model_output=model_output, **kwargs)
-    with observed_decisions() as observed:
+    observed: list[Observed] = []
+    with loss_context(observed=observed):
         result = loss(data=data, model_output=model_output, **kwargs)
     record(data, model_output, observed)
     return result
@@ -173,7 +174,7 @@ class DumpWriter:
         actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
         method = OmegaConf.to_container(actor.policy_loss, resolve=True)
         self.header = {
-            "method": {key: value for key, value in method.items() if key not in ("mu", "shuffle", "dump")},
+            "method": {key: value for key, value in method.items() if key != "preflight"},
             "clip_ratio_low": actor.clip_ratio_low,
             "clip_ratio_high": actor.clip_ratio_high,
             "divergence": method.get("divergence", "binary_tv"),

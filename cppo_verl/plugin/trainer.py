@@ -1,15 +1,17 @@
-"""verl's v1 trainers with the trust region's metrics and the advantage hook mask_std_0, as
-trainer.v1.trainer_mode=cppo_<verl's mode>."""
+"""verl's v1 trainers with the trust region's metrics, mask_std_0, token dumps, stop requests and the best checkpoint.
+
+trainer.v1.trainer_mode=cppo_<verl's mode> chooses them.
+"""
 
 import logging
 import os
 import socket
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -28,7 +30,6 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.artifacts import stop_request
-from cppo_verl.core.metrics import GROUPS, POSITION_BINS, shares
 from cppo_verl.plugin.checkpoints import (
     best_so_far,
     check_resume,
@@ -43,30 +44,34 @@ from cppo_verl.plugin.checkpoints import (
     write_best,
     write_sources,
 )
-from cppo_verl.plugin.config import (
-    TOP_K_AGENT_LOOP_MANAGER,
-    TOP_K_ROLLOUT,
-    TRAINER_MODE_PREFIX,
-    captured_bytes,
-    missing_files,
-)
-from cppo_verl.plugin.losses import METRIC_PREFIX
+from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
+from cppo_verl.plugin.preflight import captured_bytes, missing_files
+from cppo_verl.plugin.step_metrics import pop_shares, shares_by_update
 from cppo_verl.plugin.token_recorder import FIELDS, DumpWriter, draw, recording_loss, row_field, take
 from cppo_verl.plugin.topk.codec import ABSENT
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss
+from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 
-class TrustRegionTrainer:
-    """Mixin over one of verl's trainers."""
+if TYPE_CHECKING:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer as VerlTrainer
+else:
+    VerlTrainer = object
+
+
+class TrustRegionTrainer(VerlTrainer):
+    """Mixin over each of verl's v1 trainers; docs/seams.md lists what it overrides."""
+
+    total_training_steps: int
 
     def __init__(self, config):
         missing = missing_files(config)
         if missing:
             raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
-        # Everything in verl that asks for the mode means verl's own.
+        # verl compares the mode with its own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
         method = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
         self.captures = getattr(method, "captures", False)  # verl's own losses have no divergence
@@ -118,7 +123,7 @@ class TrustRegionTrainer:
         super().on_step_end()
 
     def _end_if_asked(self, when: str) -> bool:
-        """Make the current step the last one, with a checkpoint if there was a step, where a request waits."""
+        """If there is a stop request, make the current step the last one, with a checkpoint after it."""
         folder, step = self.config.trainer.default_local_dir, self.global_steps
         reason = stop_request.requested(folder)
         if reason is None:
@@ -132,12 +137,12 @@ class TrustRegionTrainer:
         print(f"cppo_verl  {what}; the same command continues", flush=True)
         stop_request.answer(folder, what)
         self.stopping = True
-        # What fit compares the next step with.
+        # verl's fit ends at this step.
         self.total_training_steps = step if when == "after" else step - 1
         return True
 
     def _validate(self):
-        # A run that resumes validates its checkpoint first.
+        # Before its first step a run validates the checkpoint that it resumes from.
         if self.stopping and self.config.trainer.get("val_before_train", True):
             self.validation = {}
             return {}
@@ -157,7 +162,7 @@ class TrustRegionTrainer:
                 self._everywhere(lambda role=role, keep=keep: rotate(folder, step, role, keep))
 
     def _everywhere(self, function: Callable[[], None]) -> None:
-        """On the machines that hold a part of a checkpoint, several times on each, and on the trainer's."""
+        """Call on every machine that holds a part of a checkpoint, once per worker, and on the trainer's."""
         ray.get([worker.__ray_call__.remote(lambda _: function()) for worker in self.actor_rollout_wg.workers])
         function()
 
@@ -193,7 +198,7 @@ class TrustRegionTrainer:
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()
-        # verl polls for finished generations every two seconds, longer than a small model generates.
+        # verl polls for finished generations every two seconds; a small model generates in less.
         kwargs = self.config.trainer.v1.sampler.sampler_kwargs
         replay_buffer.poll_interval = kwargs.get("poll_interval", replay_buffer.poll_interval)
         return replay_buffer
@@ -239,7 +244,7 @@ class TrustRegionTrainer:
         return data.select(*masked.keys())
 
     def _draw_rows(self, batch: KVBatchMeta) -> list[int]:
-        """Choose the responses whose tokens are to be dumped, if any, and let the workers know."""
+        """Draw the responses whose tokens are dumped at this step, if any, and send the workers their rows."""
         if self.token_dump is None or not self.token_dump.due(self.global_steps):
             return []
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
@@ -247,12 +252,12 @@ class TrustRegionTrainer:
         if drawn:
             field = row_field(drawn, len(batch))
             self._put(batch, field)
-            if batch.fields is not None:  # else the workers get all there are
+            if batch.fields is not None:  # None: the workers get all fields
                 batch.fields = [*batch.fields, *field.keys()]
         return drawn
 
     def _dump_tokens(self, batch: KVBatchMeta, drawn: list[int]) -> None:
-        """Write what the workers have recorded in the update."""
+        """Write what the workers recorded in the update."""
         workers = self.actor_rollout_wg.workers
         records = [record for part in ray.get([w.__ray_call__.remote(take) for w in workers]) for record in part]
         keys = {row: batch.keys[row] for row in drawn}
@@ -270,22 +275,25 @@ class TrustRegionTrainer:
 
 
 class ActorWorkers(wrapt.ObjectProxy):
-    """verl's worker group of the actor. verl's `_update_actor` decides by its distillation config alone
-    whether the loss sees the logits, and averages the metrics over mini-batches before it returns."""
+    """verl's worker group of the actor, with verl's logits hook and each mini-batch's metrics.
+
+    verl's `_update_actor` turns the logits hook on for distillation alone, and averages the metrics over mini-batches
+    before it returns.
+    """
 
     def __init__(self, wrapped):
         super().__init__(wrapped)
-        self._self_looks_at_logits = False
+        self._self_logits_hook = False
         self._self_last_metrics: dict[str, list[float]] = {}
 
     def choose_loss(self, config: DictConfig, captures: bool, records: bool) -> None:
-        """Put another function in the place of verl's ``ppo_loss`` where the run needs one.
+        """Replace verl's ``ppo_loss`` where the run needs another loss function.
 
         Args:
             captures: take D_t in the forward pass, by `top_k_ppo_loss`.
-            records: keep what the loss sees of drawn responses, by `recording_loss`.
+            records: keep what the loss sees of the drawn responses, by `recording_loss`.
         """
-        self._self_looks_at_logits = captures
+        self._self_logits_hook = captures
         if not captures and not records:
             return
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
@@ -294,11 +302,11 @@ class ActorWorkers(wrapt.ObjectProxy):
 
     @property
     def last_metrics(self) -> dict[str, list[float]]:
-        """Of the last `update_actor`, one value a mini-batch, in the order of the updates."""
+        """Metrics of the last `update_actor`: one value per mini-batch, in the order of the updates."""
         return self._self_last_metrics
 
     def update_actor(self, batch: KVBatchMeta):
-        if self._self_looks_at_logits:
+        if self._self_logits_hook:
             batch.extra_info["distillation_use_topk"] = True
         output = self.__wrapped__.update_actor(batch)
         self._self_last_metrics = dict(output["metrics"])
@@ -306,7 +314,7 @@ class ActorWorkers(wrapt.ObjectProxy):
 
 
 def capture_top_k(config: DictConfig) -> None:
-    """Put the rollout and the agent loops that hand over mu's most likely tokens in the place of verl's."""
+    """Replace verl's rollout and agent loops by those that return mu's most likely tokens."""
     rollout = config.actor_rollout_ref.rollout
     with open_dict(config):
         rollout.name = TOP_K_ROLLOUT
@@ -321,105 +329,6 @@ def capture_top_k(config: DictConfig) -> None:
                     f"likely tokens over: make it a subclass of {TOP_K_AGENT_LOOP_MANAGER}, or use divergence=binary_tv"
                 )
     logger.info(captured_bytes(config))
-
-
-def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool]) -> tuple[torch.Tensor, float]:
-    """Which rows belong to a prompt whose responses' rewards differ.
-
-    A prompt with a single response has no standard deviation and is kept; so are verl's padding rows,
-    which count for nothing.
-
-    Returns:
-        Boolean [rows], and the share of prompts left out.
-    """
-    groups = defaultdict(list)
-    for row, uid in enumerate(uids):
-        if not padding[row]:
-            groups[uid].append(row)
-    kept = torch.ones(len(uids), dtype=torch.bool)
-    left_out = [rows for rows in groups.values() if len(rows) > 1 and len({rewards[row] for row in rows}) == 1]
-    for rows in left_out:
-        kept[rows] = False
-    return kept, len(left_out) / len(groups)
-
-
-def mini_batch_of_row(rows: int, dp_size: int, mini_batch_size: int) -> torch.Tensor:
-    """Index of the mini-batch that each row falls into: verl hands each rank a contiguous part of the
-    batch, and each rank cuts its part into contiguous mini-batches."""
-    return (torch.arange(rows) % (rows // dp_size)) // (mini_batch_size // dp_size)
-
-
-def leave_out(data: TensorDict, kept: torch.Tensor, mini_batches: torch.Tensor, seq_mean: bool) -> TensorDict:
-    """response_mask and loss_mask of a batch without the rows that are not ``kept``.
-
-    A row without valid tokens has no loss, and verl counts ``loss_mask`` for the token denominator. Its
-    sequence denominator is the configured mini-batch size: in the seq-mean modes the advantages of the
-    other rows come too, scaled up to make up for it, which no mask sees, as they keep their sign.
-    """
-    lengths = data["response_mask"].offsets().diff()
-    keep_token = kept.repeat_interleave(lengths)
-    fields = {name: _like(data[name], keep_token) for name in ("response_mask", "loss_mask")}
-    if seq_mean:
-        rows = torch.bincount(mini_batches)
-        scale = rows / torch.bincount(mini_batches, weights=kept.double()).clamp_min(1)
-        fields["advantages"] = _like(data["advantages"], scale[mini_batches].repeat_interleave(lengths))
-    # A mini-batch with nothing left would divide by zero tokens: one token in the denominator alone.
-    first = data["loss_mask"].offsets()[:-1]
-    for mini_batch in mini_batches.unique():
-        rows = ((mini_batches == mini_batch) & (lengths > 0)).nonzero().flatten()
-        if len(rows) and not kept[rows].any():
-            fields["loss_mask"].values()[first[rows[0]]] = 1
-    return TensorDict(fields, batch_size=len(kept))
-
-
-def _like(nested: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``nested`` times a factor per token, a new tensor of its dtype."""
-    values = (nested.values() * factor).to(nested.dtype)
-    return torch.nested.nested_tensor_from_jagged(values, nested.offsets())
-
-
-def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
-    """Take the loss's sums out of a step's metrics and return the shares made of them.
-
-    verl reduces a loss's metrics by the mean over micro-batches, ranks and mini-batches, each with
-    the same weight. A mean of per-micro-batch shares would be wrong wherever these differ in size;
-    numerators and denominators are scaled alike by it, so that their quotient is the pooled share.
-    """
-    sums = defaultdict(dict)
-    for key in [key for key in metrics if key.startswith(METRIC_PREFIX)]:
-        group, name = key.removeprefix(METRIC_PREFIX).split("/")
-        sums[group][name] = metrics.pop(key)
-    result = {}
-    for group in GROUPS:
-        infix = "" if group == "all" else f"{group}/"
-        if sums[group]:
-            result |= {f"trust_region/{infix}{name}": value for name, value in shares(sums[group]).items()}
-    if sums["all"].get("tokens"):
-        # What verl's own losses report, under verl's names.
-        result["actor/ppo_kl"] = -sums["all"]["log_ratio"] / sums["all"]["tokens"]
-        result["actor/pg_clipfrac"] = result["trust_region/masked_share"]
-    return result
-
-
-def shares_by_update(metrics: dict[str, Sequence[float]], first_updates: int = 1) -> dict[str, float]:
-    """Mean D_t at a batch's first update, where pi still is mu but for the engines' mismatch (and, in the
-    asynchronous trainers, for the staleness of the batch), and at the later ones, where it has drifted;
-    over all tokens, and by position.
-
-    Args:
-        metrics: the loss's sums of one step, a value for each mini-batch.
-        first_updates: how many of these mini-batches, from the start, count as the first update: 1, or 0 where
-            the policy has been updated since the last weight sync.
-    """
-    result = {}
-    for when, updates in (("first_update", slice(first_updates)), ("later_updates", slice(first_updates, None))):
-        for group in ("all", *(f"position_{b}" for b in range(POSITION_BINS))):
-            tokens = sum(metrics.get(f"{METRIC_PREFIX}{group}/tokens", [])[updates])
-            if tokens > 0:
-                infix = "" if group == "all" else f"/{group}"
-                divergence = sum(metrics[f"{METRIC_PREFIX}{group}/divergence"][updates])
-                result[f"trust_region/{when}/divergence{infix}"] = divergence / tokens
-    return result
 
 
 @register_trainer(TRAINER_MODE_PREFIX + "sync")

@@ -42,7 +42,7 @@ def draw(steps, accuracy, path):
     masked.yaxis.set_major_formatter(PercentFormatter(1))
     masked.legend(loc="upper right", frameon=False, reverse=True)
 
-    x, y = series("trust_region/delta_b")
+    x, y = series("trust_region/effective_delta_b")
     budget.plot(x, y, color=GREY, alpha=0.4, linewidth=1)
     budget.plot(x, smooth(y), color=BLUE)
     budget.set(title="effective budget δ_b (mean over responses)")

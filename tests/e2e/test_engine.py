@@ -18,7 +18,7 @@ WORKER = Path(__file__).parents[1] / "helpers" / "engine_worker.py"
 METHODS = sorted(
     path.stem
     for path in (Path(__file__).parents[2] / "cppo_verl" / "config" / "method").glob("*.yaml")
-    if path.stem not in ("_harness", "cppo_shuffled")  # whose weights are drawn anew for each micro-batch
+    if path.stem not in ("_common", "cppo_shuffled")  # whose weights are drawn anew for each micro-batch
 )
 TOP_K = ["cppo+topk_tv", "cppo_kl+topk_kl", "dppo+topk_tv", "trm_max_avg+topk_kl"]
 MODES = ["cppo@seq-mean-token-sum", "cppo@seq-mean-token-mean", "grpo@seq-mean-token-mean"]
@@ -103,7 +103,7 @@ def test_leaving_prompts_out_is_removing_them_by_hand(gradients, method):
 
 @pytest.mark.parametrize("method", [*METHODS, *TOP_K])
 def test_metrics_do_not_depend_on_micro_batches_or_ranks(gradients, method):
-    from cppo_verl.plugin.trainer import pop_shares
+    from cppo_verl.plugin.step_metrics import pop_shares
 
     whole = pop_shares(dict(gradients[1][method, "whole"]["metrics"]))
     if method in ("grpo", "cispo"):

@@ -107,7 +107,7 @@ def test_every_step_reports_the_trust_region(first):
         values = steps[step]
         assert 0 <= values["trust_region/masked_share"] < 0.5
         assert 0 < values["trust_region/divergence"] < values["trust_region/divergence_p90"] < 1
-        assert REGION.delta_b - 1e-6 <= values["trust_region/delta_b"] <= 2 * REGION.delta_b + 1e-6
+        assert REGION.delta_b - 1e-6 <= values["trust_region/effective_delta_b"] <= 2 * REGION.delta_b + 1e-6
         assert values["actor/grad_norm"] > 0
         assert not [key for key in values if key.startswith("actor/trust_region")]
     assert any(values.get("trust_region/masked_share", 0) > 0 for values in steps.values())
@@ -172,7 +172,7 @@ def test_the_dump_tells_of_every_token_what_the_steps_metrics_tell_of_all(first)
             by_budget = (reason == "budget").sum() / masked.sum()
             assert values.get("trust_region/budget_rejected_share") == pytest.approx(by_budget, rel=1e-5)
         delta_b = np.mean([response.delta_b for response in responses])
-        assert values["trust_region/delta_b"] == pytest.approx(delta_b, rel=1e-5)
+        assert values["trust_region/effective_delta_b"] == pytest.approx(delta_b, rel=1e-5)
         for when, part in (("first", lambda u: u == 0), ("later", lambda u: u > 0)):
             part = [response for response in responses if part(response.update)]
             wanted = values.get(f"trust_region/{when}_update" + "s" * (when == "later") + "/divergence")

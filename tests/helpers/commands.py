@@ -1,5 +1,9 @@
-"""A GRPO command of verl, as overrides."""
+"""A GRPO command of verl, and what its start-up checks."""
 
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+
+# verl's examples/grpo_trainer/run_qwen3-8b.sh in substance.
 GRPO = [
     "algorithm.adv_estimator=grpo",
     "data.train_files=train.parquet",
@@ -24,3 +28,8 @@ GRPO = [
     "trainer.n_gpus_per_node=8",
     "trainer.total_epochs=15",
 ]
+
+
+def start_up(config):
+    """What verl.trainer.main_ppo does with the config before it touches Ray."""
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))

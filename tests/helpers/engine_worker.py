@@ -25,7 +25,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.plugin.topk.codec import CODES_FIELD, IDS_FIELD, pack
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss
-from cppo_verl.plugin.trainer import leave_out, mini_batch_of_row
+from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row
 
 ROWS = 8
 VOCABULARY = 32

@@ -1,6 +1,6 @@
-"""Top-K divergences on stock verl, in the order that the data takes.
+"""Top-K divergences on stock verl, in the order of the data; docs/seams.md draws it.
 
-`server`: the rollout engine returns mu's K most likely tokens with each sampled one, no second pass.
-`agent_loop`: they are laid beside the response that verl's agent loop made of them, into TransferQueue.
-`loss`: in the actor's forward pass, verl's look at the logits turns them into D_t, one number a token.
+`vllm_server`: the rollout engine returns mu's K most likely tokens with each sampled one, without a second pass.
+`agent_loop`: they are put beside the response that verl's agent loop made, into TransferQueue.
+`loss`: in the actor's forward pass, verl's logits hook turns them into D_t, one number per token.
 """

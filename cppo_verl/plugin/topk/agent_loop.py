@@ -1,11 +1,12 @@
 """verl's agent loops with mu's most likely tokens beside their responses.
 
-An agent loop, verl's or a user's, makes a response of what one or several calls of the rollout engine
-returned: cut, joined, with tool output between. Only token ids and log-probabilities survive that. So
-each call is recorded on the way, and at the end every response token finds its own by these two.
+An agent loop, verl's or a user's, makes a response of what one or several calls of the rollout engine returned: cut,
+joined, with tool output between. Only token ids and log-probabilities survive that. So each call is recorded, and every
+response token finds its candidates by its id and log-probability at the end.
 """
 
-from contextvars import ContextVar
+import copy
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -21,7 +22,10 @@ from cppo_verl.plugin.topk.vllm_server import CAPTURED, Captured
 Calls = list[tuple[list[int], Captured]]
 """Token ids and capture of each call of the rollout engine, in order."""
 
-_calls: ContextVar[Calls] = ContextVar("cppo_verl_top_k_calls")
+if TYPE_CHECKING:
+    from verl.experimental.agent_loop import AgentLoopWorker as VerlWorker
+else:
+    VerlWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class  # the class that ray.remote wrapped
 
 
 class TopKAgentLoopManager(AgentLoopManagerTQ):
@@ -30,46 +34,54 @@ class TopKAgentLoopManager(AgentLoopManagerTQ):
         self.agent_loop_workers_class = ray.remote(TopKAgentLoopWorker)
 
 
-class TopKAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+class TopKAgentLoopWorker(VerlWorker):
+    calls: Calls
+    """Of the response in the making."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.top_k = self.config.actor_rollout_ref.actor.policy_loss.top_k
-        record_calls(self.llm_client)
 
     async def _run_agent_loop(self, sampling_params, trajectory, **kwargs):
-        # Each response is generated in an asyncio task, and so a context, of its own.
-        _calls.set([])
-        if not trajectory["validate"]:
-            sampling_params = sampling_params | {"logprobs": self.top_k}
-        return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        if trajectory["validate"]:
+            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        # Many responses are made at once, all with the worker's one client: this one gets a copy of the worker whose
+        # client records the calls made for it.
+        worker = copy.copy(self)
+        worker.calls = []
+        worker.llm_client = recording_client(self.llm_client, worker.calls)
+        sampling_params = sampling_params | {"logprobs": self.top_k}
+        return await super(TopKAgentLoopWorker, worker)._run_agent_loop(sampling_params, trajectory, **kwargs)
 
     async def _agent_loop_postprocess(self, output, validate, **kwargs):
         if not validate:
             outputs = output if isinstance(output, list) else [output]
-            output = [OutputWithCandidates.of(x, _calls.get(), self.top_k) for x in outputs]
+            output = [OutputWithCandidates.of(x, self.calls, self.top_k) for x in outputs]
         return await super()._agent_loop_postprocess(output, validate, **kwargs)
 
 
-def record_calls(client: LLMServerClient) -> None:
-    """Let every call that ``client`` makes of a rollout server leave its capture with the response in the making.
+def recording_client(client: LLMServerClient, calls: Calls) -> LLMServerClient:
+    """A copy of ``client`` that appends the capture of every call of a rollout server to ``calls``.
 
-    Below ``generate``: verl's asynchronous client joins there what was aborted and resumed, and drops what
-    it does not know.
+    It records below ``generate``, because verl's asynchronous client joins there the parts of an aborted and resumed
+    answer and drops the fields that it does not know.
     """
-    acquire_server = client._acquire_server
 
-    async def acquire_recording_server(request_id, **fields):
-        server_id, server = await acquire_server(request_id, **fields)
-        return server_id, RecordingServer(server)
+    async def acquire_server(request_id, **fields):
+        server_id, server = await client._acquire_server(request_id, **fields)
+        return server_id, RecordingServer(server, calls)
 
-    client._acquire_server = acquire_recording_server
+    recording = copy.copy(client)
+    vars(recording).update(_acquire_server=acquire_server, _release_server=client._release_server)
+    return recording
 
 
 class RecordingServer:
     """The handle of a rollout server, as `LLMServerClient.generate` uses it."""
 
-    def __init__(self, server):
+    def __init__(self, server, calls: Calls):
         self._server = server
+        self._calls = calls
 
     @property
     def generate(self) -> "RecordingServer":
@@ -79,12 +91,12 @@ class RecordingServer:
         output = await self._server.generate.remote(**kwargs)
         captured = output.extra_fields.pop(CAPTURED, None)
         if captured is not None:
-            _calls.get().append((output.token_ids, captured))
+            self._calls.append((output.token_ids, captured))
         return output
 
 
 class OutputWithCandidates(AgentLoopOutput):
-    """An agent loop's output that puts the candidates of its response into TransferQueue, [L, K] each."""
+    """An agent loop's output that puts its response's candidates into TransferQueue, two tensors [L, K]."""
 
     _candidates: dict[str, torch.Tensor] = PrivateAttr()
 
@@ -102,11 +114,11 @@ class OutputWithCandidates(AgentLoopOutput):
 def align(
     response_ids: list[int], response_mask: list[int], log_probs: list[float], calls: Calls, top_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates of each response token, packed: int32 [L, K] and int16 [L, K].
+    """Find the candidates of each response token, packed: int32 [L, K] and int16 [L, K].
 
-    The generated tokens of a response (mask 1) are, in order, some of those that the engine returned, with
-    the log-probabilities that it returned. A token that is found nowhere, and all others, have ABSENT ids,
-    which the loss refuses on a token that it trains on.
+    The generated tokens of a response (mask 1) are, in order, some of those that the engine returned, with the
+    log-probabilities that it returned. All other tokens, and those that are not found, get ABSENT ids, which the loss
+    refuses on a token that it trains on.
     """
     ids = np.full((len(response_ids), top_k), ABSENT, dtype=np.int32)
     codes = np.zeros((len(response_ids), top_k), dtype=np.int16)
@@ -124,7 +136,7 @@ def align(
 
     rows = np.arange(len(wanted))
     if len(wanted) > len(returned_ids) or not same(rows, slice(None)).all():
-        # Something between was dropped: each takes the first of its kind after the last one taken.
+        # The agent loop dropped some: each token takes the first equal one after the last one taken.
         rows, begin = np.full(len(wanted), -1), 0
         for position in range(len(wanted)):
             found = np.flatnonzero(same(np.arange(begin, len(returned_ids)), position))

@@ -1,7 +1,7 @@
 """D_t on mu's most likely tokens, taken from the logits of the actor's own forward pass.
 
-verl's engines show the logits to the loss function once, before they are reduced to log-probabilities:
-the look that its distillation losses use, ``distillation_use_topk``. It must return one number a token.
+verl's engines call the loss function with the logits once, before they are reduced to log-probabilities. This logits
+hook is the one of its distillation losses, ``distillation_use_topk``; it must return one number per token.
 """
 
 import torch
@@ -12,8 +12,9 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from cppo_verl.core.divergence import candidate_divergence, gather_log_probs
-from cppo_verl.plugin.losses import measured_divergence
+from cppo_verl.core.divergence import Kind, candidate_divergence, gather_log_probs
+from cppo_verl.plugin.config import MaskedLossConfig
+from cppo_verl.plugin.losses import loss_context
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, UNIT, decode, encode, unpack
 
 DIVERGENCE = "cppo_divergence"
@@ -29,33 +30,36 @@ def top_k_ppo_loss(
     dp_group=None,
     student_logits: Tensor | None = None,
 ):
-    """verl's ``ppo_loss`` that looks at the logits first.
+    """verl's ``ppo_loss``, with D_t measured in verl's logits hook.
 
-    Called with ``student_logits`` [1, tokens of this rank, V], it returns D_t of each as {DIVERGENCE: [1,
-    tokens of this rank]}, zero outside the responses; called with the model's output, the loss and metrics.
+    Called with ``student_logits`` [1, tokens of this rank, V], it returns D_t as {DIVERGENCE: [1, tokens of this
+    rank]}, zero outside the responses. Called with the model's output, it returns the loss and its metrics.
     """
+    policy_loss = config.policy_loss
+    assert isinstance(policy_loss, MaskedLossConfig) and data is not None
     if student_logits is not None:
-        divergence = divergence_of_logits(student_logits.squeeze(0), data, config.policy_loss.divergence)
+        divergence = divergence_of_logits(student_logits.squeeze(0), data, policy_loss.kind)
         return {DIVERGENCE: divergence.unsqueeze(0)}
-    with measured_divergence(no_padding_2_padding(model_output[DIVERGENCE], data)):
+    assert model_output is not None
+    with loss_context(divergence=no_padding_2_padding(model_output[DIVERGENCE], data)):
         return ppo_loss(config, model_output, data, dp_group)
 
 
 @torch.no_grad()
-def divergence_of_logits(logits: Tensor, data: TensorDict, divergence: str) -> Tensor:
+def divergence_of_logits(logits: Tensor, data: TensorDict, kind: Kind) -> Tensor:
     """D_t at the valid response tokens of a micro-batch, where they are predicted, zero elsewhere.
 
     Args:
         logits: [n, V], this sequence-parallel rank's part of the packed micro-batch: prompt and response
             of each row, one after the other, padded at the end to equal parts.
         data: the micro-batch, its tensors nested [B, (tokens)] or [B, (tokens), K].
-        divergence: "topk_tv" or "topk_kl".
+        kind: "tv" or "kl".
 
     Returns:
         [n], fp32.
 
     Raises:
-        ValueError: candidates that do not stand beside their tokens; they are checked all, each time.
+        ValueError: candidates that do not belong to their tokens; all are checked, each time.
     """
     response_mask, responses = data["response_mask"], data["responses"].values()
     rows, tokens, entries = _layout(data)
@@ -73,7 +77,7 @@ def divergence_of_logits(logits: Tensor, data: TensorDict, divergence: str) -> T
     log_pi = gather_log_probs(logits, torch.cat([ids, sampled.unsqueeze(-1)], dim=-1), rows)
     log_mu = torch.cat([decode(codes), log_mu_sampled.unsqueeze(-1)], dim=-1)
     out = logits.new_zeros(len(logits), dtype=torch.float32)
-    out[rows] = candidate_divergence(log_pi, log_mu, is_sampled.any(-1), divergence.removeprefix("topk_"))
+    out[rows] = candidate_divergence(log_pi, log_mu, is_sampled.any(-1), kind)
     return out
 
 
@@ -115,7 +119,7 @@ def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tens
     wrong = absent | apart | outside
     if not wrong.any():
         return
-    where = wrong.nonzero()[0].item()
+    where = int(wrong.nonzero()[0])
     n, t = int(wrong.sum()), int(position[where])
     if absent[where]:
         got, wanted = int((ids[where] != ABSENT).sum()), ids.shape[-1]

@@ -1,11 +1,9 @@
-"""verl's vLLM rollout with mu's most likely tokens in its answers, registered as "vllm_top_k".
+"""verl's vLLM rollout, whose answers hold mu's most likely tokens too; registered as "vllm_top_k".
 
-A request that asks for ``logprobs=K`` gets them; one that asks for ``logprobs=True``, as verl's own do,
-is served as by verl.
+A request with ``logprobs=K`` gets them. One with ``logprobs=True``, as verl's own are, is served as verl serves it.
 """
 
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +14,7 @@ from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.logprobs import FlatLogprobs, Logprob
 
-from cppo_verl.plugin.config import TOP_K_ROLLOUT
+from cppo_verl.plugin.constants import TOP_K_ROLLOUT
 from cppo_verl.plugin.topk.codec import ABSENT, pack
 
 CAPTURED = "mu_top_k"
@@ -35,32 +33,32 @@ class Captured(NamedTuple):
 
 
 class Request:
-    """What one call of `TopKServer.generate` wants of the engine, and what it got."""
+    """One call of `TopKServer.generate`: what it wants of the engine, and what it got."""
 
     def __init__(self, top_k: int):
         self.top_k = top_k
         self.log_probs = FlatLogprobs()
 
 
-_request: ContextVar[Request | None] = ContextVar("cppo_verl_top_k_request", default=None)
-
-
 class TopKServer(vLLMHttpServer):
     async def run_server(self, args):
         await super().run_server(args)
-        self.engine = CapturingEngine(self.engine)
+        self.requests: dict[str, Request] = {}
+        """By vLLM's request id, while they are served."""
+        self.engine = CapturingEngine(self.engine, self.requests)
 
-    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs):
-        """verl's ``generate``; ``logprobs`` may be K >= 1 in place of True."""
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, *args: Any, **kwargs: Any
+    ) -> TokenOutput:
+        """verl's ``generate``; ``logprobs`` may be K >= 1 instead of True."""
         top_k = sampling_params.get("logprobs")
         if top_k is None or isinstance(top_k, bool):
-            return await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
-        request = Request(top_k)
-        previous = _request.set(request)
+            return await super().generate(prompt_ids, sampling_params, request_id, *args, **kwargs)
+        request = self.requests[request_id] = Request(top_k)
         try:
-            output: TokenOutput = await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
+            output = await super().generate(prompt_ids, sampling_params, request_id, *args, **kwargs)
         finally:
-            _request.reset(previous)
+            del self.requests[request_id]
         output.extra_fields[CAPTURED] = captured(request.log_probs, top_k)
         return output
 
@@ -71,23 +69,30 @@ class TopKReplica(vLLMReplica):
         self.server_class = ray.remote(TopKServer)
 
     def _get_server_name_prefix(self) -> str:
-        # By the rollout's name, as its workers look for it.
+        # The workers look for a server under their rollout's name.
         return f"{TOP_K_ROLLOUT}_"
 
 
 class CapturingEngine(wrapt.ObjectProxy):
-    """vLLM's engine as `vLLMHttpServer.generate` sees it: verl builds the sampling parameters with
-    logprobs 0 and keeps the sampled token's alone, and offers no seam between the two."""
+    """vLLM's engine as `vLLMHttpServer.generate` sees it.
 
-    async def generate(self, *, sampling_params, **kwargs):
-        request = _request.get()
+    verl builds the sampling parameters with logprobs 0 and keeps the sampled token's alone. The engine's ``generate``
+    is the only place between the two.
+    """
+
+    def __init__(self, wrapped, requests: dict[str, Request]):
+        super().__init__(wrapped)
+        self._self_requests = requests
+
+    async def generate(self, *, sampling_params, request_id: str, **kwargs):
+        request = self._self_requests.get(request_id)
         if request is not None:
             sampling_params.logprobs = request.top_k
-            # Flat lists and no text of the candidates: the plain form costs an object and a
-            # detokenisation for each of them.
+            # Flat lists, and no text of the candidates: the plain form costs an object and a detokenisation for each.
             sampling_params.flat_logprobs = True
             sampling_params.detokenize = bool(sampling_params.stop)
-        async for output in self.__wrapped__.generate(sampling_params=sampling_params, **kwargs):
+        generated = self.__wrapped__.generate(sampling_params=sampling_params, request_id=request_id, **kwargs)
+        async for output in generated:
             if request is not None:
                 for completion in output.outputs:
                     request.log_probs = completion.logprobs
@@ -96,8 +101,10 @@ class CapturingEngine(wrapt.ObjectProxy):
 
 
 class SampledLogProbs(Sequence):
-    """The sampled tokens' entries of vLLM's flat log-probabilities, each in the form of vLLM's own
-    {token id: Logprob}; vLLM's would be built with all candidates."""
+    """The sampled tokens' entries of vLLM's flat log-probabilities, each in vLLM's own form {token id: Logprob}.
+
+    vLLM's own sequence would build each entry with all candidates.
+    """
 
     def __init__(self, flat: FlatLogprobs):
         self.flat = flat
@@ -105,7 +112,7 @@ class SampledLogProbs(Sequence):
     def __len__(self) -> int:
         return len(self.flat)
 
-    def __getitem__(self, position: int) -> dict[int, Logprob]:
+    def __getitem__(self, position):
         first = self.flat.start_indices[position]
         return {self.flat.token_ids[first]: Logprob(self.flat.logprobs[first])}
 
@@ -114,8 +121,10 @@ class SampledLogProbs(Sequence):
 
 
 def captured(flat: FlatLogprobs, top_k: int) -> Captured:
-    """Arrays of a request's log-probabilities: vLLM lists, per position, the sampled token, then the
-    most likely ones."""
+    """Arrays of a request's log-probabilities.
+
+    vLLM lists, per position, the sampled token and then the most likely ones.
+    """
     starts = np.asarray(flat.start_indices, dtype=np.int64)
     counts = np.asarray(flat.end_indices, dtype=np.int64) - starts
     all_ids = np.asarray(flat.token_ids, dtype=np.int32)
@@ -129,5 +138,5 @@ def captured(flat: FlatLogprobs, top_k: int) -> Captured:
         columns = np.where(present, columns, 0)
         ids = np.where(present, all_ids[columns], ABSENT)
         log_probs = np.where(present, all_log_probs[columns], -np.inf)
-    ids, codes = pack(torch.from_numpy(ids), torch.from_numpy(log_probs))
-    return Captured(all_log_probs[starts], ids.numpy(), codes.numpy())
+    packed_ids, codes = pack(torch.from_numpy(ids), torch.from_numpy(log_probs))
+    return Captured(all_log_probs[starts], packed_ids.numpy(), codes.numpy())

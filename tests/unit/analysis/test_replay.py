@@ -67,7 +67,7 @@ def test_verls_own_losses_are_judged_by_their_gradient(responses):
 
 @pytest.mark.process
 def test_every_shipped_method_composes_with_the_runs_thresholds():
-    assert "cppo" in replay.METHODS and "_harness" not in replay.METHODS
+    assert "cppo" in replay.METHODS and "_common" not in replay.METHODS
     for name in replay.METHODS:
         assert replay.setting(name, RUN_HEADER).label == name
     method = replay.setting("cppo", RUN_HEADER).actor.policy_loss

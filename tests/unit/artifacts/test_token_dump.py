@@ -17,7 +17,7 @@ from verl.workers.utils.losses import ppo_loss
 from cppo_verl.artifacts.token_dump import HEADER, REASONS, RESPONSES_A_GROUP, encode, read_tokens
 from cppo_verl.plugin import token_recorder
 from cppo_verl.plugin.config import CPPOLossConfig, PrefixRatioLossConfig, TRMLossConfig
-from cppo_verl.plugin.losses import measured_divergence
+from cppo_verl.plugin.losses import loss_context
 
 # --- what is recorded -----------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ def test_a_measured_divergence_is_recorded_as_it_was_measured(tmp_path):
     data, log_pi = tu.index_select_tensor_dict(data, [0, 1, 2, 3]), log_pi[:4]
     lengths = data["responses"].offsets().diff()
     measured = torch.rand(4, int(lengths.max()), generator=torch.Generator().manual_seed(1))
-    with measured_divergence(measured):
+    with loss_context(divergence=measured):
         records = train(CPPO(divergence="topk_tv"), data, log_pi, [2], mini_batch=4)
     (record,) = records
     valid = data["response_mask"][2].bool()

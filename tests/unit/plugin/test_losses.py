@@ -13,7 +13,7 @@ from verl.utils.metric import AggregationType, Metric
 from verl.utils.py_functional import append_to_dict, rename_dict
 from verl.workers.config import FSDPActorConfig
 
-from cppo_verl.plugin.trainer import pop_shares
+from cppo_verl.plugin.step_metrics import pop_shares
 
 
 def expected(data, gate="hard", budget="adaptive", kl=False):
@@ -184,7 +184,7 @@ def test_metrics_are_the_loops():
             "budget_rejected_share": sum(wd <= DELTA for wd in masked) / len(masked),
             "token_rejected_share": sum(wd > DELTA for wd in masked) / len(masked),
             "divergence": np.mean([d for d, _, _ in tokens]),
-            "delta_b": np.mean([r[0] for r in responses]),
+            "effective_delta_b": np.mean([r[0] for r in responses]),
             "divergence_p90": np.mean([r[1] for r in responses]),
             "prefix_average": np.mean([r[2] for r in responses]),
         }

@@ -11,7 +11,7 @@ from verl.workers.config import FSDPActorConfig
 
 from cppo_verl.core import position_weights, shuffled_weights
 from cppo_verl.plugin.config import PrefixRatioLossConfig, TRMLossConfig
-from cppo_verl.plugin.trainer import leave_out, mini_batch_of_row, rows_with_spread
+from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
 
 
 def loss_and_gradient(loss_mode, policy_loss, data, **actor):
@@ -136,7 +136,9 @@ def test_horizon_and_budget_clamp_of_the_pull_request():
     mask = torch.ones(1, 4, dtype=torch.bool)
     torch.testing.assert_close(position_weights(mask, 0.8, horizon=11), torch.tensor([[1.0, 0.98, 0.96, 0.94]]))
     data = batch(drift=1.5)
-    budgets = [call(data, actor_config(budget_clamp=c))[1]["actor/trust_region/all/delta_b"] for c in (1.0, 2.0, 5.0)]
+    budgets = [
+        call(data, actor_config(budget_clamp=c))[1]["actor/trust_region/all/effective_delta_b"] for c in (1.0, 2.0, 5.0)
+    ]
     assert budgets[0] < budgets[1] < budgets[2]
 
 

@@ -20,13 +20,13 @@ from vllm.logprobs import create_sample_logprobs
 from cppo_verl.core import exact_divergence
 from cppo_verl.core.divergence import gather_log_probs
 from cppo_verl.core.metrics import POSITION_BINS, position_sums
-from cppo_verl.plugin.config import TOP_K_ROLLOUT
-from cppo_verl.plugin.losses import METRIC_PREFIX, measured_divergence
-from cppo_verl.plugin.topk.agent_loop import TopKAgentLoopWorker, _calls, align, record_calls
+from cppo_verl.plugin.constants import TOP_K_ROLLOUT
+from cppo_verl.plugin.losses import METRIC_PREFIX, loss_context
+from cppo_verl.plugin.step_metrics import shares_by_update
+from cppo_verl.plugin.topk.agent_loop import TopKAgentLoopWorker, align, recording_client
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, bytes_per_token, decode, encode, pack, unpack
 from cppo_verl.plugin.topk.loss import divergence_of_logits
 from cppo_verl.plugin.topk.vllm_server import CAPTURED, Captured, SampledLogProbs, captured
-from cppo_verl.plugin.trainer import shares_by_update
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
 
@@ -76,7 +76,7 @@ def test_a_divergence_is_that_of_the_full_distributions(policies, y, kind):
     if torch.unique(log_mu).numel() < len(log_mu):  # which of equals are the top K is open
         log_mu = (log_mu - 1e-4 * torch.arange(len(log_mu))).log_softmax(-1)
     data, logits = micro_batch([log_mu[None]], [log_pi[None]], [[y]], top_k=min(20, len(log_mu)))
-    got = divergence_of_logits(logits.float(), data, f"topk_{kind}")[1].item()
+    got = divergence_of_logits(logits.float(), data, kind)[1].item()
     cells = oracle.partition(log_mu.exp().tolist(), y, min(20, len(log_mu)))
     want = {"tv": oracle.total_variation, "kl": oracle.kl}[kind](log_mu.exp().tolist(), log_pi.exp().tolist(), cells)
     # fp32; where mu is a spike, KL takes the logarithm of a rest of 1e-7
@@ -234,7 +234,7 @@ def test_validation_asks_for_no_candidates(monkeypatch):
 
     monkeypatch.setattr(TopKAgentLoopWorker.__mro__[1], "_run_agent_loop", run)
     worker = object.__new__(TopKAgentLoopWorker)
-    worker.top_k = 7
+    worker.top_k, worker.llm_client = 7, object.__new__(FullyAsyncLLMServerClient)
     for validate in (True, False):
         asyncio.run(worker._run_agent_loop({"logprobs": True}, {"validate": validate}))
     assert asked == [True, 7]
@@ -262,11 +262,11 @@ def test_an_aborted_and_resumed_response_has_the_candidates_of_both_parts():
             pass
 
     async def respond():
+        calls = []
         client = Client(OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": TOP_K_ROLLOUT}}}))
-        record_calls(client)
-        _calls.set([])
+        client = recording_client(client, calls)
         output = await client.generate("id", prompt_ids=[1, 2], sampling_params={"logprobs": 2})
-        return output, align(output.token_ids, [1] * len(output.token_ids), output.log_probs, _calls.get(), 2)
+        return output, align(output.token_ids, [1] * len(output.token_ids), output.log_probs, calls, 2)
 
     output, (ids, _) = asyncio.run(respond())
     assert output.token_ids == [5, 6, 7, 5]
@@ -336,7 +336,7 @@ def random_micro_batch(top_k=3, vocabulary=11, seed=0):
 @pytest.mark.parametrize("top_k", [1, 3, 11])
 def test_divergence_of_logits_is_the_loops(kind, top_k):
     data, logits, log_mu, log_pi, responses, masks, prompts = random_micro_batch(top_k)
-    got = divergence_of_logits(logits, data, f"topk_{kind}")
+    got = divergence_of_logits(logits, data, kind)
     measure = {"tv": oracle.total_variation, "kl": oracle.kl}[kind]
     want = []
     for mu, pi, response, mask, prompt in zip(log_mu, log_pi, responses, masks, prompts, strict=True):
@@ -356,7 +356,7 @@ def test_no_gradient_flows_and_the_logits_are_left_alone():
     data, logits, *_ = random_micro_batch()
     logits = logits.requires_grad_()
     before = logits.detach().clone()
-    assert not divergence_of_logits(logits, data, "topk_tv").requires_grad
+    assert not divergence_of_logits(logits, data, "tv").requires_grad
     assert torch.equal(logits.detach(), before)
 
 
@@ -364,25 +364,25 @@ def test_parts_of_a_sequence_parallel_group_make_the_whole(monkeypatch):
     import cppo_verl.plugin.topk.loss as module
 
     data, logits, *_ = random_micro_batch()
-    whole = divergence_of_logits(logits, data, "topk_tv")
+    whole = divergence_of_logits(logits, data, "tv")
     n = -(-len(logits) // 3)
     padded = torch.cat([logits, torch.zeros(3 * n - len(logits), logits.shape[-1])])
     monkeypatch.setattr(module, "get_ulysses_sequence_parallel_world_size", lambda: 3)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(module, "get_ulysses_sequence_parallel_rank", lambda rank=rank: rank)
-        parts.append(divergence_of_logits(padded[rank * n : (rank + 1) * n], data, "topk_tv"))
+        parts.append(divergence_of_logits(padded[rank * n : (rank + 1) * n], data, "tv"))
     assert torch.equal(torch.cat(parts)[: len(logits)], whole)
 
 
 def test_verls_padding_rows_are_passed_over():
     data, logits, *_ = random_micro_batch()
-    whole = divergence_of_logits(logits, data, "topk_tv")
+    whole = divergence_of_logits(logits, data, "tv")
     # The last row is not valid anywhere; verl's padding leaves another row's candidates beside one token.
     longer = [*data[IDS_FIELD].unbind()[:3], data[IDS_FIELD].unbind()[2]]
     data[IDS_FIELD] = nested(longer)
     data[CODES_FIELD] = nested([*data[CODES_FIELD].unbind()[:3], data[CODES_FIELD].unbind()[2]])
-    assert torch.equal(divergence_of_logits(logits, data, "topk_tv"), whole)
+    assert torch.equal(divergence_of_logits(logits, data, "tv"), whole)
 
 
 @pytest.mark.parametrize("by", [1, -1])
@@ -391,7 +391,7 @@ def test_candidates_shifted_by_one_token_are_refused(by):
     for field in (IDS_FIELD, CODES_FIELD):
         data[field] = nested([row.roll(by, 0) for row in data[field].unbind()])
     with pytest.raises(ValueError, match="do not stand beside the sampled tokens"):
-        divergence_of_logits(logits, data, "topk_tv")
+        divergence_of_logits(logits, data, "tv")
 
 
 @pytest.mark.parametrize("row", [0, 2])
@@ -401,7 +401,7 @@ def test_one_misplaced_token_among_many_is_found(row):
     codes[row][-1] += 1  # a high bit: 4096 units of 2^-22
     data[CODES_FIELD] = nested(codes)
     with pytest.raises(ValueError, match="1 of 9 of this micro-batch.* for the same token"):
-        divergence_of_logits(logits, data, "topk_tv")
+        divergence_of_logits(logits, data, "tv")
 
 
 def test_a_sampled_token_likelier_than_the_candidates_is_refused():
@@ -415,7 +415,7 @@ def test_a_sampled_token_likelier_than_the_candidates_is_refused():
     with pytest.raises(
         ValueError, match="response position 0, where rollout_log_probs has -0.001000.*only less likely"
     ):
-        divergence_of_logits(logits, data, "topk_tv")
+        divergence_of_logits(logits, data, "tv")
 
 
 def test_fewer_candidates_are_refused_where_they_are_needed():
@@ -423,14 +423,14 @@ def test_fewer_candidates_are_refused_where_they_are_needed():
     ids = data[IDS_FIELD].unbind()
     ids[2][1] = ABSENT  # tool output
     data[IDS_FIELD] = nested(ids)
-    divergence_of_logits(logits, data, "topk_tv")
+    divergence_of_logits(logits, data, "tv")
     ids[2][3, 2] = ABSENT
     data[IDS_FIELD] = nested(ids)
     with pytest.raises(ValueError, match="gave 2 of mu's 3 most likely tokens at response position 3"):
-        divergence_of_logits(logits, data, "topk_tv")
+        divergence_of_logits(logits, data, "tv")
     data[IDS_FIELD] = nested([*ids[:2], ids[2][:2], ids[3]])
     with pytest.raises(ValueError, match="row 2 of this micro-batch has 2 rows of mu's most likely tokens for 6"):
-        divergence_of_logits(logits, data, "topk_tv")
+        divergence_of_logits(logits, data, "tv")
 
 
 # --- mismatch and drift ---------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def test_the_loss_takes_the_measured_divergence_on_valid_tokens_alone():
     data = batch()
     mask = data["response_mask"]
     exact = (data["log_prob"].detach().exp() - data["old_log_prob"].exp()).abs()
-    with measured_divergence(torch.where(mask, exact, torch.nan)):
+    with loss_context(divergence=torch.where(mask, exact, torch.nan)):
         loss, metrics = call(data, actor_config(divergence="topk_tv"))
     want, want_metrics = call(data, actor_config())
     assert loss.item() == pytest.approx(want.item())

@@ -1,0 +1,52 @@
+"""The step's trust-region metrics, made of the sums that the losses report.
+
+verl reduces a loss's metrics by the mean over micro-batches, ranks and mini-batches, each with the same weight. A mean
+of shares would be wrong wherever these differ in size. The mean scales numerators and denominators alike, so that their
+quotient is the share of all tokens or responses.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from cppo_verl.core.metrics import GROUPS, POSITION_BINS, shares
+from cppo_verl.plugin.losses import METRIC_PREFIX
+
+
+def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
+    """Take the loss's sums out of a step's metrics and return the shares made of them."""
+    sums: dict[str, dict[str, float]] = defaultdict(dict)
+    for key in [key for key in metrics if key.startswith(METRIC_PREFIX)]:
+        group, name = key.removeprefix(METRIC_PREFIX).split("/")
+        sums[group][name] = metrics.pop(key)
+    result: dict[str, float] = {}
+    for group in GROUPS:
+        infix = "" if group == "all" else f"{group}/"
+        if sums[group]:
+            result |= {f"trust_region/{infix}{name}": value for name, value in shares(sums[group]).items()}
+    if sums["all"].get("tokens"):
+        # The names under which verl's own losses report these.
+        result["actor/ppo_kl"] = -sums["all"]["log_ratio"] / sums["all"]["tokens"]
+        result["actor/pg_clipfrac"] = result["trust_region/masked_share"]
+    return result
+
+
+def shares_by_update(metrics: dict[str, Sequence[float]], first_updates: int = 1) -> dict[str, float]:
+    """Mean D_t at a batch's first update and at its later ones, over all tokens and by position.
+
+    At the first update pi differs from mu by the engine mismatch alone (and, in the asynchronous trainers, by the
+    staleness of the batch); at the later ones there is policy drift too.
+
+    Args:
+        metrics: the loss's sums of one step, one value per mini-batch.
+        first_updates: how many of these mini-batches, from the start, count as the first update: 1, or 0 if the
+            policy has been updated since the last weight sync.
+    """
+    result: dict[str, float] = {}
+    for when, updates in (("first_update", slice(first_updates)), ("later_updates", slice(first_updates, None))):
+        for group in ("all", *(f"position_{b}" for b in range(POSITION_BINS))):
+            tokens = sum(metrics.get(f"{METRIC_PREFIX}{group}/tokens", [])[updates])
+            if tokens > 0:
+                infix = "" if group == "all" else f"/{group}"
+                divergence = sum(metrics[f"{METRIC_PREFIX}{group}/divergence"][updates])
+                result[f"trust_region/{when}/divergence{infix}"] = divergence / tokens
+    return result

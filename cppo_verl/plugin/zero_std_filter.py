@@ -1,0 +1,82 @@
+"""mask_std_0: prompts whose responses all have the same reward stay out of the update and of its denominators.
+
+The gradient is that of the batch with these prompts removed, under any micro-batching, number of ranks and
+``loss_agg_mode``.
+"""
+
+from collections import defaultdict
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+
+def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool]) -> tuple[Tensor, float]:
+    """Find the rows of prompts whose responses' rewards differ.
+
+    A prompt with a single response has no standard deviation and is kept. verl's padding rows, which count for nothing,
+    are kept too.
+
+    Args:
+        uids: the prompt of each row.
+        rewards: of each row.
+        padding: whether a row is padding.
+
+    Returns:
+        Boolean [rows], true where kept, and the share of prompts left out.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, uid in enumerate(uids):
+        if not padding[row]:
+            groups[uid].append(row)
+    kept = torch.ones(len(uids), dtype=torch.bool)
+    left_out = [rows for rows in groups.values() if len(rows) > 1 and len({rewards[row] for row in rows}) == 1]
+    for rows in left_out:
+        kept[rows] = False
+    return kept, len(left_out) / len(groups)
+
+
+def mini_batch_of_row(rows: int, dp_size: int, mini_batch_size: int) -> Tensor:
+    """Index of the mini-batch of each row, [rows].
+
+    verl gives each rank a contiguous part of the batch, and each rank cuts its part into contiguous mini-batches.
+    """
+    return (torch.arange(rows) % (rows // dp_size)) // (mini_batch_size // dp_size)
+
+
+def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bool) -> TensorDict:
+    """The fields of a batch that leave the other rows out of the loss and its denominators.
+
+    A row without valid tokens has no loss, and verl counts ``loss_mask`` for the token denominator. Its sequence
+    denominator is the configured mini-batch size, which cannot be changed; in the seq-mean modes the advantages of the
+    kept rows are scaled up instead. The masks do not see that, because the sign stays.
+
+    Args:
+        data: nested response_mask, loss_mask and advantages.
+        kept: [rows], boolean.
+        mini_batches: index of each row's mini-batch, [rows].
+        seq_mean: whether ``loss_agg_mode`` averages over sequences.
+
+    Returns:
+        response_mask and loss_mask, with ``seq_mean`` also advantages.
+    """
+    lengths = data["response_mask"].offsets().diff()
+    keep_token = kept.repeat_interleave(lengths)
+    fields = {name: _like(data[name], keep_token) for name in ("response_mask", "loss_mask")}
+    if seq_mean:
+        rows = torch.bincount(mini_batches)
+        scale = rows / torch.bincount(mini_batches, weights=kept.double()).clamp_min(1)
+        fields["advantages"] = _like(data["advantages"], scale[mini_batches].repeat_interleave(lengths))
+    # A mini-batch with nothing left would divide by zero tokens: count one token, which has no loss.
+    first = data["loss_mask"].offsets()[:-1]
+    for mini_batch in mini_batches.unique():
+        rows = ((mini_batches == mini_batch) & (lengths > 0)).nonzero().flatten()
+        if len(rows) and not kept[rows].any():
+            fields["loss_mask"].values()[first[rows[0]]] = 1
+    return TensorDict(fields, batch_size=len(kept))
+
+
+def _like(nested, factor: Tensor) -> Tensor:
+    """``nested`` times a factor per token, a new tensor of its dtype."""
+    values = (nested.values() * factor).to(nested.dtype)
+    return torch.nested.nested_tensor_from_jagged(values, nested.offsets())
