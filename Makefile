@@ -14,7 +14,7 @@ export VERL_PLATFORM := cpu
 # A Chromium from the npm registry, for the tests of the pages.
 BROWSER := $(VENV)/browser
 
-# Two workers, so that one run of verl's trainer works while another waits. Those of tests/e2e, which begin, take longest.
+# Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
 .PHONY: install quickstart test test-unit lint clean
