@@ -1,12 +1,26 @@
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from trainer_run import SHORT, Run
 
 # Unit tests are many small tensors: threads only get in each other's way.
 torch.set_num_threads(1)
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "/tmp/cppo_verl_hypothesis")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand pytest-xdist's workers whole files, of which the tests share runs, and whole folders below tests/e2e."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return str(Path(file).parent) if re.match("tests/e2e/.+/", file) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -21,12 +35,6 @@ def compose():
             return hydra_compose(config_name, overrides=list(overrides))
 
     return run
-
-
-@pytest.fixture(scope="session")
-def first(tmp_path_factory):
-    """The quickstart in short, six steps on one rank: four updates a rollout batch."""
-    return Run(tmp_path_factory.mktemp("quickstart"), *SHORT).finish()
 
 
 @pytest.fixture(scope="module")  # its event loop would be in the way of other modules' own

@@ -1,8 +1,10 @@
-"""The one place in verl 0.9.1 that offers no seam. Applied on the CPU platform only."""
+"""The two places in verl 0.9.1 that offer no seam. Applied on the CPU platform only."""
 
+import os
 from functools import partial
 
 import verl.utils.distributed as distributed
+import wrapt
 
 
 def apply() -> None:
@@ -12,3 +14,21 @@ def apply() -> None:
     distributed.initialize_global_process_group_ray = partial(
         distributed.initialize_global_process_group_ray, backend="cpu:gloo"
     )
+    wrapt.when_imported("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")(separate_sockets)
+
+
+def separate_sockets(module) -> None:
+    """Give the weight transfers of each Ray cluster on a machine a socket of their own.
+
+    verl names the socket after the Ray job, and the first job of every Ray cluster has the same id. Two trainers side
+    by side, each with a Ray cluster of its own, would take over each other's socket, and a rollout engine would load
+    the weights of the other run.
+    """
+    for name in ("BucketedWeightSender", "BucketedWeightReceiver"):
+        wrapt.wrap_function_wrapper(module, f"{name}.__init__", _with_own_socket)
+
+
+def _with_own_socket(wrapped, transfer, args, kwargs):
+    wrapped(*args, **kwargs)
+    # Ray sets it in each of its workers; vLLM's processes inherit it from theirs.
+    transfer.zmq_handle += f".{os.environ['RAY_RAYLET_PID']}"

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "cppo_verl"
+PACKAGE, PLUGINS = ROOT / "cppo_verl", ROOT / "hydra_plugins"
 UPSTREAM = ("verl", "vllm", "ray", "hydra")
 PUBLIC = {"_replace", "_asdict", "_target_"}
 """Of NamedTuple and of hydra's configs: public, in spite of their names."""
@@ -15,7 +15,7 @@ RAYS = {"__ray_call__", "__ray_metadata__"}
 
 
 def files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+    return sorted([*PACKAGE.rglob("*.py"), *PLUGINS.glob("*.py")])
 
 
 def private_names() -> set[str]:
@@ -53,7 +53,7 @@ def overridden() -> set[str]:
 
 def _overridden_by(cls: type) -> set[str]:
     bases = [base for base in cls.__mro__ if base.__module__.split(".")[0] in UPSTREAM]
-    own = [base for base in cls.__mro__ if base.__module__.startswith("cppo_verl.")]
+    own = [base for base in cls.__mro__ if base.__module__.startswith(("cppo_verl.", "hydra_plugins.cppo_verl"))]
     found = set()
     for method in {name for base in own for name, value in vars(base).items() if _written(value)}:
         definers = [base for base in bases if method in vars(base)]
@@ -67,7 +67,7 @@ def _written(value: object) -> bool:
     function = (
         inspect.unwrap(getattr(value, "__func__", value)) if callable(value) or hasattr(value, "__func__") else None
     )
-    return inspect.isfunction(function) and function.__code__.co_filename.startswith(str(PACKAGE))
+    return inspect.isfunction(function) and function.__code__.co_filename.startswith((str(PACKAGE), str(PLUGINS)))
 
 
 def patched() -> set[str]:
@@ -75,7 +75,8 @@ def patched() -> set[str]:
     found = set()
     for file in (PACKAGE / "cpu").glob("*_patches.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            for target in node.targets if isinstance(node, ast.Assign) else ():
+            targets = [node.target] if isinstance(node, ast.AugAssign) else getattr(node, "targets", [])
+            for target in targets:
                 if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
                     found |= {target.attr} if target.value.id not in ("self", "layer") else set()
     return found

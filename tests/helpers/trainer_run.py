@@ -25,6 +25,21 @@ SHORT = [
     "trust_region.dump.every=2",
     "trust_region.dump.responses=256",
 ]
+BRIEF = [
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=-1",
+    "trainer.logger=[console,file]",
+    "data.train_batch_size=16",
+]
+RAY_STARTED = "Started a local Ray instance"
+
+
+def default_signals():
+    """Let a child be interrupted (``preexec_fn``) where the tests may not be: a shell's background jobs start with
+    SIGINT, under nohup also SIGHUP, ignored, and hand that on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def default_signals():
@@ -96,6 +111,14 @@ def survivors(mark, patience=90):  # a Ray process was seen to take half a minut
         if not alive or time.time() > deadline:
             return alive
         time.sleep(0.5)
+
+
+def wait_for(file, text="", patience=120):
+    """Wait until ``file`` is there and holds ``text``."""
+    deadline = time.time() + patience
+    while not file.exists() or text not in file.read_text(errors="replace"):
+        assert time.time() < deadline, f"{file} did not hold {text!r} in {patience} s"
+        time.sleep(0.1)
 
 
 def metrics(output, attempt):

@@ -111,7 +111,6 @@ def test_every_pip_call_of_the_gpu_image_is_constrained():
     assert all("pip install -c requirements/gpu-constraints.txt" in run for run in calls)
 
 
-@pytest.mark.process
 def test_the_plug_in_installs_from_a_builds_context_alone(tmp_path):
     checkout, site = tmp_path / "checkout", tmp_path / "site"
     for path in context(ROOT):

@@ -1,19 +1,16 @@
-"""Every example runs or composes as its page says; those that start the trainer, in a short form."""
+"""Every example composes, or runs as far as it needs no trainer, as its page says; tests/e2e trains."""
 
 import argparse
 import importlib
 import re
 import runpy
-import subprocess
 import sys
 
 import pytest
-import torch
 from browser import PHONE, opened
 from documented import ROOT, overrides, shown
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from trainer_run import Run, link, metrics
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -21,7 +18,6 @@ from cppo_verl.cli import COMMANDS, main
 
 EXAMPLES = ROOT / "examples"
 PAGE = "examples/README.md"
-BRIEF = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.logger=[console,file]"]
 
 
 def test_the_page_names_every_example():
@@ -60,7 +56,6 @@ def composed(command):
         return hydra_compose(name, overrides=overrides(arguments))
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("command", shown(PAGE, "verl.trainer.main_ppo"), ids=lambda words: words[-1].split("/")[-1])
 def test_what_needs_a_gpu_composes_and_passes_verls_checks_and_ours(command):
     config = composed(command)
@@ -92,7 +87,6 @@ def test_the_plug_ins_own_commands_are_understood(command):
     parser.parse_args(arguments)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("command", LOOKS, ids=lambda words: words[1])
 def test_the_shipped_run_is_looked_at_without_training(command, browser, tmp_path, monkeypatch, capsys):
     *arguments, page = command[1:]
@@ -191,81 +185,3 @@ def test_the_chat_is_the_same_written_at_once_and_turn_by_turn(tools):
     assert tokenizer.decode([i for i, m in zip(ids[start:], mask, strict=True) if not m]) == (
         "\n<|im_start|>user\n<tool_response>\n1050\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-@pytest.mark.trainer
-def test_a_tools_output_stands_inside_the_responses_and_is_not_trained_on(tmp_path):
-    """Two steps; the top-K divergence brings what the loss was given into the test's reach."""
-    run = Run(
-        tmp_path,
-        *BRIEF,
-        "trainer.total_training_steps=2",
-        "trainer.save_freq=-1",
-        "data.train_batch_size=16",
-        "divergence=topk_tv",
-        "actor_rollout_ref.actor.policy_loss.top_k=5",
-        script=EXAMPLES / "tools" / "run.py",
-        probe=f"dump:{tmp_path / 'dump'}",
-    ).finish()
-    assert run.code == 0, run.text
-    assert run.survivors() == []
-    assert re.search(r"calls a response +0\.\d+ -> ", run.text)
-    assert "<tool_response>" in run.text.rpartition("one of step 2:")[2]
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    turn = r"\n<\|im_start\|>user\n<tool_response>\n.*\n</tool_response><\|im_end\|>\n<\|im_start\|>assistant\n"
-    called = guessed = 0
-    for path in (tmp_path / "dump").iterdir():
-        dump, end = torch.load(path), 0
-        for ids, prompt, response, mask in zip(
-            *(dump[name] for name in ("input_ids", "prompts", "responses", "response_mask")), strict=True
-        ):
-            begin, end = end, end + len(ids)
-            divergence = dump["divergence"][begin:end][len(prompt) - 1 : len(ids) - 1]
-            assert (divergence[mask == 0] == 0).all()
-            if (mask == 1).all():
-                guessed += 1
-                continue
-            if mask[-1] == 1:  # not cut at its longest while the tool spoke
-                assert re.fullmatch(f"(?:{turn})+", tokenizer.decode(response[mask == 0]))
-            called += 1
-    assert min(called, guessed) > 10
-    for step, values in metrics(tmp_path, 0).items():
-        assert values["trust_region/first_update/divergence"] < 1e-5, step
-        assert values["trust_region/later_updates/divergence"] > 1e-4, step
-        assert 2 < values["num_turns/mean"] < 6
-
-
-# --- LoRA -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.trainer
-def test_a_lora_adapter_reaches_the_rollout_engine(first, tmp_path):
-    link(first, tmp_path)
-    (command,) = shown(PAGE, "lora_rank=8 ")
-    short = [*BRIEF, "trainer.total_training_steps=3", "trainer.save_freq=3", "data.train_batch_size=16"]
-    run = Run(tmp_path, *overrides(command), *short).finish()
-    assert run.code == 0, run.text
-    assert run.survivors() == []
-    for step, values in metrics(tmp_path, 0).items():
-        assert values["trust_region/first_update/divergence"] < 1e-5, step
-        assert values["trust_region/later_updates/divergence"] > 1e-3, step
-
-    (merger,) = shown(PAGE, "verl.model_merger")
-    checkpoint, target = tmp_path / "checkpoints" / "global_step_3" / "actor", tmp_path / "merged"
-    paths = {"--local_dir": checkpoint, "--target_dir": target}
-    for flag, path in paths.items():
-        merger[merger.index(flag) + 1] = str(path)
-    subprocess.run([sys.executable, *merger[1:]], check=True, timeout=120)
-
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    prompt = torch.arange(5, 15)[None]
-    with torch.no_grad():
-        before = base(prompt).logits
-        after = PeftModel.from_pretrained(base, target / "lora_adapter")(prompt).logits
-    assert (after - before).abs().max() > 0.01

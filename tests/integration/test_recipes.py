@@ -18,8 +18,6 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from cppo_verl.evaluation import paper_results
 
-pytestmark = pytest.mark.process
-
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""recipes/shrink.py: any recipe in two steps of the same code path on the CPU."""
+"""recipes/shrink.py: what it makes of a recipe, and what it refuses."""
 
 import importlib.util
 import json
@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from trainer_run import Run
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-from cppo_verl.artifacts.run_reader import read_run
 from cppo_verl.testing.tiny_models import share_of_digits
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -51,7 +49,6 @@ def leaves(config, path=""):
     return found
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("method", ["cppo_kl", "grpo"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_recipe_shrinks_in_size_and_changes_platform_and_nothing_else(shrink, scale, method):
@@ -85,7 +82,6 @@ def test_random_answers_get_different_rewards():
     assert scores == [1, 0.5, 0, 0]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -129,24 +125,3 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(shrink, tmp_path):
     shrink.prepare(tmp_path, dense, 3)
     assert (tmp_path / "model" / "config.json").read_text() == "mine"
     assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.trainer
-@pytest.mark.parametrize(("scale", "method"), [("qwen3_8b_base", "cppo_kl"), ("qwen3_30b_a3b_base", "cppo")])
-def test_a_dense_and_a_moe_recipe_train_on_the_cpu(tmp_path, scale, method):
-    # At the recipes' learning rate a step would change the policy by little more than fp32 rounding.
-    overrides = [f"scale={scale}", f"method={method}", "actor_rollout_ref.actor.optim.lr=1e-3"]
-    run = Run(tmp_path, *overrides, script=RECIPES / "shrink.py").finish()
-    assert run.code == 0, run.text
-    results = read_run(tmp_path / "checkpoints")
-    for step in (1, 2):
-        values = results.steps[step]
-        # Both engines have the same weights when an iteration begins, those of experts too ...
-        assert 0 <= values["trust_region/first_update/divergence"] < 1e-5
-        # ... and the policy leaves them in its other updates.
-        assert values["trust_region/later_updates/divergence"] > 1e-3
-        assert values["actor/grad_norm"] > 0
-        assert values["trust_region/left_out_prompt_share"] < 1
-    assert set(results.accuracies()) == {0, 2}
-    assert (tmp_path / "checkpoints" / "global_step_2").is_dir()
-    assert run.survivors() == []

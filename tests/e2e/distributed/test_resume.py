@@ -1,0 +1,137 @@
+"""Two ranks: a run from start to end, and the same once more, preempted and resumed."""
+
+import json
+import re
+import shutil
+import signal
+
+import pytest
+from trainer_run import SHORT, Run, link, metrics
+
+from cppo_verl.artifacts.run_reader import read_run
+from cppo_verl.artifacts.token_dump import REASONS, read_tokens
+
+
+def on_two_ranks(output, interrupted):
+    """Six steps with a KL reference, and a single update a rollout batch, so that pi is still mu."""
+    if not (output / "data").exists():
+        link(interrupted, output)
+    return Run(
+        output,
+        *SHORT,
+        "trainer.n_gpus_per_node=2",
+        "ray_kwargs.ray_init.num_gpus=2",
+        "data.train_batch_size=16",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=seeded",
+        "trainer.logger=[console,file]",
+        "trust_region.dump.responses=7",
+        probe="seeded",
+    )
+
+
+@pytest.fixture(scope="module")
+def on_policy(interrupted, tmp_path_factory):
+    """Uninterrupted."""
+    return on_two_ranks(tmp_path_factory.mktemp("on_policy"), interrupted).finish()
+
+
+@pytest.fixture(scope="module")
+def preempted(interrupted, tmp_path_factory):
+    """The same once more, with SIGTERM once step 3 is done, the last before step 6 that verl itself saves."""
+    run = on_two_ranks(tmp_path_factory.mktemp("preempted"), interrupted).read_until(r"^step +3 ")
+    run.process.send_signal(signal.SIGTERM)
+    return run.finish()
+
+
+@pytest.fixture(scope="module")
+def resumed(interrupted, preempted):
+    """The same command again, where a later attempt was killed while it wrote its checkpoint."""
+    checkpoints = preempted.output / "checkpoints"
+    step = (checkpoints / "latest_checkpointed_iteration.txt").read_text()
+    half = checkpoints / "global_step_6"
+    shutil.copytree(checkpoints / f"global_step_{step}" / "actor", half / "actor")
+    with next(half.glob("actor/model_*rank_0.pt")).open("r+b") as file:
+        file.truncate(1000)
+    return on_two_ranks(preempted.output, interrupted).finish()
+
+
+def test_pi_is_mu_at_the_first_update_on_every_rank(on_policy):
+    assert on_policy.code == 0, on_policy.text
+    values = metrics(on_policy.output, 0)
+    assert values[1]["trust_region/divergence_p90"] < 1e-5
+    assert values[1]["trust_region/masked_share"] == 0
+    assert values[1]["actor/kl_loss"] < 1e-6  # the reference is the model itself
+    # after it, the rollout engine has the new weights
+    assert values[2]["trust_region/divergence_p90"] < 1e-5
+    assert values[2]["actor/kl_loss"] > values[1]["actor/kl_loss"]
+
+
+def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(preempted):
+    assert preempted.code == 143, preempted.text
+    step = max(metrics(preempted.output, 0))
+    assert step in (4, 5)
+    assert f"stopped after step {step} of 6: SIGTERM; the same command continues" in preempted.text
+    log = (preempted.output / "logs" / "train-0.log").read_text()
+    assert f"cppo_verl  stopped after step {step} of 6: SIGTERM" in log
+    assert "Traceback" not in log
+    assert not (preempted.output / "checkpoints" / "stop").exists()
+    assert preempted.survivors() == []
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(preempted, resumed, on_policy):
+    assert (resumed.code, on_policy.code) == (0, 0), resumed.text + on_policy.text
+    stopped = max(metrics(preempted.output, 0))
+    assert sorted(metrics(resumed.output, 1)) == list(range(stopped, 7))
+    # nothing was trained twice: of the step it resumes at there is a validation alone
+    assert "actor/lr" not in metrics(resumed.output, 1)[stopped]
+    joint, whole = read_run(resumed.output / "logs").steps, read_run(on_policy.output / "logs").steps
+    assert list(joint) == list(whole) == list(range(7))
+    of_the_run = re.compile(
+        r"actor/(?!perf)|critic/|trust_region/|val-core/.*/mean@|(response|prompt)_length|training/(global|epoch)"
+    )
+    rates = set()
+    for step in range(1, 7):
+        want = {name: value for name, value in whole[step].items() if of_the_run.match(name)}
+        assert {name: joint[step][name] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-6)
+        rates.add(want["actor/lr"])
+    assert len(rates) == 6
+    assert whole[6]["actor/grad_norm"] > 0
+
+
+def test_rotation_spares_the_best_checkpoint(resumed):
+    folder = resumed.output / "checkpoints"
+    best = json.loads((folder / "best" / "best.json").read_text())
+    # an attempt that resumes validates its checkpoint first
+    key = "val-core/reasoning_gym/number_sorting/acc/mean@16"
+    validated = [
+        (step, values[key])
+        for attempt in range(2)
+        for step, values in sorted(metrics(resumed.output, attempt).items())
+        if step and key in values
+    ]
+    assert len(validated) == 3
+    step, accuracy = max(validated, key=lambda item: item[1])
+    assert best == {"step": step, "accuracy": pytest.approx(accuracy)}
+    kept = [path.name for path in (folder / "best").glob("global_step_*")]
+    assert kept == [f"global_step_{best['step']}"]
+    # verl keeps two: the best is one of them, sharing its files, or is kept here alone
+    weights = folder / "best" / kept[0] / "actor" / "model_world_size_2_rank_0.pt"
+    assert weights.stat().st_size > 100_000
+    rotated = folder / kept[0] / "actor" / weights.name
+    assert weights.stat().st_nlink == 1 + rotated.exists()
+
+
+@pytest.mark.parametrize("run", ["on_policy", "resumed"])
+def test_two_ranks_dump_as_many_responses_as_asked_for(run, request):
+    dump = read_tokens(request.getfixturevalue(run).output)
+    assert dump.notes == []
+    assert sorted(response.step for response in dump.responses) == [2] * 7 + [4] * 7 + [6] * 7
+    assert len({(response.step, response.key) for response in dump.responses}) == 21
+    for response in dump.responses:
+        assert response.update == 0
+        assert response.divergence.max() < 1e-4
+        assert set(response.reason) == {REASONS.index("kept")}
