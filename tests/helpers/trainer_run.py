@@ -36,13 +36,6 @@ RAY_STARTED = "Started a local Ray instance"
 
 
 def default_signals():
-    """Let a child be interrupted (``preexec_fn``) where the tests may not be: a shell's background jobs start with
-    SIGINT, under nohup also SIGHUP, ignored, and hand that on."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def default_signals():
     """Undo, in the child, what a shell does to its background jobs: they ignore these signals, and exec keeps that."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
