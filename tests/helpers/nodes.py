@@ -88,7 +88,9 @@ class Cluster:
             self.nodes.append(Node(number, index, folder, hosts))
         self.programs = folder / "bin"
         self.programs.mkdir()
-        self.write("scontrol", f'[[ $1 == show ]] && printf "node1\nnode2\n" || echo "$@" >> {folder}/scontrol.log')
+        # a job of many nodes has more to say than its reader may wait for
+        hostnames = "echo node1; sleep 0.2; echo node2"
+        self.write("scontrol", f'if [[ $1 == show ]]; then {hostnames}; else echo "$@" >> {folder}/scontrol.log; fi')
         self.write("python", f'{IN_PLACE}exec {sys.executable} "$@"')
 
     def write(self, name, script):
