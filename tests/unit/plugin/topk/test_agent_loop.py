@@ -5,12 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
+from verl.experimental.agent_loop import AgentLoopOutput
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from cppo_verl.plugin.constants import TOP_K_ROLLOUT
 from cppo_verl.plugin.topk.agent_loop import TopKAgentLoopWorker, align, recording_client
-from cppo_verl.plugin.topk.codec import ABSENT
+from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, unpack
 from cppo_verl.plugin.topk.vllm_server import CAPTURED, Captured
 
 
@@ -121,3 +122,66 @@ def test_an_aborted_and_resumed_response_has_the_candidates_of_both_parts():
     assert output.token_ids == [5, 6, 7, 5]
     assert CAPTURED not in output.extra_fields
     assert ids[:, 0].tolist() == [100, 200, 300, 400]
+
+
+def test_responses_made_at_the_same_time_get_their_own_candidates(monkeypatch):
+    """verl's own `_run_agent_loop`, with one worker and one client for all responses."""
+    import verl.experimental.agent_loop.agent_loop as verls
+
+    class Server:
+        generate = property(lambda self: self)
+
+        async def remote(self, prompt_ids, sampling_params, **kwargs):
+            await asyncio.sleep(0.001 * (prompt_ids[0] % 3))
+            tokens, capture = call_of([prompt_ids[-1]], prompt_ids[0])
+            fields = {CAPTURED: capture} if sampling_params["logprobs"] == 2 else {}
+            return TokenOutput(token_ids=tokens, log_probs=capture.sampled_log_prob.tolist(), extra_fields=fields)
+
+    class Client(LLMServerClient):
+        async def _acquire_server(self, request_id, **fields):
+            return "0", Server()
+
+        def _release_server(self, server_id, request_id=None):
+            pass
+
+    class TwoCalls:
+        def __init__(self, server_manager, **_):
+            self.client = server_manager
+
+        async def run(self, sampling_params, number):
+            answers = [
+                await self.client.generate(str(number), prompt_ids=[first, 5], sampling_params=sampling_params)
+                for first in (number, number + 50)
+            ]
+            return AgentLoopOutput(
+                prompt_ids=[0],
+                response_ids=[token for a in answers for token in a.token_ids],
+                response_mask=[1, 1],
+                response_logprobs=[x for a in answers for x in a.log_probs],
+                metrics={},
+            )
+
+    async def postprocess(self, output, validate, **kwargs):
+        return output if validate else output[0]
+
+    monkeypatch.setattr(TopKAgentLoopWorker.__mro__[1], "_agent_loop_postprocess", postprocess)
+    monkeypatch.setitem(verls._agent_loop_registry, "two_calls", {"_target_": "two_calls"})
+    monkeypatch.setattr(verls.hydra.utils, "instantiate", lambda config, **kwargs: TwoCalls(**kwargs))
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": TOP_K_ROLLOUT}}, "data": {}})
+    worker = object.__new__(TopKAgentLoopWorker)
+    vars(worker).update(top_k=2, config=config, llm_client=Client(config), tools=[])
+    vars(worker).update(dict.fromkeys(("tokenizer", "processor", "hf_model_type", "dataset_cls")))
+
+    async def respond(number, validate):
+        trajectory = {"step": 0, "sample_index": 0, "rollout_n": 0, "validate": validate}
+        settings = {"logprobs": True}
+        return await worker._run_agent_loop(settings, trajectory, agent_name="two_calls", trace=False, number=number)
+
+    async def respond_to_all():
+        return await asyncio.gather(*(respond(n, validate=False) for n in range(1, 8)), respond(9, validate=True))
+
+    *responses, validation = asyncio.run(respond_to_all())
+    for number, response in enumerate(responses, start=1):
+        ids, _ = unpack(response.as_dict()[IDS_FIELD], response.as_dict()[CODES_FIELD])
+        assert ids[:, 0].tolist() == [100 * number, 100 * (number + 50)]
+    assert IDS_FIELD not in validation.as_dict()

@@ -155,7 +155,7 @@ def test_candidates_shifted_by_one_token_are_refused(by):
     data, logits, *_ = random_micro_batch()
     for field in (IDS_FIELD, CODES_FIELD):
         data[field] = nested([row.roll(by, 0) for row in data[field].unbind()])
-    with pytest.raises(ValueError, match="do not stand beside the sampled tokens"):
+    with pytest.raises(ValueError, match="do not belong to the sampled tokens"):
         divergence_of_logits(logits, data, "tv")
 
 
