@@ -1,6 +1,6 @@
-"""What verl and hydra run of this package. ``register`` is what verl's entry point imports.
+"""Everything that runs inside verl's processes; verl's entry point imports `cppo_verl.register`.
 
-verl comes first: importing it loads ``register``, which needs this package's modules whole.
+verl is imported first, because importing it loads ``register``, which needs this package's modules whole.
 """
 
 import verl  # noqa: F401

@@ -278,5 +278,5 @@ def check_values(name: str, x: Tensor, mask: Tensor) -> None:
     wanted = "finite" if name == "advantages" else "finite and not above zero"
     raise ValueError(
         f"{name} must be {wanted}: {int(bad.sum())} of {int(mask.sum())} valid tokens of this micro-batch are not, the "
-        f"first {x[row, column].item()} at response {row}, column {column}; look at {source}"
+        f"first {x[row, column].item()} at response {row}, column {column}; check {source}"
     )

@@ -104,7 +104,7 @@ def _layout(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tensor, position: Tensor) -> None:
-    """Raise ValueError unless mu's most likely tokens stand beside the token that was sampled with them.
+    """Raise ValueError unless mu's most likely tokens belong to the token that was sampled with them.
 
     The sampled token's log-probability came another way, as verl's rollout_log_probs. Among the candidates
     it must have that very probability; else none of them may be less likely.
@@ -129,7 +129,7 @@ def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tens
             "log-probabilities, or an engine that returns fewer; use divergence=binary_tv with it"
         )
     raise ValueError(
-        f"mu's most likely tokens do not stand beside the sampled tokens: {n} of {len(ids)} of this micro-batch, the "
+        f"mu's most likely tokens do not belong to the sampled tokens: {n} of {len(ids)} of this micro-batch, the "
         f"first at response position {t}, where rollout_log_probs has {log_mu[where].item():.6f} and the capture "
         + (
             f"{decode(codes[where][is_sampled[where]]).item():.6f} for the same token"

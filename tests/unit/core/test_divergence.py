@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
+from verl.trainer.distillation.fsdp.losses import _chunked_topk_log_probs
 
 from cppo_verl.core import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
+from cppo_verl.core.divergence import gather_log_probs
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
 PRECISIONS = pytest.mark.parametrize(
@@ -226,3 +228,36 @@ def test_half_precision_is_raised_first(kind, drawn):
     ):
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gathered_log_probs_are_those_of_the_log_softmax(dtype):
+    g = torch.Generator().manual_seed(0)
+    # 40,000 tokens: rows of 160 kB, so that the buffer holds 13 of the 40
+    logits = (4 * torch.randn(40, 40_000, generator=g)).to(dtype).requires_grad_()
+    ids = torch.randint(0, 40_000, (40, 5), generator=g)
+    want = logits.detach().double().log_softmax(-1).gather(-1, ids)
+    got = gather_log_probs(logits, ids)
+    assert got.dtype == torch.float32 and not got.requires_grad
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+    rows = torch.tensor([39, 3, 3, 17])
+    torch.testing.assert_close(gather_log_probs(logits, ids[rows], rows), got[rows])
+    assert gather_log_probs(logits, ids[:0], rows[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("shift", [-1e4, -80.0, 60.0, 95.0, 1e4])
+def test_gathered_log_probs_of_logits_that_fp32_cannot_exponentiate(shift):
+    g = torch.Generator().manual_seed(2)
+    logits, ids = 3 * torch.randn(5, 50, generator=g), torch.randint(0, 50, (5, 4), generator=g)
+    logits[1] += shift
+    logits[3, 7] = -math.inf
+    ids[3, 0] = 7
+    want = logits.double().log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(gather_log_probs(logits, ids).double(), want, rtol=1e-6, atol=2e-6)
+
+
+def test_gathered_log_probs_agree_with_verls():
+    g = torch.Generator().manual_seed(1)
+    logits, ids = torch.randn(17, 300, generator=g), torch.randint(0, 300, (17, 4), generator=g)
+    verls = _chunked_topk_log_probs(logits[None], ids[None])[0]
+    torch.testing.assert_close(gather_log_probs(logits, ids), verls, rtol=0, atol=2e-6)

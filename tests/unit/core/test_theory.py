@@ -52,7 +52,7 @@ THRESHOLDS = st.tuples(
 
 @fuzz
 @given(problems(longest=4))
-def test_the_enumeration_is_the_loop(problem):
+def test_the_enumeration_is_the_oracles(problem):
     mu, pi, reward, horizon = problem
     vocabulary = mu[0].shape[1]
     improvement = surrogate = left_out = 0.0

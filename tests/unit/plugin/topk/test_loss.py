@@ -1,0 +1,198 @@
+"""D_t from verl's logits hook."""
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import fuzz
+from tensordict import TensorDict
+from vllm_answers import answer
+
+from cppo_verl.core import exact_divergence
+from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD
+from cppo_verl.plugin.topk.loss import divergence_of_logits
+from cppo_verl.plugin.topk.vllm_server import captured
+
+KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
+
+
+@st.composite
+def shapes_of_mu(draw):
+    """mu over 64 tokens from flat to a spike, and pi somewhere around it."""
+    seed, scale = draw(st.integers(0, 10**6)), draw(st.sampled_from([0.0, 0.01, 0.5, 2.0, 8.0, 30.0]))
+    drift = draw(st.sampled_from([0.0, 0.03, 0.3, 1.0]))
+    g = torch.Generator().manual_seed(seed)
+    size = draw(st.sampled_from([4, 20, 21, 64]))
+    mu = scale * torch.randn(size, generator=g, dtype=torch.float64)
+    return torch.stack([mu, mu + drift * torch.randn(size, generator=g, dtype=torch.float64)]).log_softmax(-1)
+
+
+@fuzz
+@given(shapes_of_mu(), st.integers(0, 3), st.sampled_from(["tv", "kl"]))
+def test_a_divergence_is_that_of_the_full_distributions(policies, y, kind):
+    log_mu, log_pi = policies
+    if torch.unique(log_mu).numel() < len(log_mu):  # which of equals are the top K is open
+        log_mu = (log_mu - 1e-4 * torch.arange(len(log_mu))).log_softmax(-1)
+    data, logits = micro_batch([log_mu[None]], [log_pi[None]], [[y]], top_k=min(20, len(log_mu)))
+    got = divergence_of_logits(logits.float(), data, kind)[1].item()
+    cells = oracle.partition(log_mu.exp().tolist(), y, min(20, len(log_mu)))
+    want = {"tv": oracle.total_variation, "kl": oracle.kl}[kind](log_mu.exp().tolist(), log_pi.exp().tolist(), cells)
+    # fp32; where mu is a spike, KL takes the logarithm of a rest of 1e-7
+    assert got == pytest.approx(want, abs=1e-6 if kind == "tv" else 5e-6)
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def micro_batch(log_mu, log_pi, responses, top_k, masks=None, prompts=None):
+    """verl's micro-batch and packed logits of given policies.
+
+    Args:
+        log_mu, log_pi: per response, log-probabilities [L, V] where its tokens are predicted.
+        responses: per response, its tokens.
+    """
+    prompts = prompts or [[0, 0]] * len(responses)
+    masks = masks or [[1] * len(r) for r in responses]
+    ids, codes, sampled, packed = [], [], [], []
+    for mu, pi, response, prompt in zip(log_mu, log_pi, responses, prompts, strict=True):
+        y = torch.tensor(response)
+        positions = [
+            (t, row[t].item(), dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+            for t, row in zip(response, mu, strict=True)
+            for top in [row.topk(top_k)]
+        ]
+        result = captured(answer(positions), top_k)
+        ids.append(torch.from_numpy(result.ids))
+        codes.append(torch.from_numpy(result.codes))
+        sampled.append(mu.gather(-1, y[:, None]).squeeze(-1).float())
+        # Logits, not log-probabilities; where no response token is predicted, noise.
+        noise = torch.full((1, pi.shape[-1]), 3.0, dtype=pi.dtype)
+        packed += [noise.expand(len(prompt) - 1, -1), pi + 5 * torch.rand(len(pi), 1), noise]
+    data = TensorDict(
+        {
+            "prompts": nested([torch.tensor(p) for p in prompts]),
+            "responses": nested([torch.tensor(r) for r in responses]),
+            "input_ids": nested([torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]),
+            "response_mask": nested([torch.tensor(m) for m in masks]),
+            "rollout_log_probs": nested(sampled),
+            IDS_FIELD: nested(ids),
+            CODES_FIELD: nested(codes),
+        },
+        batch_size=len(responses),
+    )
+    return data, torch.cat(packed)
+
+
+def random_micro_batch(top_k=3, vocabulary=11, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = [4, 1, 6, 3]
+    policies = [torch.randn(2, n, vocabulary, generator=g, dtype=torch.float64).log_softmax(-1) for n in lengths]
+    responses = [torch.randint(0, vocabulary, (n,), generator=g).tolist() for n in lengths]
+    masks = [[1, 1, 1, 1], [1], [1, 0, 0, 1, 1, 1], [0, 0, 0]]
+    prompts = [[1, 2], [3], [4, 5, 6], [7, 8]]
+    log_mu, log_pi = [p[0] for p in policies], [p[1] for p in policies]
+    data, logits = micro_batch(log_mu, log_pi, responses, top_k, masks, prompts)
+    return data, logits, log_mu, log_pi, responses, masks, prompts
+
+
+@KINDS
+@pytest.mark.parametrize("top_k", [1, 3, 11])
+def test_divergence_of_logits_is_the_oracles(kind, top_k):
+    data, logits, log_mu, log_pi, responses, masks, prompts = random_micro_batch(top_k)
+    got = divergence_of_logits(logits, data, kind)
+    measure = {"tv": oracle.total_variation, "kl": oracle.kl}[kind]
+    want = []
+    for mu, pi, response, mask, prompt in zip(log_mu, log_pi, responses, masks, prompts, strict=True):
+        want += [0.0] * (len(prompt) - 1)
+        for m, p, y, valid in zip(mu.exp().tolist(), pi.exp().tolist(), response, mask, strict=True):
+            want.append(measure(m, p, oracle.partition(m, y, top_k)) if valid else 0.0)
+        want.append(0.0)
+    assert got.tolist() == pytest.approx(want, abs=2e-6)
+    if top_k == 11:
+        exact = torch.cat([exact_divergence(p, m, kind) for m, p in zip(log_mu, log_pi, strict=True)])
+        shown = got[got != 0]
+        valid = torch.tensor([v for mask in masks for v in mask], dtype=torch.bool)
+        torch.testing.assert_close(shown.double(), exact[valid], rtol=0, atol=2e-6)
+
+
+def test_no_gradient_flows_and_the_logits_are_left_alone():
+    data, logits, *_ = random_micro_batch()
+    logits = logits.requires_grad_()
+    before = logits.detach().clone()
+    assert not divergence_of_logits(logits, data, "tv").requires_grad
+    assert torch.equal(logits.detach(), before)
+
+
+def test_parts_of_a_sequence_parallel_group_make_the_whole(monkeypatch):
+    import cppo_verl.plugin.topk.loss as module
+
+    data, logits, *_ = random_micro_batch()
+    whole = divergence_of_logits(logits, data, "tv")
+    n = -(-len(logits) // 3)
+    padded = torch.cat([logits, torch.zeros(3 * n - len(logits), logits.shape[-1])])
+    monkeypatch.setattr(module, "get_ulysses_sequence_parallel_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(module, "get_ulysses_sequence_parallel_rank", lambda rank=rank: rank)
+        parts.append(divergence_of_logits(padded[rank * n : (rank + 1) * n], data, "tv"))
+    assert torch.equal(torch.cat(parts)[: len(logits)], whole)
+
+
+def test_verls_padding_rows_are_passed_over():
+    data, logits, *_ = random_micro_batch()
+    whole = divergence_of_logits(logits, data, "tv")
+    # The last row is not valid anywhere; verl's padding leaves another row's candidates beside one token.
+    longer = [*data[IDS_FIELD].unbind()[:3], data[IDS_FIELD].unbind()[2]]
+    data[IDS_FIELD] = nested(longer)
+    data[CODES_FIELD] = nested([*data[CODES_FIELD].unbind()[:3], data[CODES_FIELD].unbind()[2]])
+    assert torch.equal(divergence_of_logits(logits, data, "tv"), whole)
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_candidates_shifted_by_one_token_are_refused(by):
+    data, logits, *_ = random_micro_batch()
+    for field in (IDS_FIELD, CODES_FIELD):
+        data[field] = nested([row.roll(by, 0) for row in data[field].unbind()])
+    with pytest.raises(ValueError, match="do not belong to the sampled tokens"):
+        divergence_of_logits(logits, data, "tv")
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_one_misplaced_token_among_many_is_found(row):
+    data, logits, *_ = random_micro_batch(top_k=11)  # every token is a candidate, the sampled one too
+    codes = data[CODES_FIELD].unbind()
+    codes[row][-1] += 1  # a high bit: 4096 units of 2^-22
+    data[CODES_FIELD] = nested(codes)
+    with pytest.raises(ValueError, match="1 of 9 of this micro-batch.* for the same token"):
+        divergence_of_logits(logits, data, "tv")
+
+
+def test_a_sampled_token_likelier_than_the_candidates_is_refused():
+    data, logits, *_ = random_micro_batch()
+    ids = data[IDS_FIELD].unbind()
+    sampled = data["responses"].unbind()[0][0]
+    ids[0][0] = torch.tensor([i for i in range(11) if i != sampled][:3])
+    log_probs = data["rollout_log_probs"].unbind()
+    log_probs[0][0] = -1e-3
+    data[IDS_FIELD], data["rollout_log_probs"] = nested(ids), nested(log_probs)
+    with pytest.raises(
+        ValueError, match="response position 0, where rollout_log_probs has -0.001000.*only less likely"
+    ):
+        divergence_of_logits(logits, data, "tv")
+
+
+def test_fewer_candidates_are_refused_where_they_are_needed():
+    data, logits, *_ = random_micro_batch()
+    ids = data[IDS_FIELD].unbind()
+    ids[2][1] = ABSENT  # tool output
+    data[IDS_FIELD] = nested(ids)
+    divergence_of_logits(logits, data, "tv")
+    ids[2][3, 2] = ABSENT
+    data[IDS_FIELD] = nested(ids)
+    with pytest.raises(ValueError, match="gave 2 of mu's 3 most likely tokens at response position 3"):
+        divergence_of_logits(logits, data, "tv")
+    data[IDS_FIELD] = nested([*ids[:2], ids[2][:2], ids[3]])
+    with pytest.raises(ValueError, match="row 2 of this micro-batch has 2 rows of mu's most likely tokens for 6"):
+        divergence_of_logits(logits, data, "tv")
