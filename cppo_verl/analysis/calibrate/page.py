@@ -70,7 +70,7 @@ def sample_of(text: str | None, responses: list, headers: dict[int, dict], notes
             f"{setting.label} has the gate {rule.gate}, which masks parts of tokens: seek its thresholds under the "
             'hard one, --method "cppo"'
         )
-    if not replay.can_judge(setting, header):
+    if not replay.is_replayable(setting, header):
         raise ValueError(
             f"{setting.label} needs divergence={setting.divergence}, which is not made of what was dumped, "
             f'{header["divergence"]}: choose --method "cppo divergence={header["divergence"]}" or "cppo '
@@ -176,12 +176,12 @@ def promised(row: Row, prompts: int) -> str:
 def drifts(sample: Sample, proposed: Thresholds) -> list[Drift]:
     """D_t of the first update, which is the engines' mismatch, and of the later ones, as far as they are there."""
 
-    verdicts = sample.verdicts(proposed)
+    decisions = sample.decisions(proposed)
     found = []
     for name, chosen in (("first update", sample.updates == 0), ("later updates", sample.updates > 0)):
         if not chosen.any():
             continue
-        pairs = zip(sample.responses, verdicts, chosen, strict=True)
+        pairs = zip(sample.responses, decisions, chosen, strict=True)
         values = np.concatenate([v.divergence[r.mask] for r, v, c in pairs if c]).astype(float)
         found.append(Drift(name, np.quantile(values, QUANTILES).tolist(), float(values.mean()), values))
     return found

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cppo_verl.analysis import replay
-from cppo_verl.analysis.replay import Setting, Verdict
-from cppo_verl.artifacts.token_dump import REASONS, Response
+from cppo_verl.analysis.replay import Setting
+from cppo_verl.artifacts.token_dump import CODE, REJECTING, Decisions, Response
 from cppo_verl.evaluation.statistics import LEVEL, Interval
 from cppo_verl.plugin.config import CPPOLossConfig
 
@@ -81,13 +81,13 @@ class Counts:
         return Counts(*(x[chosen] for x in vars(self).values())) if self.tokens[chosen].any() else None
 
 
-def count(responses: Sequence[Response], judged: Sequence[Verdict | Response]) -> Counts:
-    rejected = [REASONS.index(name) for name in ("towards_one", "token", "budget", "response", "clipped")]
+def count(responses: Sequence[Response], decisions: Sequence[Decisions]) -> Counts:
+    violating = [CODE[name] for name in ("towards_one", *REJECTING)]
     rows = []
-    for response, verdict in zip(responses, judged, strict=True):
-        masked = np.where(response.mask, 1 - verdict.update_mask.astype(float), 0)
-        by_budget = masked[verdict.reason == REASONS.index("budget")]
-        rows.append((response.mask.sum(), masked.sum(), by_budget.sum(), np.isin(verdict.reason, rejected).sum()))
+    for response, decided in zip(responses, decisions, strict=True):
+        masked = decided.rejected.astype(float)
+        by_budget = masked[decided.reason == CODE["budget"]]
+        rows.append((response.mask.sum(), masked.sum(), by_budget.sum(), np.isin(decided.reason, violating).sum()))
     return Counts(*np.array(rows, dtype=float).T)
 
 
@@ -102,11 +102,11 @@ class Sample:
 
     def at(self, thresholds: Thresholds) -> Counts:
         if thresholds not in self._known:
-            self._known[thresholds] = count(self.responses, self.verdicts(thresholds))
+            self._known[thresholds] = count(self.responses, self.decisions(thresholds))
         return self._known[thresholds]
 
-    def verdicts(self, thresholds: Thresholds) -> list[Verdict]:
-        return list(replay.judge(with_thresholds(self.setting, thresholds), self.responses))
+    def decisions(self, thresholds: Thresholds) -> list[Decisions]:
+        return list(replay.decisions(with_thresholds(self.setting, thresholds), self.responses))
 
     @property
     def rule(self) -> CPPOLossConfig:
