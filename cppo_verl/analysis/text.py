@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 from cppo_verl.evaluation.table import markdown
 
@@ -52,9 +53,12 @@ class Table:
             return None
         return min(1.0, cell / self.shaded_up_to)
 
-    def markdown(self, rows: int | None = None) -> str:
-        """The table for the terminal, or its first ``rows`` rows."""
-        return markdown(list(self.header), self.cells()[:rows])
+    def terminal(self, caption: str, limit: int | None = None) -> str:
+        """Title, caption and table in Markdown; of a longer table the first ``limit`` rows."""
+        rows = self.cells()
+        more = len(rows) - limit if limit is not None else 0
+        text = f"{self.title}\n{fill(caption, 100)}\n\n{markdown(list(self.header), rows[:limit])}"
+        return f"{text}\nand {more} more in the page" if more > 0 else text
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ steps would have had other tokens.
 import argparse
 import sys
 from pathlib import Path
-from textwrap import fill
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     values = page.page_values(read, chosen, args.responses, args.tokenizer)
     print(values["summary"])
     for table in values["tables"]:
-        print(f"\n{table.title}\n{fill(caption(table.name, table=table), 100)}\n\n{table.markdown()}")
+        print(f"\n{table.terminal(caption(table.name, table=table))}")
     print_notes(read.notes)
     try:
         write_page(args.output, "inspect", title=f"cppo_verl inspect: {args.dump}", **values)

@@ -1,4 +1,4 @@
-"""The report: what is drawn and said against loops over the log and the dump; damaged and hostile runs; the page."""
+"""The report: what is drawn and said against the log, the dump and the oracle; damaged and hostile runs; the page."""
 
 import json
 import math
@@ -17,9 +17,12 @@ from scipy import stats
 from token_dumps import CPPO, DELTA, DELTA_B, W_MIN, batch, damaged, make_response, save, train, writer
 from verl.utils import tensordict_utils as tu
 
-from cppo_verl.analysis.report import curves, token_figures
-from cppo_verl.analysis.report.page import Overview, unique_names
-from cppo_verl.analysis.report.settings import differences, overrides, settings
+from cppo_verl.analysis.report import curves, token_panels
+from cppo_verl.analysis.report.config_differences import differences, overrides, settings
+from cppo_verl.analysis.report.drawing import draw
+from cppo_verl.analysis.report.dump_summary import ChosenResponse, summarise
+from cppo_verl.analysis.report.page import report
+from cppo_verl.analysis.report.runs import legend_labels, unique_names
 from cppo_verl.artifacts.run_reader import read_runs
 from cppo_verl.artifacts.token_dump import REASONS, read_tokens
 from cppo_verl.cli import main
@@ -47,7 +50,7 @@ def metrics(step, seed=0, budget=True):
     if step % 4:  # else nothing of it was masked, which leaves the shares out
         values["trust_region/budget_rejected_share"] = 0.75 if budget else 0.0
         values["trust_region/token_rejected_share"] = 0.25 if budget else 1.0
-    values["trust_region/delta_b"] = 0.01 + 0.001 * step if budget else 0.0
+    values["trust_region/effective_delta_b"] = 0.01 + 0.001 * step if budget else 0.0
     if step % 5 == 0:
         values |= {ACCURACY: float(g.integers(0, 17)) / 16, "timing_s/testing": 2.0}
     return values
@@ -94,8 +97,8 @@ def read(*folders):
     return [run for folder in folders for run in read_runs(folder)]
 
 
-def drawn(overview):
-    return {figure.name: figure for figure in overview.figures}
+def drawn(made):
+    return {panel.name: draw(panel) for section in made.sections for panel in section.panels}
 
 
 def data_of(figure, label):
@@ -116,7 +119,7 @@ def means_of_ten(points):
 
 def test_curves_are_the_logged_numbers(tmp_path):
     runs = [make(tmp_path / "a", "cppo", 1), make(tmp_path / "b", "dppo", 2, steps=30, budget=False)]
-    figures = drawn(Overview(read(*runs), [], None))
+    figures = drawn(report(read(*runs)))
     for folder, label in zip(runs, ("cppo", "dppo"), strict=True):
         log = [json.loads(text) for text in (folder / "logs" / "metrics-0.jsonl").read_text().splitlines()]
         for name, key in (
@@ -147,13 +150,13 @@ def test_curves_are_the_logged_numbers(tmp_path):
     (dashed,) = [line for line in figures["divergence_by_position"].axes.lines if line.get_gid() == "delta / w_t"]
     for x, y in dashed.get_xydata():
         assert y == pytest.approx(0.05 / (1 - 0.2 * x))
-    assert "no prefix budget: dppo" in figures["delta_b"].caption
+    assert "no prefix budget: dppo" in figures["delta_b"].text()
     assert [line.get_label() for line in figures["delta_b"].axes.lines if line.get_gid() is None] == ["cppo"]
 
 
 def test_shaded_is_the_interval_over_problems(tmp_path):
     (run,) = read(make(tmp_path / "a"))
-    figure = drawn(Overview([run], [], None))["validation"]
+    figure = drawn(report([run]))["validation"]
     (band,) = figure.axes.collections
     corners = band.get_paths()[0].vertices
     for step in (0, 5, 10):
@@ -162,15 +165,15 @@ def test_shaded_is_the_interval_over_problems(tmp_path):
         g = np.random.default_rng(1)
         means = [g.choice(averages, 6).mean() for _ in range(4000)]
         np.testing.assert_allclose((low, high), np.quantile(means, (0.025, 0.975)), atol=0.02)
-    assert "95 % interval over problems" in figure.caption
+    assert "95% interval over problems" in figure.text()
 
 
 def test_seeds_of_one_setting_are_one_line_with_a_band(tmp_path):
     folders = [make(tmp_path / str(seed), seed=seed, steps=10 + seed) for seed in (1, 2, 3)]
     other = make(tmp_path / "other", seed=1, config="lr: 1.0")
-    overview = Overview(read(*folders, other), [], None)
-    assert [line.name for line in overview.lines] == ["cppo (1) (3 runs)", "cppo (other)"]
-    figures = drawn(overview)
+    made = report(read(*folders, other))
+    assert [line.name for line in made.lines] == ["cppo (1) (3 runs)", "cppo (other)"]
+    figures = drawn(made)
     logs = [[json.loads(t) for t in (f / "logs" / "metrics-0.jsonl").read_text().splitlines()] for f in folders]
     smoothed = [means_of_ten([[r["step"], r["data"]["critic/score/mean"]] for r in log]) for log in logs]
     points, _ = data_of(figures["reward"], "cppo (1) (3 runs)")
@@ -207,20 +210,20 @@ def test_phases_add_up_to_the_step(tmp_path):
     assert seconds["gen"] == pytest.approx(fmean(r["timing_s/gen"] for r in rows))
     assert sum(seconds.values()) - seconds["testing"] == pytest.approx(fmean(r["timing_s/step"] for r in rows))
     assert seconds["testing"] == pytest.approx(3 * 2.0 / 13)
-    figure = drawn(Overview([run], [], None))["phases"]
+    figure = drawn(report([run]))["phases"]
     widths = {bars.get_label(): bars[0].get_width() for bars in figure.axes.containers}
     assert widths == pytest.approx({name: value for name, value in seconds.items() if value > 0})
 
 
 def test_a_run_keeps_its_colour_and_more_than_eight_their_style(tmp_path):
     folders = [make(tmp_path / f"run{i}", f"method{i}", answers=False) for i in range(10)]
-    overview = Overview(read(*folders), [], None)
-    looks = [(line.color, str(line.style)) for line in overview.lines]
-    assert len(set(looks)) == 10 and looks[0][0] == looks[8][0]
+    made = report(read(*folders))
+    styles = [(line.color, str(line.style)) for line in made.lines]
+    assert len(set(styles)) == 10 and styles[0][0] == styles[8][0]
     for name in ("reward", "masked", "validation", "divergence_by_position"):
-        lines = drawn(overview)[name].axes.lines
+        lines = drawn(made)[name].axes.lines
         assert {line.get_label(): to_hex(line.get_color()) for line in lines if line.get_gid() is None} == {
-            line.short: line.color for line in overview.lines
+            line.label: line.color for line in made.lines
         }
 
 
@@ -232,16 +235,16 @@ def test_names_tell_runs_apart(tmp_path):
         f"cppo ({tmp_path}/b/x)",
         "dppo",
     ]
-    long = curves.lines([("x" * 40 + "a", [1]), ("x" * 40 + "b", [2]), ("x" * 40 + "a", [3]), ("_hidden", [4])])
-    assert len({line.short for line in long}) == 4 and not long[3].short.startswith("_")
+    labels = legend_labels(["x" * 40 + "a", "x" * 40 + "b", "x" * 40 + "a", "_hidden"])
+    assert len(set(labels)) == 4 and not labels[3].startswith("_")
 
 
 # --- figures of the dump --------------------------------------------------------------------------------------
 
 
-def test_sums_of_the_dump_are_the_loops(tmp_path):
+def test_sums_of_the_dump_agree_with_sums_token_by_token(tmp_path):
     data, log_pi = dump(tmp_path)
-    got = token_figures.reduced(read_tokens(tmp_path))
+    got = summarise(read_tokens(tmp_path))
     apart = size = surprise = tokens = 0.0
     bins = [[] for _ in range(8)]
     for row in range(24):
@@ -261,20 +264,20 @@ def test_sums_of_the_dump_are_the_loops(tmp_path):
     for values, wanted in zip(got.by_position, bins, strict=True):
         np.testing.assert_allclose(np.sort(values), sorted(wanted), atol=1e-6)
     make(tmp_path, answers=False)
-    figures = drawn(Overview(read(tmp_path), [], None))
+    figures = drawn(report(read(tmp_path)))
     tops = [fmean(sorted(values)[-max(1, round(len(values) / 10)) :]) for values in bins]
     np.testing.assert_allclose([y for _, y in data_of(figures["largest_by_position"], "cppo")[0]], tops, rtol=1e-4)
     assert data_of(figures["relative_error"], "cppo")[0] == [[3, pytest.approx(apart / size, rel=1e-5)]]
 
 
-def test_threshold_pictures_are_the_oracles(tmp_path):
+def test_threshold_pictures_agree_with_the_oracle(tmp_path):
     make(tmp_path, answers=False)
     data, log_pi = dump(tmp_path)
-    overview = Overview(read(tmp_path), [], None)
-    chosen = overview.dumped[id(overview.runs[0])].chosen
-    assert [kind for kind, *_ in chosen] == ["budget", "token", "kept"]
+    made = report(read(tmp_path))
+    chosen = made.runs[0].dumped.chosen
+    assert [one.kind for one in chosen] == ["budget", "token", "kept"]
     counts = {r.key: Counter(REASONS[code] for code in r.reason) for r in read_tokens(tmp_path).responses}
-    for kind, item, _ in chosen:
+    for kind, item in ((one.kind, one.response) for one in chosen):
         row = int(item.score)
         valid = data["response_mask"][row].bool().tolist()
         mu, pi = data["rollout_log_probs"][row].tolist(), log_pi[row].tolist()
@@ -284,7 +287,7 @@ def test_threshold_pictures_are_the_oracles(tmp_path):
         delta_b = oracle.adaptive_budget(div, valid, DELTA_B)
         c = oracle.effective_threshold(div, valid, w, DELTA, delta_b)
         kept = [t for t, v in enumerate(valid) if v]
-        axes = drawn(overview)[f"thresholds_1_{kind}"].axes
+        axes = drawn(made)[f"thresholds_1_{kind}"].axes
         (line,) = [line for line in axes.lines if line.get_label() == "effective threshold c_t"]
         np.testing.assert_allclose(line.get_ydata(), [c[t] for t in kept], atol=1e-5)
         bars = {round(b.get_x() + b.get_width() / 2): b.get_height() for group in axes.containers for b in group}
@@ -311,9 +314,10 @@ def test_a_long_response_is_drawn_with_its_masked_and_largest_tokens(tmp_path):
     reason = np.full(length, REASONS.index("kept"), dtype=np.uint8)
     reason[[100, 5000]], weighted[7000] = REASONS.index("budget"), 0.5
     one = make_response(0, length, weighted_divergence=weighted, reason=reason, mask=np.ones(length, bool))
-    figure = token_figures.threshold_picture("x", "run", "budget", one, {"method": {"delta": 0.05}}, [])
+    chosen = ChosenResponse("budget", one, {"method": {"delta": 0.05}})
+    figure = draw(token_panels.response_panel("x", "run", chosen, []))
     bars = {b.get_x() + b.get_width() / 2: b.get_height() for group in figure.axes.containers for b in group}
-    assert len(bars) == token_figures.BARS
+    assert len(bars) == token_panels.BARS
     assert any(abs(x - 7001) < 1 and y == weighted[7000] for x, y in bars.items())
     marked = [x for line in figure.axes.lines if line.get_gid() == "budget" for x in line.get_xdata()]
     assert marked == [101, 5001]
@@ -340,30 +344,30 @@ def test_configs_differ_where_they_differ(tmp_path, monkeypatch):
     assert flat[0]["trainer.default_local_dir"] == "<run>/c"
     assert flat[0]["key"] == flat[0]["via"] == "${oc.env:SECRET}" and flat[0]["here"] == "${now:%Y}"
     assert "hunter2" not in str(flat)
-    header, rows = Overview(runs, [], None).differences
-    assert header == ["setting", "cppo", "dppo"] and ["data.seed", "1", "2"] in rows
-    assert overrides(runs[0]) == Overview(runs[:1], [], None).overrides == ["method=cppo", "data.seed=1"]
+    table = report(runs).differences
+    assert table.header == ["setting", "cppo", "dppo"] and ["data.seed", "1", "2"] in table.rows
+    assert overrides(runs[0]) == report(runs[:1]).overrides == ["method=cppo", "data.seed=1"]
 
 
-def test_the_summary_is_the_logs(tmp_path):
+def test_the_summary_agrees_with_the_log(tmp_path):
     (run,) = read(make(tmp_path / "a", steps=30))
-    header, (cells,) = Overview([run], [], None).summary
-    got = dict(zip(header, cells, strict=True))
+    table = report([run]).summary
+    got = dict(zip(table.header, table.cells()[0], strict=True))
     rows = list(run.steps.values())
     # asked for 20 steps: later validations do not count
     scores = {step: values[ACCURACY] for step, values in run.steps.items() if ACCURACY in values and step <= 20}
     best = max(scores, key=lambda step: (scores[step], -step))
-    assert (got["best"], got["at step"]) == (f"{100 * scores[best]:.1f} %", str(best))
-    assert got["last"] == f"{100 * scores[20]:.1f} %"
+    assert (got["best"], got["at step"]) == (f"{100 * scores[best]:.1f}%", str(best))
+    assert got["last"] == f"{100 * scores[20]:.1f}%"
     curve = list(scores.values())
-    assert got["smoothed"] == f"{100 * max(fmean(curve[i : i + 3]) for i in range(3)):.1f} %"
+    assert got["smoothed"] == f"{100 * max(fmean(curve[i : i + 3]) for i in range(3)):.1f}%"
     assert got["reward, last 10"] == f"{fmean(r['critic/score/mean'] for r in rows[-10:]):.3f}"
     masked = [(r[SHARE], r.get("trust_region/budget_rejected_share", 0)) for r in rows if SHARE in r]
-    assert got["masked"] == f"{100 * fmean(share for share, _ in masked):.1f} %"
+    assert got["masked"] == f"{100 * fmean(share for share, _ in masked):.1f}%"
     by_budget = sum(a * b for a, b in masked) / sum(a for a, _ in masked)
-    assert got["of it by budget"] == f"{100 * by_budget:.1f} %"
-    assert got["δ_b"] == f"{fmean(r['trust_region/delta_b'] for r in rows):.3g}"
-    assert got["time a step"] == f"{median(r['timing_s/step'] for r in rows):.1f} s"
+    assert got["of it by budget"] == f"{100 * by_budget:.1f}%"
+    assert got["δ_b"] == f"{fmean(r['trust_region/effective_delta_b'] for r in rows):.3g}"
+    assert got["time per step"] == f"{median(r['timing_s/step'] for r in rows):.1f} s"
     total = sum(r["timing_s/step"] + r.get("timing_s/testing", 0) for r in rows)
     assert got["total"] == f"{total:.1f} s" and got["seed"] == "1" and got["steps"] == "30 of 20"
 
@@ -394,7 +398,7 @@ def test_damaged_runs_are_reported_as_far_as_they_go(tmp_path, capsys):
         "the last is cut off: a run killed, or still being written",
         "that are not finite were skipped",
         "hydra: not readable",
-        "metrics (one): no dumped tokens, trust_region.dump.every=10 dumps some",
+        "metrics (one): no token dump; trust_region.dump.every=10 writes one",
     ):
         assert note in err and note in text, note
     assert "Without a readable config: cut, metrics (one), metrics (gaps)" in re.sub(r"\s+", " ", text)
