@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def setting(text: str, header: dict) -> Setting:
         OmegaConf.set_struct(actor, False)
         for key in ("mu", "shuffle", "dump"):  # settings of a run, which no loss reads
             del actor.policy_loss[key]
-        return Setting(text, _actor(OmegaConf.to_container(actor, resolve=True)))
+        return Setting(text, _actor(cast(dict, OmegaConf.to_container(actor, resolve=True))))
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ValueError(f"method {text!r}: {error}") from error
 

@@ -97,6 +97,10 @@ class Decisions:
             raise ValueError("no update mask was recorded: the run trained with one of verl's own losses")
         return np.where(self.reason == 0, 0, 1 - self.update_mask).astype(np.float32)
 
+    def has_reason(self, *names: str) -> np.ndarray:
+        """Whether the reason of each response token is one of these `REASONS`; false if no reason was recorded."""
+        return np.isin(-1 if self.reason is None else self.reason, [CODE[name] for name in names])
+
 
 @dataclass(eq=False, kw_only=True)
 class Response(Decisions):
@@ -226,14 +230,14 @@ def _read_file(file: Path, dump: TokenDump) -> None:
                 lost += parquet.metadata.row_group(group).num_rows
                 continue
             for response in _responses(table):
-                if fault := _fault(response):
-                    faults[fault] += 1
+                if defect := _fault(response):
+                    faults[defect] += 1
                 else:
                     responses.append(response)
     if lost:
         dump.notes.append(f"{file.name}: {lost} response(s) in a damaged part of the file were skipped")
-    for fault, count in faults.items():
-        dump.notes.append(f"{file.name}: {count} response(s) with {fault} were skipped")
+    for defect, count in faults.items():
+        dump.notes.append(f"{file.name}: {count} response(s) with {defect} were skipped")
     dump.headers |= {response.step: header for response in responses}
     dump.responses += responses
 

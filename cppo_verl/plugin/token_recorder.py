@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def draw(response_mask: Tensor, responses: int, step: int) -> list[int]:
     Args:
         response_mask: nested [B, (tokens)].
     """
-    valid_before = torch.nn.functional.pad(response_mask.values().cumsum(0), (1, 0))[response_mask.offsets()]
+    valid_before = torch.nn.functional.pad(response_mask.values().cumsum(0), (1, 0))[response_mask.offsets()]  # type: ignore[attr-defined]  # it is nested
     drawable = valid_before.diff().nonzero().flatten()
     order = torch.randperm(len(drawable), generator=torch.Generator().manual_seed(step))
     return drawable[order[:responses]].sort().values.tolist()
@@ -173,7 +174,7 @@ class DumpWriter:
         self.settings = settings
         self.folder = Path(settings.folder)
         actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-        method = OmegaConf.to_container(actor.policy_loss, resolve=True)
+        method = cast(dict, OmegaConf.to_container(actor.policy_loss, resolve=True))
         self.header = {
             "method": {key: value for key, value in method.items() if key not in ("mu", "shuffle", "dump")},
             "clip_ratio_low": actor.clip_ratio_low,

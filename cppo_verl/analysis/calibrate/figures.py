@@ -1,13 +1,15 @@
 """The figures of `calibrate`, drawn from its results."""
 
+from typing import Any
+
 import numpy as np
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cppo_verl.analysis.calibrate.results import Results
 from cppo_verl.analysis.html.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Figure
 
-BY_TOKEN = {"color": ORANGE, "label": "by delta"}
-BY_BUDGET = {"color": BLUE, "label": "by the prefix budget"}
+BY_TOKEN: dict[str, Any] = {"color": ORANGE, "label": "by delta"}
+BY_BUDGET: dict[str, Any] = {"color": BLUE, "label": "by the prefix budget"}
 
 
 def draw(results: Results) -> list[Figure]:
@@ -62,7 +64,7 @@ def _masked_by_update(results: Results) -> Figure:
         axes.bar(list(parts), total - by_token, bottom=by_token, **BY_BUDGET)
     axes.axhline(results.wanted.masked, color=GREY, ls=":", lw=1)
     axes.set(xlabel="update", ylabel="tokens masked")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return _finished(figure)
 
 

@@ -1,13 +1,13 @@
 """The tables and texts of `calibrate`, for its page and for the terminal."""
 
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 
 from cppo_verl.analysis.calibrate.results import QUANTILES, Results, overrides, steps
 from cppo_verl.analysis.calibrate.thresholds import Counts
 from cppo_verl.analysis.html.page import caption
-from cppo_verl.analysis.text import MISSING, Table, counted, listed, number, percent
+from cppo_verl.analysis.text import MISSING, Cell, Table, counted, listed, number, percent
 from cppo_verl.evaluation.statistics import Interval
 
 
@@ -50,7 +50,7 @@ def page_values(method: str | None, results: Results, notes: list[str]) -> dict:
 
 def _proposal(results: Results) -> Table:
     header = ["", "delta", "delta_b", "masked", "of it by the budget", "violating either"]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             row.name,
             *map(number, row.thresholds),
@@ -65,20 +65,22 @@ def _proposal(results: Results) -> Table:
 
 def _alternatives(results: Results) -> Table:
     """One threshold beside the other, each with what it masks."""
-    header, columns, width = [], [], 3 if results.has_budget else 2
+    width = 3 if results.has_budget else 2
+    header: list[str] = []
+    columns: list[list[list[Cell]]] = []
     for name, points in results.curves.items():
         header += [name, "masked", *(["by the budget"] if results.has_budget else [])]
-        cells = [
+        cells: list[list[Cell]] = [
             [number(getattr(row.thresholds, name)), row.counts.masked_share, row.counts.budget_share] for row in points
         ]
         columns.append([row[:width] for row in cells])
-    blank = [""] * width
-    rows = [sum(parts, []) for parts in zip_longest(*columns, fillvalue=blank)]
+    blank: list[Cell] = [""] * width
+    rows = [list(chain.from_iterable(parts)) for parts in zip_longest(*columns, fillvalue=blank)]
     return Table("alternatives", "What else could be chosen", header, rows)
 
 
 def _by_group(name: str, title: str, group: str, results: Results, groups: np.ndarray) -> Table:
-    def row(number: int, counts: Counts) -> list:
+    def row(number: int, counts: Counts) -> list[Cell]:
         shares = (counts.masked_share, counts.budget_share, counts.violating_share)
         return [str(number), f"{counts.tokens.sum():,.0f}", *shares]
 

@@ -85,7 +85,7 @@ class Results:
         for name, chosen in (("first update", self.sample.updates == 0), ("later updates", self.sample.updates > 0)):
             if chosen.any():
                 parts = zip(self.sample.responses, decisions, chosen, strict=True)
-                values = np.concatenate([d.divergence[r.mask] for r, d, is_chosen in parts if is_chosen])
+                values = np.concatenate([np.asarray(d.divergence)[r.mask] for r, d, is_chosen in parts if is_chosen])
                 found.append(Drift(name, values.astype(float)))
         return found
 

@@ -8,14 +8,14 @@ three digits.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from cppo_verl.analysis import replay
 from cppo_verl.analysis.replay import Setting
 from cppo_verl.analysis.text import percent
-from cppo_verl.artifacts.token_dump import CODE, REJECTING, Decisions, Response
+from cppo_verl.artifacts.token_dump import REJECTING, Decisions, Response
 from cppo_verl.evaluation.statistics import LEVEL, Interval
 from cppo_verl.plugin.config import CPPOLossConfig
 
@@ -90,12 +90,11 @@ class Counts:
 
 
 def count(responses: Sequence[Response], decisions: Sequence[Decisions]) -> Counts:
-    violating = [CODE[name] for name in ("towards_one", *REJECTING)]
     rows = []
     for response, decided in zip(responses, decisions, strict=True):
         masked = decided.rejected.astype(float)
-        by_budget = masked[decided.reason == CODE["budget"]]
-        rows.append((response.mask.sum(), masked.sum(), by_budget.sum(), np.isin(decided.reason, violating).sum()))
+        by_budget, violating = decided.has_reason("budget"), decided.has_reason("towards_one", *REJECTING)
+        rows.append((response.mask.sum(), masked.sum(), masked[by_budget].sum(), violating.sum()))
     return Counts(*np.array(rows, dtype=float).T)
 
 
@@ -119,7 +118,7 @@ class Sample:
 
     @property
     def rule(self) -> CPPOLossConfig:
-        return self.setting.actor.policy_loss
+        return cast(CPPOLossConfig, self.setting.actor.policy_loss)
 
     @property
     def updates(self) -> np.ndarray:
@@ -175,7 +174,8 @@ def sample_of(text: str | None, responses: list[Response], headers: dict[int, di
 
 
 def with_thresholds(setting: Setting, thresholds: Thresholds) -> Setting:
-    rule = replace(setting.actor.policy_loss, **thresholds.given)
+    values: dict[str, Any] = thresholds.given
+    rule = replace(setting.actor.policy_loss, **values)
     return Setting(setting.label, replace(setting.actor, policy_loss=rule))
 
 
@@ -206,7 +206,7 @@ def propose(sample: Sample, wanted: Wanted) -> Thresholds:
     """
     values = [value for value in DIGITS if value <= sample.rule.largest_divergence]
     has_budget = wanted.by_budget is not None
-    by_token = wanted.masked * (1 - wanted.by_budget) if has_budget else wanted.masked
+    by_token = wanted.masked * (1 - (wanted.by_budget or 0.0))
 
     def masked_by_token(delta: float) -> float:
         return sample.at(Thresholds(delta, values[-1] if has_budget else None)).token_masked_share

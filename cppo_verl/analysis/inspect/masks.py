@@ -35,9 +35,13 @@ class Masks:
         def per_token(value: Callable[[Decisions], np.ndarray], decided: Sequence[Decisions]) -> np.ndarray:
             return np.concatenate([value(d)[r.mask] for d, r in zip(decided, responses, strict=True)])
 
+        def reason(decided: Decisions) -> np.ndarray:
+            assert decided.reason is not None
+            return decided.reason
+
         return cls(
             rejected=np.stack([per_token(lambda d: d.rejected, of_method) for of_method in decisions]),
-            reason=np.stack([per_token(lambda d: d.reason, of_method) for of_method in decisions]),
+            reason=np.stack([per_token(reason, of_method) for of_method in decisions]),
             sign=np.concatenate([np.sign(r.advantage[r.mask]) for r in responses]).astype(np.int8),
             bin=np.concatenate([position_bins(r) for r in responses]),
             update=np.concatenate([np.full(r.mask.sum(), r.update) for r in responses]),

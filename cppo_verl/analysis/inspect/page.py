@@ -13,7 +13,7 @@ from cppo_verl.analysis.inspect.masks import Masks
 from cppo_verl.analysis.inspect.methods import Method
 from cppo_verl.analysis.inspect.tables import tables
 from cppo_verl.analysis.text import counted
-from cppo_verl.artifacts.token_dump import CODE, DECISION_COLUMNS, REASONS, REJECTING, Decisions, Response
+from cppo_verl.artifacts.token_dump import DECISION_COLUMNS, REASONS, REJECTING, Decisions, Response
 
 MEGABYTES = 10
 """Most that the responses may take in a page; of longer responses there are fewer."""
@@ -30,7 +30,8 @@ def page_values(dump: ReplayableDump, methods: Sequence[Method], limit: int, tok
     responses = dump.responses
     decisions = [list(method.decide(responses)) for method in methods]
     masks = Masks.of(responses, decisions)
-    shown, size = [], 0
+    shown: list[dict] = []
+    size = 0
     for row in most_masked(responses, decisions[0], limit):
         response = responses[row]
         packed = _packed(response, [d[row] for d in decisions], [method.delta(response) for method in methods])
@@ -103,12 +104,12 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
         columns = {name: getattr(decided, name) for name in _ARRAYS}
         if decided.divergence is None:
             columns["divergence"] = response.divergence
-        hard = ~np.isin(decided.reason, [CODE[name] for name in REJECTING]) == decided.update_mask
+        hard = decided.rejected == decided.has_reason(*REJECTING)
         if hard[response.mask].all():
             columns["update_mask"] = None  # the reasons tell it
         return {
             "share": float(decided.rejected[response.mask].mean()),
-            "reason": "".join(map(str, decided.reason.tolist())),
+            "reason": "".join(map(str, np.asarray(decided.reason).tolist())),
             "delta": delta,
             "delta_b": decided.delta_b,
         } | {name: put(values) for name, values in columns.items()}

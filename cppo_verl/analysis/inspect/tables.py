@@ -38,7 +38,7 @@ def _shares_by_reason(methods: Sequence[Method], masks: Masks) -> tuple[list[str
     reasons = [*REJECTING, *(["kept"] if smooth else [])]
     signs = {f"A {sign} 0": by_sign[value] for sign, value in ((">", 1), ("<", -1), ("=", 0)) if value in by_sign}
     header = ["masked", *("inside" if r == "kept" else r for r in reasons), "towards one", *signs, "D_t and thresholds"]
-    rows = [
+    rows: list[list[Cell]] = [
         [share, *(shares[r] for r in reasons), shares["towards_one"], *(x[i] for x in signs.values()), methods[i].about]
         for i, (share, shares) in enumerate(zip(masks.share(), by_reason, strict=True))
     ]

@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 
 from cppo_verl.analysis.positions import BIN_CENTRES
-from cppo_verl.analysis.report.panels import Band, LinePanel, Missing, PhasePanel, Trace
+from cppo_verl.analysis.report.panels import Band, LinePanel, Missing, PhasePanel, Trace, Values
 from cppo_verl.analysis.report.runs import Line, ReportedRun
 from cppo_verl.artifacts.run_reader import Run, read_generations
 from cppo_verl.core.metrics import POSITION_BINS
@@ -61,7 +61,7 @@ def thinned(x: Sequence[float], *columns: Sequence[float], points: int = POINTS)
     return arrays
 
 
-def trace(line: Line, x: Sequence[float], y: Sequence[float], marker: str = "") -> Trace:
+def trace(line: Line, x: Values, y: Values, marker: str = "") -> Trace:
     return Trace(line.label, line.color, line.style, x, y, marker=marker)
 
 
@@ -99,13 +99,14 @@ def curve(
     faint = len(complete) <= 4 and not several
     traces, bands = [], []
     for line, parts in complete.items():
-        x, (mean, low, high) = _over_runs(parts, window)
         if faint:
-            traces.append(Trace("", line.color, "-", *thinned(*parts[0]), role="each step"))
-        thin_x, mean, low, high = thinned(x, mean, low, high)
-        traces.append(trace(line, thin_x, mean, "o" if len(x) == 1 else ""))
+            each_x, each_y = thinned(*parts[0])
+            traces.append(Trace("", line.color, "-", each_x, each_y, role="each step"))
+        common, over_runs = _over_runs(parts, window)
+        x, mean, low, high = thinned(common, *over_runs)
+        traces.append(trace(line, x, mean, "o" if len(x) == 1 else ""))
         if len(parts) > 1:
-            bands.append(Band(line.color, thin_x, low, high))
+            bands.append(Band(line.color, x, low, high))
     reading = {"window": window, "faint": faint, "several": several}
     missing = left_out([line.label for line in lines if line not in complete], without)
     return LinePanel(
@@ -203,7 +204,7 @@ def drift_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
     for line in lines:
         rows = []
         for item in line.runs:
-            bins: Sequence[Sequence[float]] = [series(item.run, logged(name))[1] for name in names]
+            bins: Sequence[Values] = [series(item.run, logged(name))[1] for name in names]
             if not all(bins) and item.dumped and item.dumped.by_position:
                 bins = item.dumped.by_position
                 from_dump.append(line.label)
@@ -220,7 +221,7 @@ def by_position(
     name: str,
     title: str,
     lines: Sequence[Line],
-    found: Mapping[Line, Sequence[float]],
+    found: Mapping[Line, Values],
     without: str,
     facts: Mapping[str, object] | None = None,
 ) -> LinePanel | Missing:

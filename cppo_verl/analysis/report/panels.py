@@ -7,6 +7,8 @@ import numpy as np
 
 from cppo_verl.artifacts.token_dump import Response
 
+Values = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -39,8 +41,8 @@ class Trace:
     """In the legend; empty for none."""
     color: str
     style: object
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Values
+    y: Values
     role: str = "mean"
     """What the line shows: "mean", "each step" or "delta / w_t"."""
     marker: str = ""
@@ -51,9 +53,9 @@ class Band:
     """The area between two lines."""
 
     color: str
-    x: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    x: Values
+    low: Values
+    high: Values
 
 
 @dataclass(frozen=True, kw_only=True)
