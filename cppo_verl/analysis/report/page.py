@@ -55,7 +55,7 @@ def report(runs: Sequence[Run], notes: Sequence[str] = (), tokenizer: str | None
     parts = sections(items, drawn, loader)
     of_runs = [f"{item.name}: {note}" for item in items for note in item.notes]
     of_panels = [note for section in parts for panel in section.panels for note in panel.notes]
-    said = [shown(note) for note in dict.fromkeys([*notes, *of_runs, *of_panels, *loader.notes])]
+    said = tuple(shown(note) for note in dict.fromkeys([*notes, *of_runs, *of_panels, *loader.notes]))
     return Report(items, drawn, parts, summary(items), setting_differences(items), said)
 
 

@@ -65,7 +65,6 @@ def test_verls_own_losses_are_judged_by_their_gradient(responses):
         assert clipped > 10
 
 
-@pytest.mark.process
 def test_every_shipped_method_composes_with_the_runs_thresholds():
     assert "cppo" in replay.METHODS and "_harness" not in replay.METHODS
     for name in replay.METHODS:

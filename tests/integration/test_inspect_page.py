@@ -1,4 +1,4 @@
-"""What `inspect` counts and shows: against loops, in a browser, of damaged dumps and of hostile text."""
+"""`inspect`: the command, its data against the oracle, damaged dumps, and its page in a browser."""
 
 import base64
 import json
@@ -9,30 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from browser import DESKTOP, PHONE, fits, opened
-from token_dumps import METHODS, RUN_HEADER, actor, damaged, dumped, expected, save
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from token_dumps import METHODS, RUN_HEADER, STATED, damaged, dumped, expected, save
+from tokenizers_made import BLANKLESS, save_tokenizer
 
 from cppo_verl.analysis import replay
-from cppo_verl.analysis.inspect import token_text
-from cppo_verl.analysis.inspect.masks import Masks
-from cppo_verl.analysis.inspect.page import most_masked
 from cppo_verl.artifacts.token_dump import REASONS
 from cppo_verl.cli import main
 
-HOSTILE = [
-    "<script>document.title='owned'</script>",
-    "</script><script>document.title='owned'</script>",
-    '"><img src=x onerror="document.title=\'owned\'">',
-    "&lt;b&gt;{{ 7 * 7 }}",
-    "שלום",
-    "مرحبا",
-    "\u202etfel",
-    "\u0301",
-    " \n",
-]
-BLANKLESS = [text.replace(" ", "·") for text in HOSTILE[:6]]
-STATED = RUN_HEADER | {"method": {"_target_": "cppo_verl.plugin.config.CPPOLossConfig", "delta": 0.15, "delta_b": 0.02}}
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +31,7 @@ def responses(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Every byte, then what a page could trip over, then what ends a response: ids 0-255, 256-264 and 265."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    vocabulary = {character: byte for character, byte in token_text._BYTES.items()}
-    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    model.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=model)
-    made.add_tokens(HOSTILE)
-    made.add_special_tokens({"eos_token": "<eos>"})
-    made.save_pretrained(folder)
-    return folder
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -87,92 +65,6 @@ def left(response, decided):
         return column(response, decided["update_mask"]).tolist()
     return [float(REASONS[int(code)] in ("kept", "towards_one")) for code in decided["reason"]]
 
-
-# --- the counts -----------------------------------------------------------------------------------------------
-
-
-NAMES = ("cppo", "soft", "dppo", "trm_max", "minpro", "vanilla")
-
-
-@pytest.fixture(scope="module")
-def decisions(responses):
-    return {n: list(replay.decisions(replay.Setting(n, actor(METHODS[n])), responses)) for n in NAMES}
-
-
-@pytest.fixture(scope="module")
-def counted(responses, decisions):
-    """Masks, and plain lists of (1 - M, reason, sign of A, bin, update) a generated token, of each setting."""
-    rows = {name: [] for name in NAMES}
-    for name in NAMES:
-        for response, decided in zip(responses, decisions[name], strict=True):
-            length, t = sum(response.mask.tolist()), 0
-            for i, valid in enumerate(response.mask.tolist()):
-                if valid:
-                    t += 1
-                    bin = next(b for b in range(8) if 8 * t <= (b + 1) * length)
-                    adv = float(response.advantage[i])
-                    row = (1 - float(decided.update_mask[i]), REASONS[decided.reason[i]])
-                    rows[name].append((*row, (adv > 0) - (adv < 0), bin, response.update))
-    return Masks.of(responses, list(decisions.values())), rows
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def test_shares_agree_with_the_oracle(counted):
-    masks, rows = counted
-    for i, name in enumerate(NAMES):
-        assert masks.share()[i] == pytest.approx(mean(r[0] for r in rows[name]), abs=1e-6)
-        by_reason = masks.share_by_reason()[i]
-        for reason, share in by_reason.items():
-            wanted = [float(r[1] == reason) * (1 if reason == "towards_one" else r[0]) for r in rows[name]]
-            assert share == pytest.approx(mean(wanted), abs=1e-6), (name, reason)
-        assert sum(v for k, v in by_reason.items() if k != "towards_one") == pytest.approx(masks.share()[i], abs=1e-6)
-    # something to count of every kind
-    assert masks.share_by_reason()[0]["budget"] > 0.05 < masks.share_by_reason()[0]["towards_one"]
-    assert masks.share_by_reason()[3]["response"] > 0.05 < masks.share_by_reason()[4]["clipped"]
-
-
-@pytest.mark.parametrize("group", ["sign", "bin", "update"])
-def test_shares_by_sign_position_and_update_agree_with_the_oracle(group, counted):
-    masks, rows = counted
-    place = 2 + ("sign", "bin", "update").index(group)
-    got = masks.share_within(getattr(masks, group))
-    assert sorted(got) == sorted({row[place] for row in rows["cppo"]}) and len(got) > 1
-    for value, shares in got.items():
-        for i, name in enumerate(NAMES):
-            wanted = mean(row[0] for row in rows[name] if row[place] == value)
-            assert shares[i] == pytest.approx(wanted, abs=1e-6), (name, value)
-
-
-def test_overlap_agrees_with_the_oracle(counted):
-    masks, rows = counted
-    got = masks.overlap()
-    for i, a in enumerate(NAMES):
-        for j, b in enumerate(NAMES):
-            both = sum(min(x[0], y[0]) for x, y in zip(rows[a], rows[b], strict=True))
-            assert got[i][j] == pytest.approx(both / sum(x[0] for x in rows[a]), abs=1e-5), (a, b)
-    assert got[0][0] == 1 and got[0][2] != got[2][0]
-
-
-def test_a_setting_that_masks_nothing_overlaps_with_none(responses, decisions):
-    none = [replace(v, update_mask=np.ones_like(v.update_mask)) for v in decisions["cppo"]]
-    assert Masks.of(responses, [none, decisions["cppo"]]).overlap() == [[None, None], [0.0, 1.0]]
-
-
-def test_responses_in_the_page_are_of_every_update_the_most_masked_first(responses, decisions):
-    share = [float(v.rejected[r.mask].mean()) for r, v in zip(responses, decisions["cppo"], strict=True)]
-    rows = most_masked(responses, decisions["cppo"], 5)
-    assert sorted(responses[row].update for row in rows[:3]) == [0, 1, 2]
-    for row in rows[:3]:
-        assert share[row] == max(s for r, s in zip(responses, share, strict=True) if r.update == responses[row].update)
-    assert share[rows[0]] >= share[rows[1]] >= share[rows[2]] and share[rows[3]] >= share[rows[4]]
-    assert sorted(most_masked(responses, decisions["cppo"], 999)) == list(range(len(responses)))
-
-
-# --- the page's data ------------------------------------------------------------------------------------------
 
 SETTINGS = {
     "cppo": "cppo trust_region.delta=0.15 trust_region.delta_b=0.02 trust_region.budget=adaptive",
@@ -237,7 +129,6 @@ def _mask(shown):
     return np.array([True] * len(shown["ids"]) if shown["mask"] is None else [m == "1" for m in shown["mask"]])
 
 
-@pytest.mark.process  # composes every method
 def test_by_default_the_runs_own_masks_and_every_method_at_its_thresholds(responses, inspect, tmp_path):
     save(tmp_path, 3, responses, **RUN_HEADER)
     code, out, err, data = inspect(tmp_path, "--responses", "3")
@@ -253,7 +144,6 @@ def test_by_default_the_runs_own_masks_and_every_method_at_its_thresholds(respon
     assert "3 of 23 responses" in out
 
 
-@pytest.mark.process  # composes every method
 def test_a_shipped_method_at_the_runs_thresholds_is_not_shown_twice(responses, inspect, tmp_path):
     method = vars(replay.setting("dppo", RUN_HEADER).actor.policy_loss)
     method = {key: value for key, value in method.items() if key != "shuffle" and isinstance(value, str | int | float)}
@@ -294,34 +184,6 @@ def test_a_run_that_went_on_with_other_settings(responses, inspect, tmp_path):
     assert {r["step"] for r in data["responses"]} == {3}
 
 
-# --- text -----------------------------------------------------------------------------------------------------
-
-
-def test_every_token_has_something_to_see(tokenizer):
-    loaded = token_text.load(str(tokenizer))
-    shown = token_text.texts(loaded, [*range(266), 266, -1, 10**9])
-    assert shown[ord("a")] == "a" and shown[0xE2] == r"\xe2" and shown[0x0A] == "¶" and shown[0x20] == "·"
-    assert shown[0x00] == "‹U+0000›" and shown[0x7F] == "‹U+007F›"
-    assert [shown[256 + i] for i in range(9)] == [*BLANKLESS, "‹U+202E›tfel", "◌\u0301", "·¶"]
-    assert shown[265] == "<eos>"
-    assert (shown[266], shown[-1], shown[10**9]) == ("‹266›", "‹-1›", "‹1000000000›")
-    assert token_text.texts(None, [7]) == {7: "‹7›"}
-
-
-def test_a_sentencepiece_token_keeps_its_blank():
-    class Pieces:
-        def __len__(self):
-            return 1
-
-        def convert_ids_to_tokens(self, token):
-            return "▁word"
-
-        def decode(self, tokens, **kwargs):
-            return "word"
-
-    assert token_text.texts(Pieces(), [0]) == {0: "·word"}
-
-
 def test_without_a_tokenizer_ids_are_shown_and_the_page_says_so(responses, inspect, tmp_path):
     save(tmp_path, 3, responses, **STATED, tokenizer=str(tmp_path / "nowhere"))
     code, _, err, data = inspect(tmp_path, "--method", "run")
@@ -332,9 +194,6 @@ def test_without_a_tokenizer_ids_are_shown_and_the_page_says_so(responses, inspe
     (tmp_path / "broken" / "tokenizer.json").write_text('{"model": ')
     code, _, err, _ = inspect(tmp_path, "--method", "run", "--tokenizer", str(tmp_path / "broken"))
     assert code == 0 and "no tokenizer at" in err
-
-
-# --- bad input ------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_dump_is_shown_as_far_as_it_goes(responses, inspect, tmp_path):
@@ -406,9 +265,6 @@ def test_a_file_of_someone_else_is_not_replaced_and_an_own_one_is(responses, ins
     assert [p.name for p in tmp_path.iterdir() if "page" in p.name] == ["page.html"]
 
 
-# --- the browser ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def page(responses, tokenizer, tmp_path_factory):
     """A page of hostile tokens, keys and labels."""
@@ -426,7 +282,6 @@ def page(responses, tokenizer, tmp_path_factory):
     return output, {r.key: r for r in sent}
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_the_page_opens_and_fits(page, browser, viewport, scheme):
