@@ -1,1 +1,1 @@
-"""Looking at runs: what other methods would have done, which thresholds fit, and a report of it all."""
+"""Analyses of finished or running training runs: `inspect` and `calibrate` replay tokens, `report` draws runs."""

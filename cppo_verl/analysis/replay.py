@@ -1,14 +1,15 @@
-"""What any method of the harness would have done with dumped tokens: the training's own losses, called again.
+"""Replays any shipped method on dumped tokens: what it would have decided about them, by calling its training loss.
 
-The tokens are those that the run's policies wrote; under a method that had masked others, later steps would have
-written other tokens.
+A replay answers for the recorded tokens only. Had the method trained, its policy would have written other tokens at
+later steps.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,73 +24,55 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 
 import cppo_verl.config
-from cppo_verl.artifacts.token_dump import REASONS, Response
+from cppo_verl.artifacts.token_dump import CODE, Decisions, Response
 from cppo_verl.plugin.losses import Observed, loss_context
 from cppo_verl.plugin.preflight import refuse_pinned
-from cppo_verl.plugin.token_recorder import seen_by_rule
+from cppo_verl.plugin.token_recorder import token_columns
 
 METHODS = sorted(file.stem for file in (Path(cppo_verl.config.__path__[0]) / "method").glob("[!_]*.yaml"))
-RESPONSES_AT_ONCE = 64
+RESPONSES_PER_CALL = 64
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its thresholds."""
+    """A method with its thresholds, ready to be replayed."""
 
     label: str
     actor: ActorConfig
-    """verl's, with the method as its ``policy_loss``."""
+    """verl's actor config, with the method as its ``policy_loss``."""
 
     @property
     def divergence(self) -> str | None:
-        """Kind of D_t; None for a loss without one."""
+        """The kind of D_t that it uses; None for a loss without one."""
         return getattr(self.actor.policy_loss, "divergence", None)
 
 
-@dataclass(eq=False)
-class Verdict:
-    """What a setting makes of one response; arrays have an entry a response token, 0 where the mask is false."""
-
-    update_mask: np.ndarray
-    """M_t in [0, 1]; of verl's own losses, the part of rho_t A_t that is left in the gradient."""
-    reason: np.ndarray
-    """Positions in `REASONS`."""
-    divergence: np.ndarray | None
-    """D_t of the setting's kind; None for verl's own losses."""
-    weighted_divergence: np.ndarray | None
-    """w_t D_t; None but for CPPO and what is a value of it."""
-    threshold: np.ndarray | None
-    """c_t (8); likewise."""
-    delta_b: float | None
-    """In force; None without a budget."""
-
-
 def run_setting(header: dict) -> Setting:
-    """The setting that a dump's header tells of.
+    """The run's own setting, from the header of its dump.
 
     Raises:
-        ValueError: its class is no loss's config; hydra would call whatever a file names.
+        ValueError: the header names a class other than a loss's config, which hydra would otherwise call.
     """
     for target in re.findall(r'"_target_": "(.*?)"', json.dumps(header["method"])):
         if not re.fullmatch(r"(cppo_verl\.plugin|verl\.workers)\.config\.\w+Config", target):
-            raise ValueError(f"{target} is no config of a policy loss")
+            raise ValueError(f"{target} is not the config class of a policy loss")
     return Setting("the run's", _actor(header | {"policy_loss": header["method"]}))
 
 
 def setting(text: str, header: dict) -> Setting:
-    """A method of the harness as it would run in the place of the dump's own.
+    """A shipped method with the thresholds of the run that made the dump.
 
     Args:
-        text: the method and, after blanks, hydra overrides: "cppo trust_region.delta=0.1".
-        header: of the dump; its ``trust_region`` holds for every method that has such thresholds.
+        text: the method's name, then hydra overrides, separated by blanks: "cppo trust_region.delta=0.1".
+        header: the dump's header; methods read their thresholds from its ``trust_region``.
 
     Raises:
-        ValueError: no such method, or overrides that its config refuses.
+        ValueError: there is no such method, or its config refuses the overrides.
     """
     method, *overrides = text.split() or [""]
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    # Of the rest of a run's config, methods read this.
+    # All that the methods' configs read from the rest of a run's config.
     known = [f"+data.max_response_length={header['max_response_length']}"]
     known += [f"++trust_region.{key}={value}" for key, value in header["trust_region"].items()]
     try:
@@ -99,7 +82,7 @@ def setting(text: str, header: dict) -> Setting:
         actor = config.actor_rollout_ref.actor
         OmegaConf.set_struct(actor, False)
         del actor.policy_loss["preflight"]  # only a run can fill it
-        replayed = Setting(text, _actor(OmegaConf.to_container(actor, resolve=True)))
+        replayed = Setting(text, _actor(cast(dict, OmegaConf.to_container(actor, resolve=True))))
         refuse_pinned(replayed.actor.policy_loss, method, config.trust_region, overrides)
         return replayed
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
@@ -107,7 +90,7 @@ def setting(text: str, header: dict) -> Setting:
 
 
 def _actor(settings: dict) -> ActorConfig:
-    # What a loss does not read is as good as any.
+    # Values the loss does not read are arbitrary.
     config = {
         "_target_": "verl.workers.config.FSDPActorConfig",
         "strategy": "fsdp2",
@@ -118,33 +101,30 @@ def _actor(settings: dict) -> ActorConfig:
     return omega_conf_to_dataclass(OmegaConf.create(config | read))
 
 
-def can_judge(setting: Setting, header: dict) -> bool:
-    """Whether the dump has the D_t that the setting needs: top-K divergences are not made of log-probabilities."""
+def is_replayable(setting: Setting, header: dict) -> bool:
+    """Whether the dump has the D_t that the setting needs; log-probabilities do not give a top-K one."""
     return not (setting.divergence or "").startswith("topk_") or setting.divergence == header["divergence"]
 
 
-def judge(setting: Setting, responses: list[Response]) -> Iterator[Verdict]:
-    """What the setting makes of each response, one verdict each, in order.
+def decisions(setting: Setting, responses: Sequence[Response]) -> Iterator[Decisions]:
+    """Yield what the setting decides about each response, in order.
 
-    Shuffled weights are drawn with a seed of their own, the same at every call.
+    Shuffled weights are drawn with a fixed seed, so every call yields the same.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for begin in range(0, len(responses), RESPONSES_AT_ONCE):
-            part = responses[begin : begin + RESPONSES_AT_ONCE]
+        for begin in range(0, len(responses), RESPONSES_PER_CALL):
+            part = responses[begin : begin + RESPONSES_PER_CALL]
             columns, delta_b = _columns(setting, part)
             for row, response in enumerate(part):
                 length = len(response.response)
-                # Zero outside the mask, as in the dump.
                 values = {name: np.where(response.mask, x[row, :length].numpy(), 0) for name, x in columns.items()}
                 values["reason"] = values["reason"].astype(np.uint8)
-                for name in ("divergence", "weighted_divergence", "threshold"):
-                    values.setdefault(name, None)
-                yield Verdict(delta_b=delta_b[row], **values)
+                yield Decisions(delta_b=delta_b[row], **values)
 
 
-def _columns(setting: Setting, responses: list[Response]) -> tuple[dict[str, Tensor], list[float | None]]:
-    """[B, L] each of what `Verdict` holds, and delta_b of each response."""
+def _columns(setting: Setting, responses: Sequence[Response]) -> tuple[dict[str, Tensor], list[float | None]]:
+    """The columns of `Decisions` that the setting has, [B, L] each, and delta_b of each response."""
     log_pi, log_mu, advantages, divergence, mask = (
         torch.nn.utils.rnn.pad_sequence([torch.tensor(getattr(r, name)) for r in responses], batch_first=True)
         for name in ("log_pi", "log_mu", "advantage", "divergence", "mask")
@@ -163,15 +143,16 @@ def _columns(setting: Setting, responses: list[Response]) -> tuple[dict[str, Ten
         )
     if observed:
         ((method, tokens, decision),) = observed
-        columns = seen_by_rule(method, tokens, decision)
+        columns = token_columns(method, tokens, decision)
         del columns["log_pi"]
         delta_b = decision.region.delta_b
         budgets = [None] * len(responses) if delta_b is None else delta_b.squeeze(-1).tolist()
         return columns, budgets
+    # One of verl's own losses: its gradient tells what it leaves of rho_t A_t.
     (gradient,) = torch.autograd.grad(loss * mask.sum(), log_pi)
     unclipped = -(log_pi - log_mu).exp().detach() * advantages
     left = torch.where(unclipped == 0, 1.0, gradient / unclipped).clamp(0, 1)
-    # The gradient went through a division by the number of tokens and back.
+    # Dividing the loss by the number of tokens, and multiplying again, has rounded the gradient.
     left = torch.where(left > 1 - 1e-4, 1.0, left)
-    reason = torch.where(left < 1, REASONS.index("clipped"), REASONS.index("kept"))
+    reason = torch.where(left < 1, CODE["clipped"], CODE["kept"])
     return {"update_mask": left, "reason": reason.masked_fill(~mask, 0)}, [None] * len(responses)

@@ -1,6 +1,6 @@
-"""What verl's trainer leaves behind, read whatever state it is in: metrics, generations, the run's config.
+"""Reads what verl's trainer leaves behind, in whatever state it is: metrics, generations, the run's config.
 
-Nothing here raises over a damaged file; what was passed over stands in the run's ``notes``.
+A damaged file never makes reading fail: what was skipped is listed in the run's ``notes``.
 """
 
 import json
@@ -17,7 +17,9 @@ from cppo_verl.artifacts.sweep_record import RECORD, read_record
 
 ACCURACY = re.compile(r"val-core/(?P<benchmark>.+)/acc/mean@(?P<n>\d+)$")
 SOURCES_SUFFIX = ".sources.json"
-"""Ending of the file beside a dump of generations that names each prompt's data source."""
+"""Ending of the file, beside a dump of generations, that names each prompt's data source."""
+OLD_RECORD = "point.json"
+"""Name of the sweep's record in older versions."""
 
 
 @dataclass
@@ -26,18 +28,18 @@ class Run:
     label: str
     seed: int | None = None
     t_stop: int | None = None
-    """Last step that the run was asked for."""
+    """Last step that the run was asked to train."""
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
     """{step: {metric: value}}, numbers only, in step order."""
     generations: Path | None = None
-    """Folder of verl's validation dumps, {step}.jsonl."""
+    """Folder of verl's validation dumps, one file {step}.jsonl each."""
     config: Path | None = None
-    """The config.yaml that hydra saved with it."""
+    """The config.yaml that hydra saved with the run."""
     notes: list[str] = field(default_factory=list)
 
     def accuracies(self) -> dict[int, dict[str, float]]:
-        """{step: {benchmark: Avg@n}} of verl's validation; where a step has several n, the largest."""
-        result = defaultdict(dict)
+        """{step: {benchmark: Avg@n}} of verl's validation; if a step has several n, the largest."""
+        result: dict[int, dict[str, float]] = defaultdict(dict)
         for step, values in self.steps.items():
             found = [(int(match["n"]), match["benchmark"], value) for match, value in _accuracies(values)]
             for _, benchmark, value in sorted(found):
@@ -52,17 +54,17 @@ def _accuracies(values: dict[str, float]) -> Iterator[tuple[re.Match, float]]:
 
 
 def labelled(text: str) -> tuple[Path, str | None]:
-    """Path and label of "[LABEL=]PATH"."""
+    """Split "[LABEL=]PATH" into path and label."""
     label, _, path = text.partition("=")
-    # hydra's sweeps make folders like lr=1e-6.
+    # A path may contain =, such as the folders of hydra's sweeps: lr=1e-6.
     return (Path(text), None) if Path(text).exists() or not path else (Path(path), label)
 
 
 def read_runs(path: Path, label: str | None = None) -> list[Run]:
-    """The run at ``path``, or all runs below it where hydra saved several there.
+    """Read the run at ``path``, or all runs below it if hydra saved several there.
 
     Raises:
-        FileNotFoundError: no such path, or nothing there that is a run.
+        FileNotFoundError: there is no such path, or no run in it.
     """
     roots = sorted({file.parent.parent for file in path.rglob("hydra.yaml")}) if path.is_dir() else []
     if len(roots) < 2 and not any((root / RECORD).exists() for root in roots):
@@ -79,13 +81,13 @@ def read_runs(path: Path, label: str | None = None) -> list[Run]:
 
 
 def read_run(path: Path, label: str | None = None) -> Run:
-    """A run from its folder, or from one jsonl file of verl's file logger.
+    """Read a run from its folder, or from one jsonl file of verl's file logger.
 
-    Of a folder, every metrics file in it counts; where attempts overlap, as after a resume, the later
-    attempt's step replaces the earlier one's.
+    Every metrics file in the folder counts. Where attempts overlap, as after a resume, the later attempt's step
+    replaces the earlier one's.
 
     Raises:
-        FileNotFoundError: no such path, or a folder without metrics.
+        FileNotFoundError: there is no such path, or the folder has no metrics.
     """
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}")
@@ -112,19 +114,19 @@ def read_run(path: Path, label: str | None = None) -> Run:
     folder = path if path.is_dir() else path.parent
     _read_config(folder, run, label)
     if path.is_dir():
-        # verl's dumps of training responses look the same but for the sources beside a validation's.
+        # verl's dumps of training responses look the same, but have no sources beside them.
         dumps = sorted({p.parent for p in path.rglob("*.jsonl") if p.stem.isdigit()})
         run.generations = next((d for d in dumps if any(d.glob(f"*{SOURCES_SUFFIX}"))), dumps[0] if dumps else None)
     return run
 
 
 def _attempt(file: Path) -> tuple:
-    """metrics-2 before metrics-10."""
+    """Sort key that puts metrics-2 before metrics-10."""
     return (str(file.parent), [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
 
 
 def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
-    """The objects of a jsonl file; what is no object is noted."""
+    """Yield the objects of a jsonl file; note the lines that are not objects."""
     bad, last = 0, False
     try:
         text = file.read_bytes().decode("utf-8", errors="replace")
@@ -175,7 +177,7 @@ def _metrics(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, floa
 
 
 def _read_config(folder: Path, run: Run, label: str | None) -> None:
-    """Label, seed and last step from what hydra saved with the run."""
+    """Take label, seed and last step from what hydra saved with the run."""
     saved = sorted(folder.rglob("hydra.yaml"))
     if not saved:
         return
@@ -183,7 +185,7 @@ def _read_config(folder: Path, run: Run, label: str | None) -> None:
     try:
         choices = OmegaConf.load(saved[0]).hydra.runtime.choices
         config = OmegaConf.load(run.config)
-    except Exception as error:  # a file cut off in the middle, whatever that makes of it
+    except Exception as error:  # a file cut off in the middle may raise anything
         run.notes.append(f"{saved[0].parent}: not readable ({type(error).__name__})")
         return
     if label is None:
@@ -193,26 +195,28 @@ def _read_config(folder: Path, run: Run, label: str | None) -> None:
 
 
 def _label_of_job(folder: Path, notes: list[str]) -> str | None:
-    """What sets a sweep's job apart from the others, but for its seed: "key=value,..." or a method's bare name."""
+    """What sets a sweep's job apart from the others, except its seed: "key=value,..." or a method's bare name."""
     try:
         record = read_record(folder)
     except ValueError:
         notes.append(f"{RECORD}: not readable")
         return None
+    if record is None and (folder / OLD_RECORD).exists():
+        notes.append(f"{OLD_RECORD}: the sweep record of an older version; the run is not labelled by what was swept")
     swept = [text for text in (record or {}).get("swept", []) if not text.startswith("seed=")]
     return ",".join(text.removeprefix("method=") for text in swept) or None
 
 
 @dataclass
 class Answers:
-    """Generations of one validation, by problem."""
+    """The answers of one validation, by problem."""
 
     correct: dict[tuple[str, str], dict[tuple[str, str], float]] = field(default_factory=dict)
     """{(benchmark, prompt): {sample: its accuracy}}."""
     notes: list[str] = field(default_factory=list)
 
     def accuracy(self, benchmark: str | None = None) -> dict[tuple[str, str], float]:
-        """{problem: Avg@n}, of one benchmark or of all."""
+        """{problem: Avg@n} of one benchmark, or of all."""
         return {
             key: math.fsum(values.values()) / len(values)
             for key, values in self.correct.items()
@@ -221,10 +225,10 @@ class Answers:
 
 
 def read_generations(folder: Path, step: int) -> Answers:
-    """The answers that verl dumped at ``step``; the benchmark is "all" where the trainer left no sources.
+    """Read the answers that verl dumped at ``step``; the benchmark is "all" if the trainer left no sources.
 
     Raises:
-        FileNotFoundError: no dump of that step.
+        FileNotFoundError: there is no dump of that step.
     """
     file, answers = folder / f"{step}.jsonl", Answers()
     if not file.exists():
@@ -240,8 +244,8 @@ def read_generations(folder: Path, step: int) -> Answers:
         if not isinstance(accuracy, int | float) or not math.isfinite(accuracy) or not isinstance(prompt, str):
             skipped += 1
             continue
-        # verl's key: the prompt's uid, the number of the sample, and, where an agent loop made several outputs
-        # of it, theirs; the last one counts, as in verl's metrics.
+        # verl's key: uid of the prompt, number of the sample, number of the output. An agent loop may make several
+        # outputs per sample; the last one counts, as in verl's metrics.
         uid, sample, _ = (str(record.get("uid", "")).rsplit("_", 2) + ["", ""])[:3]
         problem = answers.correct.setdefault((sources.get(uid, "all"), prompt), {})
         problem[uid, sample or str(len(problem))] = float(accuracy)

@@ -1,13 +1,18 @@
-"""A run's dump of tokens: what the trust region saw and did at each token of a few responses, every so many steps.
+"""The token dump of a run: what the trust region saw and did at each token of some responses, at every N-th step.
 
-`trust_region.dump.every=N` writes it (`cppo_verl.plugin.token_recorder`), one parquet file a step. Reading never fails
-over a damaged file; what was passed over stands in the ``notes``.
+`trust_region.dump.every=N` makes a run write it (`cppo_verl.plugin.token_recorder`), one parquet file per step.
+`Decisions` and `Response` are its schema. The recorder, the files, the replay of other methods
+(`cppo_verl.analysis.replay`) and the data in the pages take their list of columns from these two classes.
+
+A damaged file never makes reading fail: what was skipped is listed in the ``notes``.
 """
 
 import json
-import math
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
+from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -15,57 +20,113 @@ import pyarrow.parquet as pq
 
 FORMAT = 1
 HEADER = b"cppo_verl"
-"""Key of the file's metadata that holds its header, as JSON."""
+"""Key of the file's metadata under which its header is stored, as JSON."""
 PATTERN = "step-*.parquet"
-RESPONSES_A_GROUP = 32
-"""Responses that a damaged byte can cost."""
+ROW_GROUP_SIZE = 32
+"""Responses per parquet row group; one corrupted byte loses at most this many."""
 
 REASONS = ("", "kept", "towards_one", "token", "budget", "response", "clipped")
-"""Why M_t is what it is; `Response.reason` holds positions in this tuple.
+"""Why a token's M_t has its value; `Decisions.reason` holds positions in this tuple.
 
-"" is no generated token (tool output). "kept" violates nothing. "towards_one" violates a constraint and is kept as
-its update moves rho_t towards one. "token" is w_t D_t > delta, "budget" is c_t < w_t D_t <= delta; "response" was
-dropped whole by TRM, "clipped" has its prefix ratio clipped. Under a gate other than the hard one, M_t says how much
-of the update these constraints leave.
+- "": not a generated token (tool output);
+- "kept": violates no constraint;
+- "towards_one": violates a constraint, but is kept because its update moves rho_t towards one;
+- "token": w_t D_t > delta;
+- "budget": c_t < w_t D_t <= delta;
+- "response": TRM dropped the whole response;
+- "clipped": its (prefix) ratio is clipped.
+
+Under a gate other than the hard one, M_t says how much of the token's update is left.
 """
+REJECTING = ("token", "budget", "response", "clipped")
+CODE = {name: position for position, name in enumerate(REASONS)}
+
+
+# --- the schema -----------------------------------------------------------------------------------------------
+
+
+class Storage(NamedTuple):
+    """How parquet stores a field."""
+
+    type: pa.DataType
+    repeats: bool = True
+    """Whether values recur, so that a dictionary pays. The digits of most fp32 columns do not; only their leading
+    bytes do, and these are split off."""
+
+
+Floats = Annotated[np.ndarray, Storage(pa.list_(pa.float32()), repeats=False)]
+RepeatedFloats = Annotated[np.ndarray, Storage(pa.list_(pa.float32()))]
+Codes = Annotated[np.ndarray, Storage(pa.list_(pa.uint8()))]
+Flags = Annotated[np.ndarray, Storage(pa.list_(pa.bool_()))]
+TokenIds = Annotated[np.ndarray, Storage(pa.list_(pa.int32()))]
+Integer = Annotated[int, Storage(pa.int32())]
+Number = Annotated[float, Storage(pa.float32())]
+Text = Annotated[str, Storage(pa.string())]
 
 
 @dataclass(eq=False, kw_only=True)
-class Response:
-    """One response at one update. Arrays have an entry a response token, 0 where the mask is false."""
+class Decisions:
+    """What a method decides about the tokens of one response at one update.
 
-    step: int
-    update: int
-    """Of the step, from 0, where pi is mu but for the engines' mismatch and an asynchronous trainer's staleness."""
-    key: str
-    """verl's, {uid of the prompt}_{sample}_{output}."""
-    score: float
+    Arrays have one entry per response token, 0 where the response's mask is false. A field is None where the method
+    has no such quantity. To record another quantity, add a field here: the recorder finds it by this name in what the
+    loss computes (`cppo_verl.plugin.token_recorder.token_columns`).
+    """
+
+    divergence: Floats | None = None
+    """D_t of the method's kind."""
+    weighted_divergence: Floats | None = None
+    """w_t D_t, of CPPO and its ablations."""
+    threshold: Floats | None = None
+    """Effective threshold c_t (8), of CPPO and its ablations."""
+    update_mask: RepeatedFloats | None = None
+    """M_t in [0, 1]. For verl's own losses a replay sets it to the part of rho_t A_t that is left in the gradient."""
+    reason: Codes | None = None
+    """Positions in `REASONS`."""
+    delta_b: Number | None = None
+    """Prefix-average threshold in force; None without a prefix budget."""
+
+    @property
+    def rejected(self) -> np.ndarray:
+        """1 - M_t per response token: 1 if masked, in between under a smooth gate, 0 if not a generated token.
+
+        Raises:
+            ValueError: the decisions of verl's own losses as recorded, which have no M_t.
+        """
+        if self.update_mask is None or self.reason is None:
+            raise ValueError("no update mask was recorded: the run trained with one of verl's own losses")
+        return np.where(self.reason == 0, 0, 1 - self.update_mask).astype(np.float32)
+
+    def has_reason(self, *names: str) -> np.ndarray:
+        """Whether the reason of each response token is one of these `REASONS`; false if no reason was recorded."""
+        return np.isin(-1 if self.reason is None else self.reason, [CODE[name] for name in names])
+
+
+@dataclass(eq=False, kw_only=True)
+class Response(Decisions):
+    """One response at one update, with what the run's own method decided about it."""
+
+    step: Integer
+    update: Integer
+    """The number of the update within the step, from 0. At update 0, pi differs from mu only by engine mismatch and, in
+    an asynchronous trainer, by staleness."""
+    key: Text
+    """verl's key: {uid of the prompt}_{sample}_{output}."""
+    score: Number
     """Sum of the reward's scores."""
-    delta_b: float | None
-    """Prefix-average threshold in force; None for a rule without a budget."""
-    prompt: np.ndarray
-    """Token ids."""
-    response: np.ndarray
-    """Token ids."""
-    mask: np.ndarray
+    prompt: TokenIds
+    response: TokenIds
+    mask: Flags
     """True on the generated tokens, which count as t = 1..T; false on tool output between them."""
-    log_mu: np.ndarray
-    log_pi: np.ndarray
-    advantage: np.ndarray
-    divergence: np.ndarray
-    """D_t of the method's kind, see the header; binary TV under losses without one."""
-    weighted_divergence: np.ndarray | None
-    """w_t D_t; None but for CPPO and its ablations."""
-    threshold: np.ndarray | None
-    """Effective threshold c_t (8); likewise."""
-    update_mask: np.ndarray | None
-    """M_t in [0, 1]; None under verl's own losses."""
-    reason: np.ndarray | None
-    """Positions in `REASONS`; None under verl's own losses."""
+    log_mu: Floats
+    log_pi: Floats
+    advantage: RepeatedFloats
+    divergence: Floats = field()  # not optional here
+    """D_t of the kind in the header; binary TV under losses that have none."""
 
     @property
     def uid(self) -> str:
-        """The prompt's; responses to one prompt share it."""
+        """The prompt's uid, which all responses to it share."""
         return self.key.rsplit("_", 2)[0]
 
     @property
@@ -74,47 +135,44 @@ class Response:
         return np.where(self.mask, np.cumsum(self.mask), 0)
 
 
-# Where a list is null, the run's loss has no such quantity.
-_TYPES = {
-    "step": pa.int32(),
-    "update": pa.int32(),
-    "key": pa.string(),
-    "score": pa.float32(),
-    "delta_b": pa.float32(),
-    "prompt": pa.list_(pa.int32()),
-    "response": pa.list_(pa.int32()),
-    "mask": pa.list_(pa.bool_()),
-    "reason": pa.list_(pa.uint8()),
-} | dict.fromkeys(
-    ("log_mu", "log_pi", "advantage", "divergence", "weighted_divergence", "threshold", "update_mask"),
-    pa.list_(pa.float32()),
+def _storage(hint) -> Storage:
+    """From a field's type, which may be optional."""
+    annotated = next(part for part in (hint, *get_args(hint)) if hasattr(part, "__metadata__"))
+    return annotated.__metadata__[0]
+
+
+_HINTS = get_type_hints(Response, include_extras=True)
+_STORAGE = {f.name: _storage(_HINTS[f.name]) for f in fields(Response)}
+_OPTIONAL = [name for name in _STORAGE if NoneType in get_args(_HINTS[name])]
+_SCHEMA = pa.schema([(name, storage.type) for name, storage in _STORAGE.items()])
+TOKEN_COLUMNS = tuple(
+    name for name, storage in _STORAGE.items() if pa.types.is_list(storage.type) and name not in ("prompt", "response")
 )
-_SCHEMA = pa.schema([(f.name, _TYPES[f.name]) for f in fields(Response)])
-_OPTIONAL = ("delta_b", "weighted_divergence", "threshold", "update_mask", "reason")
-_PER_TOKEN = tuple(f.name for f in fields(Response) if pa.types.is_list(_TYPES[f.name]) and f.name != "prompt")
+"""Fields with one entry per response token."""
+DECISION_COLUMNS = tuple(f.name for f in fields(Decisions) if f.name in TOKEN_COLUMNS)
+"""Those of them that a method decides or computes."""
+
+
+# --- files ----------------------------------------------------------------------------------------------------
 
 
 def encode(responses: list[Response], header: dict) -> pa.Buffer:
-    """A file's content.
+    """The content of one file.
 
     Args:
-        header: what holds for all of them, as JSON can say it: step, settings of the method, divergence, tokenizer.
+        header: what all its responses share, as JSON: step, settings of the method, divergence, tokenizer.
     """
-    columns = {name: [getattr(response, name) for response in responses] for name in _SCHEMA.names}
+    columns = {name: [getattr(response, name) for response in responses] for name in _STORAGE}
     schema = _SCHEMA.with_metadata({HEADER: json.dumps({"format": FORMAT} | header).encode()})
+    paths = {name: f"{name}.list.element" if pa.types.is_list(s.type) else name for name, s in _STORAGE.items()}
     sink = pa.BufferOutputStream()
-    # Digits of fp32 repeat too seldom for a dictionary; their leading bytes, split off, repeat often.
-    noise = [f"{name}.list.element" for name in _SCHEMA.names if _TYPES[name] == pa.list_(pa.float32())]
-    noise.remove("advantage.list.element")  # GRPO's is the same for a whole response
-    noise.remove("update_mask.list.element")
-    words = [name if not pa.types.is_list(_TYPES[name]) else f"{name}.list.element" for name in _SCHEMA.names]
     pq.write_table(
         pa.table(columns, schema=schema),
         sink,
-        row_group_size=RESPONSES_A_GROUP,
+        row_group_size=ROW_GROUP_SIZE,
         compression="zstd",
-        use_dictionary=[name for name in words if name not in noise],
-        use_byte_stream_split=noise,
+        use_dictionary=[path for name, path in paths.items() if _STORAGE[name].repeats],
+        use_byte_stream_split=[path for name, path in paths.items() if not _STORAGE[name].repeats],
         write_page_checksum=True,
     )
     return sink.getvalue()
@@ -124,27 +182,28 @@ def encode(responses: list[Response], header: dict) -> pa.Buffer:
 class TokenDump:
     path: Path
     responses: list[Response] = field(default_factory=list)
-    """In the order of step, update and batch."""
+    """Ordered by step and update; within an update, in the order of the batch."""
     headers: dict[int, dict] = field(default_factory=dict)
     """{step: header of its file}, see `encode`."""
     notes: list[str] = field(default_factory=list)
+    """What was skipped, and why."""
 
 
 def read_tokens(path: Path) -> TokenDump:
-    """The dump at ``path``: one file, its folder, or the folder of a run that has one.
+    """Read the dump at ``path``: one file, its folder, or the folder of a run that has one.
 
     Raises:
-        FileNotFoundError: no such path, or a folder without any file of a dump.
+        FileNotFoundError: there is no such path, or the folder holds no file of a dump.
     """
     files = [path] if path.is_file() else sorted(path.rglob(PATTERN))
     if not files:
         raise FileNotFoundError(
-            f"no dump of tokens at {path}: expected {PATTERN}, which a run with trust_region.dump.every=10 writes"
+            f"no token dump at {path}: expected {PATTERN}, which a run with trust_region.dump.every=10 writes"
         )
     dump = TokenDump(path)
     folders = {str(file.parent) for file in files}
     if len(folders) > 1:
-        dump.notes.append(f"dumps of {len(folders)} folders are taken for one run's: {', '.join(sorted(folders))}")
+        dump.notes.append(f"token dumps in {len(folders)} folders are read as one run's: {', '.join(sorted(folders))}")
     for file in files:
         try:
             _read_file(file, dump)
@@ -156,47 +215,52 @@ def read_tokens(path: Path) -> TokenDump:
 
 
 def _read_file(file: Path, dump: TokenDump) -> None:
-    # Checksums tell what was changed from what was recorded.
+    # Without the checksums, a changed byte could pass for a recorded value.
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        raw = (parquet.schema_arrow.metadata or {}).get(HEADER)
-        if raw is None:
-            dump.notes.append(f"{file.name}: no dump of tokens, skipped")
+        header, fault = _header(parquet.schema_arrow)
+        if header is None:
+            dump.notes.append(f"{file.name}: {fault}")
             return
-        header = json.loads(raw)
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            found = header.get("format") if isinstance(header, dict) else header
-            dump.notes.append(f"{file.name}: of format {found}, skipped; this version reads format {FORMAT}")
-            return
-        if not parquet.schema_arrow.equals(_SCHEMA):
-            missing = sorted(set(_SCHEMA.names) - set(parquet.schema_arrow.names))
-            dump.notes.append(f"{file.name}: columns missing or of another type {missing}, skipped")
-            return
-        lost = 0
-        responses, bad = [], {}
+        lost, faults = 0, Counter[str]()
+        responses: list[Response] = []
         for group in range(parquet.num_row_groups):
             try:
-                table = parquet.read_row_group(group)
+                table = parquet.read_row_group(group, columns=list(_STORAGE))
             except (pa.ArrowException, OSError, ValueError):
                 lost += parquet.metadata.row_group(group).num_rows
                 continue
             for response in _responses(table):
-                fault = _fault(response)
-                if fault:
-                    bad[fault] = bad.get(fault, 0) + 1
+                if defect := _fault(response):
+                    faults[defect] += 1
                 else:
                     responses.append(response)
     if lost:
         dump.notes.append(f"{file.name}: {lost} response(s) in a damaged part of the file were skipped")
-    for fault, count in bad.items():
-        dump.notes.append(f"{file.name}: {count} response(s) with {fault} were skipped")
-    for step in {response.step for response in responses}:
-        dump.headers[step] = header
+    for defect, count in faults.items():
+        dump.notes.append(f"{file.name}: {count} response(s) with {defect} were skipped")
+    dump.headers |= {response.step: header for response in responses}
     dump.responses += responses
+
+
+def _header(schema: pa.Schema) -> tuple[dict | None, str]:
+    """The header of a file; or None, and why the file is skipped."""
+    raw = (schema.metadata or {}).get(HEADER)
+    if raw is None:
+        return None, "not a token dump, skipped"
+    header = json.loads(raw)
+    found = header.get("format") if isinstance(header, dict) else header
+    if not isinstance(header, dict) or found != FORMAT:
+        return None, f"of format {found}, skipped; this version reads format {FORMAT}"
+    types = dict(zip(schema.names, schema.types, strict=True))
+    wrong = sorted(name for name, storage in _STORAGE.items() if types.get(name) != storage.type)
+    if wrong:
+        return None, f"columns missing or of another type {wrong}, skipped"
+    return header, ""
 
 
 def _responses(table: pa.Table) -> list[Response]:
     columns = {}
-    for name in _SCHEMA.names:
+    for name in _STORAGE:
         column = table[name].combine_chunks()
         if pa.types.is_list(column.type):
             values, ends = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
@@ -210,20 +274,15 @@ def _responses(table: pa.Table) -> list[Response]:
 
 
 def _fault(response: Response) -> str | None:
-    """What makes a response unusable."""
-    for f in fields(Response):
-        if getattr(response, f.name) is None and f.name not in _OPTIONAL:
-            return f"no {f.name}"
-    for name in _PER_TOKEN:
+    """Why a response is unusable; None if it is usable."""
+    for name, storage in _STORAGE.items():
         value = getattr(response, name)
         if value is None:
-            continue
-        if len(value) != len(response.response):
+            if name not in _OPTIONAL:
+                return f"no {name}"
+        elif name in TOKEN_COLUMNS and len(value) != len(response.response):
             return f"{name} of another length than the response"
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            return f"values of {name} that are not finite"
-    for name in ("score", "delta_b"):
-        if not math.isfinite(getattr(response, name) or 0):
+        elif pa.types.is_floating(getattr(storage.type, "value_type", storage.type)) and not np.isfinite(value).all():
             return f"values of {name} that are not finite"
     if response.reason is not None and len(response.reason) and response.reason.max() >= len(REASONS):
         return "unknown reasons"

@@ -1,10 +1,11 @@
-"""The dump of tokens, in the order that it takes; `cppo_verl.artifacts.token_dump` reads what it writes.
+"""Records the token dump during training; `cppo_verl.artifacts.token_dump` defines its schema and reads it.
 
-`draw`: at a dumping step the trainer draws responses and ships the number of each with the batch.
-`recording_loss`: in the workers, around verl's loss, keeps what the loss saw of these responses, on the host.
-`take`: the trainer fetches that after the update. `DumpWriter` adds what the trainer has itself and writes one file.
+1. `draw`: at a dumping step the trainer draws responses at random and ships their row numbers with the batch.
+2. `recording_loss`: in the workers, wraps verl's loss and keeps what the loss saw of these responses, on the host.
+3. `take`: after the update the trainer fetches these records from the workers.
+4. `DumpWriter` adds what only the trainer has, such as prompts and scores, and writes one file.
 
-A step that is trained again, by an attempt that resumed from before it, replaces its file, as verl does with that
+If an attempt resumes from an earlier step and trains this one again, the step's file is replaced, as verl replaces that
 step's checkpoint. No other file is touched.
 """
 
@@ -13,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from verl.workers.utils.padding import no_padding_2_padding
 
 from cppo_verl.artifacts.atomic import replacing
-from cppo_verl.artifacts.token_dump import PATTERN, REASONS, Response, encode
+from cppo_verl.artifacts.token_dump import CODE, DECISION_COLUMNS, PATTERN, Response, encode
 from cppo_verl.core.divergence import binary_divergence
 from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
 from cppo_verl.plugin.losses import Decision, Observed, Tokens, loss_context
@@ -31,30 +33,30 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 ROW = "cppo_dump_row"
-"""Field of the batch: the row of a drawn response, -1 of the others, [B, 1] nested."""
+"""Field of the batch, [B, 1] nested: the row number of a drawn response, -1 for the others."""
 FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs", "advantages", "rm_scores"]
-"""What `DumpWriter` needs of the batch."""
+"""Fields of the batch that `DumpWriter` needs."""
 
 
 # --- the trainer, before the update ---------------------------------------------------------------------------
 
 
 def draw(response_mask: Tensor, responses: int, step: int) -> list[int]:
-    """Rows of a batch, drawn at random without replacement; the same for a step, whatever else was drawn.
+    """Draw rows of a batch at random, without replacement; the draw depends on the step alone.
 
-    Rows without a valid token, which verl's padding and left-out prompts have become, are not drawn.
+    Rows without a valid token are not drawn: verl's padding and the prompts left out of the update.
 
     Args:
         response_mask: nested [B, (tokens)].
     """
-    valid_before = torch.nn.functional.pad(response_mask.values().cumsum(0), (1, 0))[response_mask.offsets()]
+    valid_before = torch.nn.functional.pad(response_mask.values().cumsum(0), (1, 0))[response_mask.offsets()]  # type: ignore[attr-defined]  # it is nested
     drawable = valid_before.diff().nonzero().flatten()
     order = torch.randperm(len(drawable), generator=torch.Generator().manual_seed(step))
     return drawable[order[:responses]].sort().values.tolist()
 
 
 def row_field(drawn: list[int], rows: int) -> TensorDict:
-    """`ROW` of a batch."""
+    """The field `ROW` of a batch with ``rows`` rows."""
     numbers = torch.full((rows,), -1)
     numbers[drawn] = torch.tensor(drawn)
     nested = torch.nested.nested_tensor_from_jagged(numbers, torch.arange(rows + 1))
@@ -66,18 +68,19 @@ def row_field(drawn: list[int], rows: int) -> TensorDict:
 
 @dataclass
 class Record:
-    """What the loss saw of one response in one update; arrays [L]."""
+    """What the loss saw of one response in one update."""
 
     row: int
     update: int
     delta_b: float | None
     columns: dict[str, np.ndarray]
+    """{field of `Response`: values [L]}, as `token_columns` names them."""
 
 
 @dataclass
 class _Kept:
     rows: int = 0
-    """Of this rank, seen by the loss since the batch began."""
+    """Rows of this rank that the loss has seen since the batch began."""
     records: list[Record] = field(default_factory=list)
 
 
@@ -87,8 +90,8 @@ _kept = _Kept()
 def recording_loss(
     loss: Callable, *, data: TensorDict, model_output: dict | None = None, **kwargs
 ) -> tuple[Tensor, dict] | dict:
-    """``loss``, verl's ``ppo_loss`` or `top_k_ppo_loss`, that keeps what it sees of the drawn responses."""
-    if model_output is None or ROW not in data:  # a look at the logits; a step without a dump
+    """Call ``loss``, verl's ``ppo_loss`` or `top_k_ppo_loss`, and record what it sees of the drawn responses."""
+    if model_output is None or ROW not in data:  # verl's logits hook; a step without a dump
         return loss(data=data, model_output=model_output, **kwargs)
     observed: list[Observed] = []
     with loss_context(observed=observed):
@@ -99,8 +102,9 @@ def recording_loss(
 
 @torch.no_grad()
 def record(data: TensorDict, model_output: dict, observed: list[Observed]) -> None:
+    """Keep the drawn rows of a micro-batch; without an observed decision, what verl's own losses are given."""
     rows = data[ROW].values()
-    # Micro-batches do not say which mini-batch they are of, but these come one after the other.
+    # A micro-batch does not say which mini-batch it belongs to, but mini-batches come one after the other.
     update = _kept.rows // (data["global_batch_size"] // data["dp_size"])
     _kept.rows += len(rows)
     drawn = (rows >= 0).nonzero().flatten()
@@ -108,7 +112,7 @@ def record(data: TensorDict, model_output: dict, observed: list[Observed]) -> No
         return
     delta_b = [None] * len(drawn)
     if observed:
-        columns = seen_by_rule(*observed[0])
+        columns = token_columns(*observed[0])
         region = observed[0][2].region
         if region.delta_b is not None:
             delta_b = region.delta_b[drawn, 0].tolist()
@@ -120,41 +124,38 @@ def record(data: TensorDict, model_output: dict, observed: list[Observed]) -> No
     values = torch.stack([x[drawn].float() for x in columns.values()], dim=1).cpu().numpy()
     lengths = data["responses"].offsets().diff()[drawn].tolist()
     for row, length, budget, value in zip(rows[drawn].tolist(), lengths, delta_b, values, strict=True):
-        # A copy: a view would keep the whole micro-batch.
+        # Copied, because a view would keep the whole micro-batch in memory.
         named = dict(zip(columns, value[:, :length].copy(), strict=True))
         _kept.records.append(Record(row, update, budget, named))
 
 
-def seen_by_rule(method: MethodConfig, tokens: Tokens, decision: Decision) -> dict[str, Tensor]:
-    """Columns of a micro-batch, [B, L] each."""
-    columns = {
-        "log_pi": tokens.log_pi,
-        "divergence": decision.divergence,
-        "update_mask": decision.update_mask,
-        "reason": reasons(method, tokens, decision),
-    }
+def token_columns(method: MethodConfig, tokens: Tokens, decision: Decision) -> dict[str, Tensor]:
+    """log pi_t and every column of the dump's `Decisions` that this method has, [B, L] each.
+
+    A column is looked up by its name in the decision, in its trust region, and among the loss's own inputs. The trust
+    region's columns are CPPO's alone: other methods fill it with thresholds that they do not apply.
+    """
+    computed = tokens._asdict() | decision._asdict() | {"reason": reasons(method, tokens, decision)}
     if isinstance(method, CPPOLossConfig):
-        region = decision.region
-        columns |= {"weighted_divergence": region.weighted_divergence, "threshold": region.threshold}
-    return columns
+        computed |= decision.region._asdict()
+    return {name: computed[name] for name in ("log_pi", *DECISION_COLUMNS) if name in computed}
 
 
 def reasons(method: MethodConfig, tokens: Tokens, decision: Decision) -> Tensor:
-    """Positions in `REASONS`, [B, L]."""
-    code = {name: position for position, name in enumerate(REASONS)}
+    """Why each token's M_t has its value: positions in `REASONS`, [B, L]."""
     if isinstance(method, CPPOLossConfig):
         region = decision.region
-        reason = torch.where(region.weighted_divergence > method.delta, code["token"], code["budget"])
-        reason[tokens.advantages * tokens.log_ratio <= 0] = code["towards_one"]
-        reason[region.weighted_divergence <= region.threshold] = code["kept"]
+        reason = torch.where(region.weighted_divergence > method.delta, CODE["token"], CODE["budget"])
+        reason[tokens.advantages * tokens.log_ratio <= 0] = CODE["towards_one"]
+        reason[region.weighted_divergence <= region.threshold] = CODE["kept"]
     else:
         rejected = {TRMLossConfig: "response", PrefixRatioLossConfig: "clipped"}[type(method)]
-        reason = torch.where(decision.update_mask > 0, code["kept"], code[rejected])
-    return reason.masked_fill(~tokens.mask, code[""])
+        reason = torch.where(decision.update_mask > 0, CODE["kept"], CODE[rejected])
+    return reason.masked_fill(~tokens.mask, CODE[""])
 
 
 def take(_worker) -> list[Record]:
-    """This process's records; called on every worker after the update."""
+    """Hand over this process's records and forget them; called on every worker after the update."""
     global _kept
     records, _kept = _kept.records, _Kept()
     return records
@@ -164,15 +165,17 @@ def take(_worker) -> list[Record]:
 
 
 class DumpWriter:
+    """Writes the files of one run's token dump."""
+
     def __init__(self, config: DictConfig, settings: DumpConfig):
         """
         Args:
-            config: the run's, for the files' headers.
+            config: the run's config, from which the files' headers are made.
         """
         self.settings = settings
         self.folder = Path(settings.folder)
         actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-        method = OmegaConf.to_container(actor.policy_loss, resolve=True)
+        method = cast(dict, OmegaConf.to_container(actor.policy_loss, resolve=True))
         self.header = {
             "method": {key: value for key, value in method.items() if key != "preflight"},
             "clip_ratio_low": actor.clip_ratio_low,
@@ -188,13 +191,13 @@ class DumpWriter:
         return step % self.settings.every == 0 and not self.full
 
     def write(self, step: int, part: int | None, records: list[Record], keys: dict[int, str], data: TensorDict) -> None:
-        """Write a step's file, unless the folder would grow beyond its bound or cannot be written to.
+        """Write a step's file, unless the folder would exceed its size limit or cannot be written to.
 
-        A run does not end over its dump: either is logged, and nothing more is dumped.
+        Neither ends the run: it is logged, and nothing more is dumped.
 
         Args:
-            part: which of the step's batches, where it has several.
-            records: of all workers; those of one model-parallel group tell the same.
+            part: the number of the batch within the step, where a step has several.
+            records: from all workers; the workers of one model-parallel group send equal ones.
             keys: {row: verl's key} of the drawn rows, in the order of ``data``.
             data: `FIELDS` of these rows.
         """
@@ -224,12 +227,10 @@ class DumpWriter:
 
 def _response(step: int, record: Record, key: str, row: dict[str, np.ndarray]) -> Response:
     mask = row["response_mask"].astype(bool)
-
-    def valid(x: np.ndarray | None) -> np.ndarray | None:
-        return None if x is None else np.where(mask, x, 0)
-
-    columns = record.columns
-    reason = columns.get("reason")
+    columns = {"log_mu": row["rollout_log_probs"], "advantage": row["advantages"]} | record.columns
+    columns = {name: np.where(mask, values, 0) for name, values in columns.items()}
+    if "reason" in columns:
+        columns["reason"] = columns["reason"].astype(np.uint8)
     return Response(
         step=step,
         update=record.update,
@@ -239,12 +240,5 @@ def _response(step: int, record: Record, key: str, row: dict[str, np.ndarray]) -
         prompt=row["prompts"],
         response=row["responses"],
         mask=mask,
-        log_mu=valid(row["rollout_log_probs"]),
-        log_pi=valid(columns["log_pi"]),
-        advantage=valid(row["advantages"]),
-        divergence=valid(columns["divergence"]),
-        weighted_divergence=valid(columns.get("weighted_divergence")),
-        threshold=valid(columns.get("threshold")),
-        update_mask=valid(columns.get("update_mask")),
-        reason=None if reason is None else reason.astype(np.uint8),
+        **columns,
     )

@@ -211,3 +211,5 @@ RUN_HEADER = {
     "trust_region": {"partition": "binary", "delta": 0.05, "delta_b": 0.005, "budget": "fixed"},
     "max_response_length": 32,
 }
+STATED = RUN_HEADER | {"method": {"_target_": "cppo_verl.plugin.config.CPPOLossConfig", "delta": 0.15, "delta_b": 0.02}}
+"""The header of a run that trained with `CPPO`."""

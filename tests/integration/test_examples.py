@@ -75,8 +75,8 @@ def test_what_needs_a_gpu_composes_and_passes_verls_checks_and_ours(command):
         assert config.data.train_batch_size == separate.parameter_sync_step * actor.ppo_mini_batch_size
 
 
-LOOKS = shown(PAGE, "examples/look/run")
-COMMANDS_SHOWN = [command for command in shown(PAGE, "cppo-verl ") if command not in LOOKS]
+ANALYSES = shown(PAGE, "examples/analysis/run")
+COMMANDS_SHOWN = [command for command in shown(PAGE, "cppo-verl ") if command not in ANALYSES]
 
 
 @pytest.mark.parametrize("command", COMMANDS_SHOWN, ids=lambda words: " ".join(words[1:4]))
@@ -87,8 +87,8 @@ def test_the_plug_ins_own_commands_are_understood(command):
     parser.parse_args(arguments)
 
 
-@pytest.mark.parametrize("command", LOOKS, ids=lambda words: words[1])
-def test_the_shipped_run_is_looked_at_without_training(command, browser, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ANALYSES, ids=lambda words: words[1])
+def test_the_shipped_run_is_analysed_without_training(command, browser, tmp_path, monkeypatch, capsys):
     *arguments, page = command[1:]
     assert arguments[-1] == "--output"
     monkeypatch.chdir(ROOT)

@@ -1,45 +1,46 @@
-"""``python -m cppo_verl calibrate DUMP``: thresholds that mask a wanted share of a run's tokens.
+"""``cppo-verl calibrate DUMP``: thresholds that mask a wanted share of a run's tokens.
 
-Thresholds do not carry over between models: the smaller the model, the further one update moves it. What a run dumped
-of its tokens (trust_region.dump.every=5) tells which delta and delta_b would have masked as much as is wanted.
+Thresholds do not carry over between models: the smaller the model, the further one update moves it. A run's token dump
+(trust_region.dump.every=5) tells which delta and delta_b would have masked the wanted share.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from cppo_verl.evaluation.table import markdown
-
 MASKED_SHARE, BUDGET_SHARE = 0.05, 0.7
-"""Defaults, ours: the paper prints neither share. On two dumps of the quickstart they give a ratio delta_b : delta of
-0.09 and 0.15, the paper's being 0.1 to 0.13: outliers are left to delta, and most of the masking to the prefix budget,
-which sets CPPO apart from DPPO."""
-UPDATES_SHOWN = 12
+"""Our defaults; the paper prints neither share. On two dumps of the quickstart they give delta_b / delta = 0.09 and
+0.15, where the paper has 0.1 to 0.13: delta handles outliers, and the prefix budget, which is what sets CPPO apart from
+DPPO, does most of the masking."""
+ROWS_IN_TERMINAL = 13
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dump", type=Path, metavar="DUMP", help="a dump of tokens: its folder, or the run's")
+    parser.add_argument("dump", type=Path, metavar="DUMP", help="a token dump: its folder, or the folder of its run")
     parser.add_argument(
         "--masked-share",
         type=_share,
         default=MASKED_SHARE,
-        help="of the generated tokens, what trust_region/masked_share is to be (default: %(default)s)",
+        help="the wanted trust_region/masked_share, a share of the generated tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--budget-share",
         type=_share,
-        help="of the masked tokens, what trust_region/budget_rejected_share is to be: those that only the prefix "
+        help="the wanted trust_region/budget_rejected_share, the share of the masked tokens that only the prefix "
         f"budget rejects (default: {BUDGET_SHARE})",
     )
     parser.add_argument(
-        "--method", metavar='"NAME OVERRIDES"', help="whose thresholds; default: the run's own, or cppo"
+        "--method",
+        metavar='"NAME OVERRIDES"',
+        help="the method to find thresholds for (default: the run's own, or cppo)",
     )
-    parser.add_argument("--from-step", type=int, default=0, help="leave earlier steps out")
+    parser.add_argument("--from-step", type=int, default=0, help="leave out earlier steps")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("calibrate.html"),
-        help="the page; its pictures go beside it. A page of this command is replaced (default: %(default)s)",
+        help="the page to write, with its pictures beside it; replaces an earlier page of this command "
+        "(default: %(default)s)",
     )
 
 
@@ -49,73 +50,69 @@ def _share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: a number between 0 and 1, such as 0.05")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give a number between 0 and 1, such as 0.05")
     return value
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print thresholds to paste and write the page; 1 if nothing does what is wanted, 2 if there is nothing to read."""
-    from cppo_verl.analysis.calibrate.page import listed, page_values, sample_of
-    from cppo_verl.analysis.calibrate.thresholds import Unreachable, Wanted, lacks, propose
+    """Print thresholds to paste and write the page.
+
+    Returns:
+        1 if no thresholds do what is wanted, 2 if there is nothing to read or an argument is wrong, else 0.
+    """
+    from cppo_verl.analysis.calibrate import figures
+    from cppo_verl.analysis.calibrate.page import page_values
+    from cppo_verl.analysis.calibrate.results import Results
+    from cppo_verl.analysis.calibrate.thresholds import Unreachable, Wanted, insufficient, propose, sample_of
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
+    from cppo_verl.analysis.text import listed, print_notes
     from cppo_verl.artifacts.token_dump import read_tokens
 
+    notes: list[str] = []
     try:
         refuse_foreign(args.output, "calibrate")
         dump = read_tokens(args.dump)
-    except (FileNotFoundError, ValueError) as error:
-        return _refuse(str(error), 2)
-    notes = list(dump.notes)
-    for note in notes:
-        print(note, file=sys.stderr)
-    responses = [r for r in dump.responses if r.step >= args.from_step and r.mask.any()]
-    if not responses:
-        steps = sorted({r.step for r in dump.responses})
-        has = f"it has steps {listed(steps)}" if steps else "see what was skipped"
-        return _refuse(f"no response to read in {args.dump} from step {args.from_step} on: {has}", 2)
-    try:
+        notes += dump.notes
+        responses = [r for r in dump.responses if r.step >= args.from_step and r.mask.any()]
+        if not responses:
+            present = sorted({r.step for r in dump.responses})
+            has = f"it has steps {listed(present)}" if present else "see the notes"
+            raise ValueError(f"no response to read in {args.dump} from step {args.from_step} on: {has}")
         sample = sample_of(args.method, responses, dump.headers, notes)
-    except ValueError as error:
-        return _refuse(str(error), 2)
-    for note in notes[len(dump.notes) :]:
-        print(note, file=sys.stderr)
-    if sample.rule.budget == "none" and args.budget_share is not None:
-        return _refuse(f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget", 2)
-    missing = lacks(responses)
-    if missing:
+        if sample.rule.budget == "none" and args.budget_share is not None:
+            raise ValueError(f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget")
+    except (FileNotFoundError, ValueError) as error:
+        print_notes(notes)
+        return _refuse(error, 2)
+    print_notes(notes)
+    wanted = Wanted(args.masked_share, None if sample.rule.budget == "none" else args.budget_share or BUDGET_SHARE)
+    if missing := insufficient(responses):
         return _refuse(f"{args.dump}: {missing}", 1)
-    by_budget = None if sample.rule.budget == "none" else args.budget_share or BUDGET_SHARE
-    wanted = Wanted(args.masked_share, by_budget)
     try:
-        proposed = propose(sample, wanted)
+        results = Results(sample, wanted, propose(sample, wanted), dump.headers)
     except Unreachable as error:
-        return _refuse(str(error), 1)
-    values = page_values(args.method, sample, wanted, proposed, dump.headers, notes)
+        return _refuse(error, 1)
+    values = page_values(args.method, results, notes)
     _print(values)
+    drawn = figures.draw(results)
     folder = args.output.with_name(f"{args.output.stem}_figures")
-    for figure in values["figures"]:
+    for figure in drawn:
         figure.save(folder)
-    write_page(args.output, "calibrate", **values)
+    write_page(args.output, "calibrate", figures=drawn, **values)
     print(f"\npage      {args.output}\npictures  {folder}")
     return 0
 
 
-def _refuse(message: str, code: int) -> int:
+def _refuse(message: object, code: int) -> int:
     print(message, file=sys.stderr)
     return code
 
 
 def _print(values: dict) -> None:
-    tables = {name: (list(header), rows) for name, (header, rows) in values["tables"].items()}
-    print(f"{values['summary']}\n\n{values['overrides']}\n\n{values['promise']}.\n{values['check']}\n")
-    print(markdown(*tables["thresholds"]), "\n")
-    print("What else could be chosen, the other threshold as proposed:\n" + markdown(*tables["curves"]), "\n")
-    header, rows = tables["updates"]
-    print("By update of a batch, as proposed:\n" + markdown(header, rows[:UPDATES_SHOWN]))
-    if len(rows) > UPDATES_SHOWN:
-        print(f"and {len(rows) - UPDATES_SHOWN} more in the page")
-    print(f"By step: {', '.join(f'{row[0]}: {row[2]}' for row in tables['steps'][1][:UPDATES_SHOWN])}\n")
-    print("Engine mismatch (first update) and policy drift (later ones):\n" + markdown(*tables["drift"]))
-    print(values["mismatch"])
+    from cppo_verl.analysis.html.page import caption
+
+    print(f"{values['summary']}\n\n{values['overrides']}\n\n{values['promise']}\n{caption('check')}")
+    for table in values["tables"]:
+        print(f"\n{table.terminal(caption(table.name, table=table, results=values['results']), ROWS_IN_TERMINAL)}")
     for warning in values["warnings"]:
         print(f"\nwarning: {warning}")

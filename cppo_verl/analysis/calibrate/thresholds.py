@@ -1,62 +1,70 @@
-"""Thresholds that mask a wanted share of dumped tokens, found by the training's own losses.
+"""Finds thresholds that mask a wanted share of dumped tokens, by replaying the training's own loss.
 
-What w_t D_t > delta masks depends on delta alone, since c_t <= delta; what the prefix budget masks beyond it falls as
-delta_b grows. So delta is found first, then delta_b, each by bisection over the numbers of three digits.
+What the token threshold masks, w_t D_t > delta, depends on delta alone, because c_t <= delta. What the prefix budget
+masks beyond it falls as delta_b grows. So delta is found first, then delta_b, each by bisection over the numbers with
+three digits.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from cppo_verl.analysis import replay
-from cppo_verl.analysis.replay import Setting, Verdict
-from cppo_verl.artifacts.token_dump import REASONS, Response
+from cppo_verl.analysis.replay import Setting
+from cppo_verl.analysis.text import percent
+from cppo_verl.artifacts.token_dump import REJECTING, Decisions, Response
 from cppo_verl.evaluation.statistics import LEVEL, Interval
 from cppo_verl.plugin.config import CPPOLossConfig
 
 RESAMPLES = 1999
 RESPONSES_AT_LEAST = 8
-"""Of later updates, with an advantage: fewer say nothing of a share."""
+"""Responses with an advantage at later updates; fewer than this do not tell a share."""
 DIGITS = [float(f"{digits}e{exponent}") for exponent in range(-12, 2) for digits in range(100, 1000)]
-"""1e-10 to 999 with three digits."""
+"""The candidates: 1e-10 to 999 with three digits."""
 GAP = 0.1
-"""Part of the wanted share that may be missed: ties among the tokens, and a digit of delta_b where long responses spend
-the budget at the same rate, step over several tokens at once."""
+"""The part of the wanted share by which a proposal may fall short. One digit of a threshold can step over several
+tokens at once: where tokens tie, and in delta_b where long responses spend the budget at the same rate."""
 FACTORS = [2 ** (k / 2) for k in range(-6, 7)]
-"""Of the proposed threshold, where the curves are drawn."""
+"""Multiples of the proposed threshold at which the curves are drawn."""
 
 
 class Thresholds(NamedTuple):
     delta: float
     delta_b: float | None
-    """None for a rule without a prefix budget."""
+    """None for a method without a prefix budget."""
+
+    @property
+    def given(self) -> dict[str, float]:
+        """{name: value} of those that the method has."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Wanted(NamedTuple):
-    """Shares in (0, 1)."""
+    """The shares to reach, in (0, 1)."""
 
     masked: float
-    """Of the tokens."""
+    """Share of the tokens that is masked."""
     by_budget: float | None
-    """Of the masked ones, those that the prefix budget rejects; None for a rule without one."""
+    """Share of the masked tokens that the prefix budget rejects; None for a method without one."""
 
 
 class Unreachable(ValueError):
-    """No thresholds do what is wanted."""
+    """No thresholds mask the wanted share."""
 
 
 @dataclass(eq=False)
 class Counts:
-    """Sums over the tokens of each response, [R]; under a gate other than the hard one, of parts of tokens."""
+    """Numbers of tokens per response, [R]; under a smooth gate, parts of tokens count."""
 
     tokens: np.ndarray
     masked: np.ndarray
     by_budget: np.ndarray
+    """Masked tokens that the prefix budget rejects."""
     violating: np.ndarray
-    """Either constraint, masked or not."""
+    """Tokens that violate either constraint, masked or not."""
 
     @property
     def masked_share(self) -> float:
@@ -64,12 +72,12 @@ class Counts:
 
     @property
     def budget_share(self) -> float | None:
-        """Of the masked tokens; None where none is."""
+        """Share of the masked tokens; None if no token is masked."""
         return float(self.by_budget.sum() / self.masked.sum()) if self.masked.any() else None
 
     @property
     def token_masked_share(self) -> float:
-        """What w_t D_t > delta masks."""
+        """Share of the tokens that the token threshold masks."""
         return float((self.masked - self.by_budget).sum() / self.tokens.sum())
 
     @property
@@ -77,40 +85,40 @@ class Counts:
         return float(self.violating.sum() / self.tokens.sum())
 
     def of(self, chosen: np.ndarray) -> "Counts | None":
-        """Of some responses; None if they have no token."""
+        """The counts of some responses; None if these have no token."""
         return Counts(*(x[chosen] for x in vars(self).values())) if self.tokens[chosen].any() else None
 
 
-def count(responses: Sequence[Response], judged: Sequence[Verdict | Response]) -> Counts:
-    rejected = [REASONS.index(name) for name in ("towards_one", "token", "budget", "response", "clipped")]
+def count(responses: Sequence[Response], decisions: Sequence[Decisions]) -> Counts:
     rows = []
-    for response, verdict in zip(responses, judged, strict=True):
-        masked = np.where(response.mask, 1 - verdict.update_mask.astype(float), 0)
-        by_budget = masked[verdict.reason == REASONS.index("budget")]
-        rows.append((response.mask.sum(), masked.sum(), by_budget.sum(), np.isin(verdict.reason, rejected).sum()))
+    for response, decided in zip(responses, decisions, strict=True):
+        masked = decided.rejected.astype(float)
+        by_budget, violating = decided.has_reason("budget"), decided.has_reason("towards_one", *REJECTING)
+        rows.append((response.mask.sum(), masked.sum(), masked[by_budget].sum(), violating.sum()))
     return Counts(*np.array(rows, dtype=float).T)
 
 
 @dataclass
 class Sample:
-    """Responses, and the rule whose thresholds are sought."""
+    """The responses on which thresholds of a method are sought."""
 
     setting: Setting
     responses: list[Response]
-    """Each with a generated token."""
+    """Each with at least one generated token."""
     _known: dict[Thresholds, Counts] = field(default_factory=dict)
 
     def at(self, thresholds: Thresholds) -> Counts:
+        """What these thresholds mask."""
         if thresholds not in self._known:
-            self._known[thresholds] = count(self.responses, self.verdicts(thresholds))
+            self._known[thresholds] = count(self.responses, self.decisions(thresholds))
         return self._known[thresholds]
 
-    def verdicts(self, thresholds: Thresholds) -> list[Verdict]:
-        return list(replay.judge(with_thresholds(self.setting, thresholds), self.responses))
+    def decisions(self, thresholds: Thresholds) -> list[Decisions]:
+        return list(replay.decisions(with_thresholds(self.setting, thresholds), self.responses))
 
     @property
     def rule(self) -> CPPOLossConfig:
-        return self.setting.actor.policy_loss
+        return cast(CPPOLossConfig, self.setting.actor.policy_loss)
 
     @property
     def updates(self) -> np.ndarray:
@@ -125,17 +133,57 @@ class Sample:
         return [response.uid for response in self.responses]
 
 
+def sample_of(text: str | None, responses: list[Response], headers: dict[int, dict], notes: list[str]) -> Sample:
+    """The responses with the method asked for; by default the run's own if it is CPPO's loss, else cppo.
+
+    Args:
+        text: the method asked for, see `replay.setting`.
+        notes: is added to if the run's settings changed.
+
+    Raises:
+        ValueError: the method has no thresholds to seek, or needs divergences that the dump lacks.
+    """
+    last = max(response.step for response in responses)
+    header = headers[last]
+    try:
+        setting = replay.run_setting(header)
+        if text is not None or not isinstance(setting.actor.policy_loss, CPPOLossConfig):
+            setting = replay.setting(text or "cppo", header)
+    except KeyError as error:
+        raise ValueError(f"the dump of step {last} does not say what its run's {error} was") from error
+    used = {response.step for response in responses}
+    if any(headers[step]["method"] != header["method"] for step in used):
+        notes.append(f"the run's settings changed between its dumps; those of step {last} count as its own here")
+    rule = setting.actor.policy_loss
+    if not isinstance(rule, CPPOLossConfig):
+        raise ValueError(
+            f"{setting.label} has no thresholds on tokens: choose --method cppo, dppo or another of that loss"
+        )
+    if rule.gate != "hard":
+        raise ValueError(
+            f"{setting.label} has the gate {rule.gate}, which masks parts of tokens: seek its thresholds under the "
+            'hard one, --method "cppo"'
+        )
+    if not replay.is_replayable(setting, header):
+        raise ValueError(
+            f"{setting.label} needs divergence={setting.divergence}, which cannot be computed from what was dumped, "
+            f'{header["divergence"]}: choose --method "cppo divergence={header["divergence"]}" or "cppo '
+            'divergence=binary_tv"'
+        )
+    return Sample(setting, responses)
+
+
 def with_thresholds(setting: Setting, thresholds: Thresholds) -> Setting:
-    values = {name: value for name, value in thresholds._asdict().items() if value is not None}
+    values: dict[str, Any] = thresholds.given
     rule = replace(setting.actor.policy_loss, **values)
     return Setting(setting.label, replace(setting.actor, policy_loss=rule))
 
 
-def lacks(responses: Sequence[Response]) -> str | None:
-    """What keeps these responses from telling a share; None if nothing does."""
+def insufficient(responses: Sequence[Response]) -> str | None:
+    """Why no share can be measured on these responses; None if it can."""
     if not any(response.update for response in responses):
         return (
-            "every response is of the first update of a batch, where pi is still mu but for the engines' mismatch; "
+            "every response is of the first update of a batch, where pi differs from mu only by engine mismatch; "
             "dump a run with several updates a batch (actor_rollout_ref.actor.ppo_mini_batch_size below "
             "data.train_batch_size)"
         )
@@ -151,14 +199,14 @@ def lacks(responses: Sequence[Response]) -> str | None:
 
 
 def propose(sample: Sample, wanted: Wanted) -> Thresholds:
-    """The smallest thresholds of three digits that mask no more than wanted.
+    """The smallest thresholds with three digits that mask no more than wanted.
 
     Raises:
-        Unreachable: with what can be reached.
+        Unreachable: there are none; the message says what can be reached.
     """
     values = [value for value in DIGITS if value <= sample.rule.largest_divergence]
     has_budget = wanted.by_budget is not None
-    by_token = wanted.masked * (1 - wanted.by_budget) if has_budget else wanted.masked
+    by_token = wanted.masked * (1 - (wanted.by_budget or 0.0))
 
     def masked_by_token(delta: float) -> float:
         return sample.at(Thresholds(delta, values[-1] if has_budget else None)).token_masked_share
@@ -166,8 +214,8 @@ def propose(sample: Sample, wanted: Wanted) -> Thresholds:
     most = masked_by_token(values[0])
     if most < by_token:
         raise Unreachable(
-            f"{by_token:.2%} of the tokens are to be masked by delta, but only {most:.2%} move away from one at all: "
-            "ask for a smaller --masked-share, or dump later steps"
+            f"{percent(by_token, 2)} of the tokens are to be masked by delta, but only {percent(most, 2)} move away "
+            "from one at all: ask for a smaller --masked-share, or dump later steps"
         )
     delta = values[bisect_left(values, -by_token, key=lambda value: -masked_by_token(value))]
     if not has_budget:
@@ -181,9 +229,9 @@ def propose(sample: Sample, wanted: Wanted) -> Thresholds:
     most = masked(values[0])
     if most < wanted.masked:
         raise Unreachable(
-            f"{wanted.masked:.2%} of the tokens are to be masked, {wanted.by_budget:.0%} of them by the prefix budget; "
-            f"with delta={delta:g} for the others, delta_b=0 would still mask only {most:.2%}: ask for a smaller "
-            "--budget-share or --masked-share"
+            f"{percent(wanted.masked, 2)} of the tokens are to be masked, {percent(wanted.by_budget, 0)} of them by "
+            f"the prefix budget; with delta={delta:g} for the others, delta_b=0 would still mask only "
+            f"{percent(most, 2)}: ask for a smaller --budget-share or --masked-share"
         )
     delta_b = values[bisect_left(values, -wanted.masked, key=lambda value: -masked(value))]
     found = Thresholds(delta, delta_b)
@@ -196,14 +244,14 @@ def _before(values: list[float], value: float) -> float:
 
 
 def _met(sample: Sample, wanted: Wanted, found: Thresholds, next_lower: Thresholds) -> None:
-    """Raise where the tokens lie so that the wanted share is stepped over."""
+    """Raise if one digit of a threshold steps over the wanted share."""
     below, above = sample.at(found), sample.at(next_lower)
     missing = wanted.masked - below.masked_share
     if missing > max(GAP * wanted.masked, 1 / below.tokens.sum()):
         raise Unreachable(
-            f"no thresholds of three digits mask between {below.masked_share:.2%} and {above.masked_share:.2%} of "
-            f"these {below.tokens.sum():,.0f} tokens, {wanted.masked:.2%} are wanted: ask for one of these shares, or "
-            "dump more responses (trust_region.dump.responses)"
+            f"no thresholds with three digits mask between {percent(below.masked_share, 2)} and "
+            f"{percent(above.masked_share, 2)} of these {below.tokens.sum():,.0f} tokens, {percent(wanted.masked, 2)} "
+            "are wanted: ask for one of these shares, or dump more responses (trust_region.dump.responses)"
         )
 
 
@@ -211,9 +259,10 @@ def _met(sample: Sample, wanted: Wanted, found: Thresholds, next_lower: Threshol
 
 
 def intervals(counts: Counts, prompts: Sequence[str], seed: int = 0) -> tuple[Interval, Interval]:
-    """Of the masked share and of the budget's part of it, by resampling prompts with all their responses.
+    """95% intervals of the masked share and of the budget's share of it, by resampling prompts with their responses.
 
-    Responses to a prompt, and tokens of a response, are alike: resampling these would make the interval too short.
+    Responses to one prompt resemble each other, as do tokens of one response; resampling these instead would make the
+    intervals too short.
     """
     _, index = np.unique(prompts, return_inverse=True)
     n = index.max() + 1
@@ -228,7 +277,7 @@ def intervals(counts: Counts, prompts: Sequence[str], seed: int = 0) -> tuple[In
 
 
 def curve(sample: Sample, proposed: Thresholds, name: str) -> list[tuple[float, Counts]]:
-    """What other values of one threshold mask, the other as proposed."""
+    """[(value, what it masks)] for other values of one threshold, the other as proposed."""
     at = getattr(proposed, name)
     values = {float(f"{at * factor:.3g}") for factor in FACTORS}
     points = sorted(value for value in values if value <= sample.rule.largest_divergence)
@@ -236,5 +285,5 @@ def curve(sample: Sample, proposed: Thresholds, name: str) -> list[tuple[float, 
 
 
 def recorded(responses: Sequence[Response]) -> Counts | None:
-    """What the run itself masked; None under verl's own losses."""
+    """What the run itself masked; None if it trained with one of verl's own losses."""
     return None if any(r.update_mask is None or r.reason is None for r in responses) else count(responses, responses)

@@ -1,14 +1,18 @@
-"""Figures of one panel each, for a page in both colour schemes and as PNG and SVG files."""
+"""Figures with one set of axes each, for a page in both colour schemes and as PNG and SVG files."""
 
 import io
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+
+from cppo_verl.analysis.html.page import caption
 
 BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, TEAL, GREY = SERIES = (
     "#3b7fc4",
@@ -21,9 +25,9 @@ BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, TEAL, GREY = SERIES = (
     "#878d97",
 )
 """Legible on white and on near black."""
-# What the page draws in its own text colour; no series has it.
+# The page replaces this colour by that of its text; no series has it.
 INK = "#010203"
-_STYLE = {
+_STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,
@@ -41,31 +45,37 @@ _STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "font.family": "sans-serif",
-    # Text stays text: a page's is read aloud, found and set in the reader's own font.
+    # Text stays text, so that it can be read aloud, searched, and set in the reader's own font.
     "svg.fonttype": "none",
 }
 
 
 @dataclass
 class Figure:
-    """A panel to draw on."""
+    """Axes to draw on, with a title and a caption."""
 
     name: str
-    """Of its files, and of the place in the page."""
+    """The name of its files and its anchor in the page."""
     title: str
-    caption: str
-    """What is seen and how to read it; the page's text below."""
+    caption: str = ""
+    """The name of its text in ``templates/captions.txt``, if that is not the figure's own."""
+    facts: Mapping[str, object] = field(default_factory=dict)
+    """Values for that text."""
     width: float = 5.6
     """Inches."""
     height: float = 3.4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         with rc_context(_STYLE):
             self.canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
             self.axes: Axes = self.canvas.add_subplot(title=self.title)
 
+    def text(self) -> str:
+        """The caption: what is seen and how to read it."""
+        return caption(self.caption or self.name, **self.facts)
+
     def legend(self, **kwargs) -> None:
-        """Of the labelled artists, if there are any; ``loc="outside ..."`` puts it beside the panel."""
+        """Add a legend of the labelled artists, if any; ``loc="outside ..."`` puts it beside the axes."""
         handles, labels = self.axes.get_legend_handles_labels()
         if handles:
             outside = kwargs.get("loc", "").startswith("outside")
@@ -73,15 +83,15 @@ class Figure:
                 (self.canvas if outside else self.axes).legend(handles, labels, **kwargs)
 
     def _lay_out(self) -> None:
-        """Once for all formats: it takes as long as drawing does."""
+        """Lay out once for all formats, because it takes as long as drawing."""
         if self.canvas.get_layout_engine() is not None:
             self.canvas.draw_without_rendering()
             self.canvas.set_layout_engine(None)
 
     def svg(self) -> Markup:
-        """For a page: without a background, as wide as there is room, its text in the page's colour."""
+        """The figure for a page: without a background, as wide as there is room, text in the page's colour."""
         sink = io.StringIO()
-        # Equal ids in two pictures of one page would point to the first one's parts.
+        # Without the salt, equal ids in two pictures of a page would both refer to the first picture.
         with rc_context(_STYLE | {"svg.hashsalt": self.name}):
             self._lay_out()
             self.canvas.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
@@ -90,7 +100,7 @@ class Figure:
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         head, body = text.split(">", 1)
         text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
-        # Ids that nothing refers to would stand twice in a page of two pictures.
+        # Drop ids that nothing refers to: two pictures of a page would share them.
         text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)
         return Markup(text.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1))
 
@@ -104,5 +114,5 @@ class Figure:
 
 
 def plain(text: str) -> str:
-    """Text from data as matplotlib draws it literally: a dollar would begin a formula."""
+    """Escape text from data, in which a dollar would begin a formula for matplotlib."""
     return text.replace("$", r"\$")

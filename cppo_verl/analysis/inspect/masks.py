@@ -1,80 +1,79 @@
-"""What several settings make of the same tokens, counted: by reason, sign, position and update, and their overlap."""
+"""What several methods mask of the same tokens, counted: by reason, sign, position and update, and their overlap."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cppo_verl.analysis.replay import Verdict
-from cppo_verl.artifacts.token_dump import REASONS, Response
-from cppo_verl.core.metrics import POSITION_BINS
-
-REJECTING = ("token", "budget", "response", "clipped")
-
-
-def rejected(verdict: Verdict) -> np.ndarray:
-    """1 - M_t: 1 where a token is masked, a fraction under a smooth gate; 0 where the verdict's reason is ""."""
-    return np.where(verdict.reason == 0, 0, 1 - verdict.update_mask).astype(np.float32)
+from cppo_verl.analysis.positions import position_bins
+from cppo_verl.artifacts.token_dump import CODE, REASONS, REJECTING, Decisions, Response
 
 
 @dataclass(eq=False)
 class Masks:
-    """[settings, tokens] or [tokens]; the tokens are the generated ones of all responses."""
+    """Arrays [methods, tokens] or [tokens], over the generated tokens of all responses."""
 
     rejected: np.ndarray
-    """1 - M_t."""
+    """1 - M_t [methods, tokens]."""
     reason: np.ndarray
-    """Positions in `REASONS`."""
+    """Positions in `REASONS` [methods, tokens]."""
     sign: np.ndarray
-    """Of A_t."""
+    """Sign of A_t [tokens]."""
     bin: np.ndarray
-    """Of the position; bin b holds t = 1..T with b / POSITION_BINS < t / T <= (b + 1) / POSITION_BINS."""
+    """Position in the response [tokens], see `position_bins`."""
     update: np.ndarray
+    """Update of the step [tokens]."""
 
     @classmethod
-    def of(cls, responses: Sequence[Response], verdicts: Sequence[Sequence[Verdict]]) -> "Masks":
-        """Args:
-        responses: with a generated token each.
-        verdicts: of each setting, one a response.
+    def of(cls, responses: Sequence[Response], decisions: Sequence[Sequence[Decisions]]) -> "Masks":
         """
-        masks = [response.mask for response in responses]
+        Args:
+            responses: each with at least one generated token.
+            decisions: for each method, one entry per response.
+        """
 
-        def flat(arrays):
-            return np.concatenate([array[mask] for array, mask in zip(arrays, masks, strict=True)])
+        def per_token(value: Callable[[Decisions], np.ndarray], decided: Sequence[Decisions]) -> np.ndarray:
+            return np.concatenate([value(d)[r.mask] for d, r in zip(decided, responses, strict=True)])
+
+        def reason(decided: Decisions) -> np.ndarray:
+            assert decided.reason is not None
+            return decided.reason
 
         return cls(
-            rejected=np.stack([flat([rejected(v) for v in of_setting]) for of_setting in verdicts]),
-            reason=np.stack([flat([v.reason for v in of_setting]) for of_setting in verdicts]),
-            sign=flat([np.sign(r.advantage) for r in responses]).astype(np.int8),
-            bin=flat([(r.position * POSITION_BINS - 1) // r.mask.sum() for r in responses]),
-            update=flat([np.full(len(r.mask), r.update) for r in responses]),
+            rejected=np.stack([per_token(lambda d: d.rejected, of_method) for of_method in decisions]),
+            reason=np.stack([per_token(reason, of_method) for of_method in decisions]),
+            sign=np.concatenate([np.sign(r.advantage[r.mask]) for r in responses]).astype(np.int8),
+            bin=np.concatenate([position_bins(r) for r in responses]),
+            update=np.concatenate([np.full(r.mask.sum(), r.update) for r in responses]),
         )
 
     def share(self) -> list[float]:
-        """Mean of 1 - M_t, of each setting."""
+        """Mean of 1 - M_t, per method."""
         return self.rejected.mean(1).tolist()
 
     def share_by_reason(self) -> list[dict[str, float]]:
-        """Of all tokens: what each reason rejects; "kept" is what a smooth gate takes of tokens that violate nothing;
-        "towards_one" the tokens that violate a constraint and are kept."""
+        """What each reason rejects, per method, as a share of all tokens.
+
+        "kept" is what a smooth gate takes from tokens that violate nothing. "towards_one" is the share of tokens that
+        violate a constraint and are kept.
+        """
         shares = []
         for rejected, reason in zip(self.rejected, self.reason, strict=True):
             by_reason = np.bincount(reason, weights=rejected, minlength=len(REASONS)) / len(reason)
-            share = {name: by_reason[REASONS.index(name)] for name in ("kept", *REJECTING)}
-            share["towards_one"] = (reason == REASONS.index("towards_one")).mean()
-            shares.append({name: float(value) for name, value in share.items()})
+            share = {name: float(by_reason[CODE[name]]) for name in ("kept", *REJECTING)}
+            shares.append(share | {"towards_one": float((reason == CODE["towards_one"]).mean())})
         return shares
 
     def share_within(self, group: np.ndarray) -> dict[int, list[float]]:
-        """{value of ``group`` that occurs: mean of 1 - M_t of its tokens, of each setting}."""
+        """{each value of ``group``: mean of 1 - M_t over its tokens, per method}."""
         return {int(g): self.rejected[:, group == g].mean(1).tolist() for g in np.unique(group)}
 
     def overlap(self) -> list[list[float | None]]:
-        """Of what the row's setting rejects, the share that the column's rejects too; None where it rejects nothing.
+        """Of what the row's method rejects, the share that the column's method rejects too; None if it rejects nothing.
 
-        Of fractions, the smaller one is common to both.
+        Where both reject a part of a token, the smaller part is common to both.
         """
-        table = []
+        table: list[list[float | None]] = []
         for row in self.rejected:
             where = row > 0
             if not where.any():

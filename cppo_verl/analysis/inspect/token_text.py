@@ -1,4 +1,4 @@
-"""Tokens as a person can read them one by one."""
+"""The text of single tokens, made readable."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -9,20 +9,20 @@ _SHOWN = {" ": "·", "\n": "¶", "\t": "\\t", "\r": "\\r"}
 
 
 def load(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``path``, or of that name in the local cache; never asked for elsewhere, no code of it run.
+    """Load the tokenizer at ``path``, or of that name in the local cache, without network and without running its code.
 
     Raises:
-        ValueError: there is none, or it is not readable.
+        ValueError: there is no tokenizer, or it is not readable.
     """
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file makes of it
+    except Exception as error:  # a damaged file may raise anything
         lines = str(error).splitlines()
         raise ValueError(lines[0] if lines else type(error).__name__) from error
 
 
 def texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -> dict[int, str]:
-    """What to show for each id: its text, made visible; the id in brackets where there is none."""
+    """{id: its text with invisible characters made visible, or the id in brackets if it has no text}."""
     shown = {}
     for token in ids:
         text = None if tokenizer is None else _text(tokenizer, token)
@@ -33,19 +33,19 @@ def texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -> dict
 def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
     if not 0 <= token < len(tokenizer):
         return None
-    name = tokenizer.convert_ids_to_tokens(token)
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if "\ufffd" in text:  # bytes that are no whole character
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if "\ufffd" in text:  # bytes that are not a whole character
         try:
             return bytes(_BYTES[character] for character in name).decode(errors="backslashreplace")
         except KeyError:
             return name
-    # Of a token alone, SentencePiece's decoder drops the blank before a word.
-    return f" {text}" if name and name.startswith("▁") and not text.startswith(" ") else text
+    # SentencePiece's decoder drops the blank before a word from a token on its own.
+    return f" {text}" if name.startswith("▁") and not text.startswith(" ") else text
 
 
 def visible(text: str) -> str:
-    """Blanks, line ends, control and format characters as signs; a combining character has something to stand on."""
+    """Replace blanks, line ends, control and format characters by signs; give a combining character a base."""
     shown = []
     for position, character in enumerate(text):
         category = unicodedata.category(character)

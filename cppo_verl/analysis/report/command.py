@@ -1,8 +1,9 @@
-"""``python -m cppo_verl report RUN...``: runs as one page, with the figures of the paper from their own logs."""
+"""``cppo-verl report RUN...``: one page about one or more runs, with the paper's figures drawn from their logs."""
 
 import argparse
 import sys
 import warnings
+from itertools import chain
 from pathlib import Path
 
 
@@ -14,16 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         default=Path("report.html"),
-        help="the page; an earlier report there is replaced (default: %(default)s)",
+        help="the page to write; replaces an earlier report (default: %(default)s)",
     )
     parser.add_argument(
         "--figures", type=Path, help="folder for each figure as PNG and SVG (default: beside the page, NAME_figures)"
     )
-    parser.add_argument("--tokenizer", help="folder; default: the one that the dump names, if it is on this machine")
+    parser.add_argument("--tokenizer", help="a local folder (default: the tokenizer that the dump names)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and the figures; 2 if there is no run to read or the page may not be written."""
+    """Write the page and the figures.
+
+    Returns:
+        2 if there is no run to read or the page may not be written, else 0.
+    """
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
     from cppo_verl.artifacts.run_reader import labelled, read_runs
 
@@ -43,17 +48,20 @@ def run(args: argparse.Namespace) -> int:
         print(*notes, "no run to report on: give a folder that holds a run's metrics", sep="\n", file=sys.stderr)
         return 2
 
-    from cppo_verl.analysis.report.page import Overview
+    from cppo_verl.analysis.report.drawing import draw
+    from cppo_verl.analysis.report.page import report
+    from cppo_verl.analysis.text import counted, print_notes
 
     with warnings.catch_warnings():
-        # A PNG has boxes in the place of characters that the font lacks; a page's reader has other fonts.
+        # The font of the PNG files lacks some characters; readers of the page have other fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        overview = Overview(runs, notes, args.tokenizer)
-        write_page(args.output, "report", overview=overview)
+        result = report(runs, notes, args.tokenizer)
+        figures = {section.id: [draw(panel) for panel in section.panels] for section in result.sections}
+        write_page(args.output, "report", report=result, figures=figures)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
-        for figure in overview.figures:
+        for figure in chain.from_iterable(figures.values()):
             figure.save(folder)
-    for note in overview.notes:
-        print(note, file=sys.stderr)
-    print(f"{args.output}: {len(runs)} run(s), {len(overview.figures)} figures, each as PNG and SVG in {folder}")
+    print_notes(result.notes)
+    count = sum(map(len, figures.values()))
+    print(f"{args.output}: {counted(len(runs), 'run')}, {counted(count, 'figure')}, each as PNG and SVG in {folder}")
     return 0

@@ -5,7 +5,7 @@ import json
 import pytest
 from run_folders import answer, validation, write
 
-from cppo_verl.artifacts.run_reader import read_generations, read_run, read_runs
+from cppo_verl.artifacts.run_reader import OLD_RECORD, read_generations, read_run, read_runs
 
 
 def test_a_later_attempt_replaces_the_steps_it_did_again(tmp_path):
@@ -104,3 +104,14 @@ def test_generations_are_grouped_by_problem_and_benchmark(tmp_path):
     assert len(answers.notes) == 2
     with pytest.raises(FileNotFoundError, match="no generations of step 6"):
         read_generations(tmp_path, 6)
+
+
+def test_a_sweep_record_of_an_older_version_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("cppo_verl.artifacts.run_reader.read_record", lambda folder: None)  # today's record is absent
+    write(tmp_path / "metrics.jsonl", json.dumps({"step": 1, "data": {"critic/score/mean": 0.5}}))
+    write(tmp_path / "hydra" / "hydra.yaml", "hydra: {runtime: {choices: {method: dppo}}}")
+    write(tmp_path / "hydra" / "config.yaml", "data: {seed: 1}")
+    write(tmp_path / OLD_RECORD, json.dumps({"swept": ["delta=0.1"]}))
+    run = read_run(tmp_path)
+    assert run.label == "dppo"
+    assert run.notes == ["point.json: the sweep record of an older version; the run is not labelled by what was swept"]

@@ -1,4 +1,4 @@
-"""The dump of tokens: what is recorded in verl's own ppo_loss, against loops; the file, whole and damaged."""
+"""The dump of tokens: what is recorded in verl's own ppo_loss, against the oracle; the file, whole and damaged."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
-from cppo_verl.artifacts.token_dump import HEADER, REASONS, RESPONSES_A_GROUP, encode, read_tokens
+from cppo_verl.artifacts.token_dump import HEADER, REASONS, ROW_GROUP_SIZE, encode, read_tokens
 from cppo_verl.plugin import token_recorder
 from cppo_verl.plugin.config import CPPOLossConfig, PrefixRatioLossConfig, TRMLossConfig
 from cppo_verl.plugin.losses import loss_context
@@ -23,7 +23,7 @@ from cppo_verl.plugin.losses import loss_context
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_reasons_and_numbers_are_the_loops(name, tmp_path):
+def test_reasons_and_numbers_agree_with_the_oracle(name, tmp_path):
     method = METHODS[name]
     data, log_pi, by_row = dumped(tmp_path, method)
     found = set()
@@ -223,7 +223,7 @@ def test_the_file_is_compact(tmp_path):
 
 def test_no_dump_is_said_with_the_override_that_makes_one(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match=r"no dump of tokens at .*trust_region.dump.every=10"):
+        with pytest.raises(FileNotFoundError, match=r"no token dump at .*trust_region.dump.every=10"):
             read_tokens(path)
 
 
@@ -233,7 +233,7 @@ def test_dumps_of_several_folders_are_read_as_one_and_named(tmp_path):
         save(tmp_path / folder, step, [make_response(step=step)])
     got = read_tokens(tmp_path)
     assert [r.step for r in got.responses] == [1, 2]
-    assert got.notes == [f"dumps of 2 folders are taken for one run's: {tmp_path / 'a'}, {tmp_path / 'b'}"]
+    assert got.notes == [f"token dumps in 2 folders are read as one run's: {tmp_path / 'a'}, {tmp_path / 'b'}"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_file_cut_off_is_named_and_the_others_are_read(tmp_path, part):
 
 
 def test_changed_bytes_cost_their_part_of_a_file_only(tmp_path):
-    n = 3 * RESPONSES_A_GROUP
+    n = 3 * ROW_GROUP_SIZE
     file = save(tmp_path, 4, [make_response(i, length=60) for i in range(n)])
     lost = set()
     for where in np.linspace(0.1, 0.7, 7):
@@ -266,8 +266,8 @@ def test_changed_bytes_cost_their_part_of_a_file_only(tmp_path):
         lost.add(n - len(updates))
         for r in got.responses:
             np.testing.assert_array_equal(r.log_pi, make_response(r.update, length=60).log_pi)
-        assert got.notes == [f"{file.name}: {RESPONSES_A_GROUP} response(s) in a damaged part of the file were skipped"]
-    assert lost == {RESPONSES_A_GROUP}
+        assert got.notes == [f"{file.name}: {ROW_GROUP_SIZE} response(s) in a damaged part of the file were skipped"]
+    assert lost == {ROW_GROUP_SIZE}
 
 
 def test_another_version_and_other_files_are_named(tmp_path):
@@ -283,7 +283,7 @@ def test_another_version_and_other_files_are_named(tmp_path):
     assert [r.step for r in got.responses] == [1]
     two, three, four, five = got.notes
     assert two == "step-000002.parquet: of format 2, skipped; this version reads format 1"
-    assert three == "step-000003.parquet: no dump of tokens, skipped"
+    assert three == "step-000003.parquet: not a token dump, skipped"
     assert four.startswith("step-000004.parquet: columns missing or of another type ['advantage', 'delta_b', ")
     assert five.startswith("step-000005.parquet: not readable, skipped")
 

@@ -1,4 +1,4 @@
-"""The settings that hydra saved with a run, and in which of them runs differ."""
+"""The settings that hydra saved with a run, and those in which runs differ."""
 
 import json
 import re
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl.analysis.text import MISSING
 from cppo_verl.artifacts.run_reader import Run
 
 OWN_FOLDER = "<run>"
-ABSENT = "–"
-# Resolvers would tell of whoever reads, where the run is meant: of an environment that may hold what nobody is to see,
-# of today's date. Some are only there where hydra is.
+# Do not resolve `${oc.env:...}`, `${now:...}` and the like: they would show the reader's environment and date, not the
+# run's, and an environment may hold secrets.
 _RESOLVER = re.compile(r"\$\{(?!oc\.select:)[\w.]+:")
 
 
 def settings(run: Run) -> dict[str, str]:
-    """{key: resolved value}, the run's own folder in it shortened to `OWN_FOLDER`; empty without a readable config."""
+    """{key: resolved value}, with the run's own folder shortened to `OWN_FOLDER`; empty without a readable config."""
     if run.config is None:
         return {}
     try:
@@ -25,11 +25,11 @@ def settings(run: Run) -> dict[str, str]:
         config = OmegaConf.create(_unresolved(config))
         saved = OmegaConf.load(run.config.with_name("hydra.yaml"))
         folder = OmegaConf.select(saved, "hydra.runtime.output_dir")
-    except Exception:  # a file cut off in the middle, which the reader of the run has noted
+    except Exception:  # a file cut off in the middle, which `read_run` has noted
         return {}
     if not isinstance(config, DictConfig):
         return {}
-    flat = {}
+    flat: dict[str, str] = {}
     _flatten(config, "", flat)
     root = run.path if run.path.is_dir() else run.path.parent
     own = sorted({str(x) for x in (folder, root, root.resolve()) if x and str(x) not in (".", "/")}, key=len)
@@ -41,17 +41,17 @@ def settings(run: Run) -> dict[str, str]:
 
 
 def method(run: Run) -> str:
-    """The method of the harness that it was started with."""
+    """The shipped method that the run was started with."""
     if run.config is None:
-        return ABSENT
+        return MISSING
     try:
-        return str(OmegaConf.load(run.config.with_name("hydra.yaml")).hydra.runtime.choices.get("method", ABSENT))
+        return str(OmegaConf.load(run.config.with_name("hydra.yaml")).hydra.runtime.choices.get("method", MISSING))
     except Exception:  # as above
-        return ABSENT
+        return MISSING
 
 
 def overrides(run: Run) -> list[str]:
-    """Of the command that started it."""
+    """The overrides of the command that started the run."""
     if run.config is None:
         return []
     try:
@@ -61,9 +61,9 @@ def overrides(run: Run) -> list[str]:
 
 
 def differences(runs: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """{key: its value in each of the runs}, of those keys whose values are not all the same."""
+    """{key: its value in each run}, for the keys whose values differ."""
     keys = sorted(set().union(*runs))
-    columns = {key: [run.get(key, ABSENT) for run in runs] for key in keys}
+    columns = {key: [run.get(key, MISSING) for run in runs] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
@@ -73,13 +73,13 @@ def same_but_for_seeds(first: dict[str, str], second: dict[str, str]) -> bool:
 
 
 def _flatten(config: DictConfig, prefix: str, flat: dict[str, str]) -> None:
-    raw = OmegaConf.to_container(config, resolve=False)
-    for key, text in raw.items():
+    for key in map(str, config):
+        text = OmegaConf.to_container(config, resolve=False)[key]  # type: ignore[index, call-overload]  # a dict
         name = f"{prefix}{key}"
         try:
             value = config[key]
             if isinstance(value, DictConfig):
-                if OmegaConf.is_interpolation(config, key):  # it stands elsewhere, and may be around this one
+                if OmegaConf.is_interpolation(config, key):  # shown where it points to, which may contain this key
                     value = text
                 elif value:
                     _flatten(value, f"{name}.", flat)

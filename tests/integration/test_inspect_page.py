@@ -1,4 +1,4 @@
-"""What `inspect` counts and shows: against loops, in a browser, of damaged dumps and of hostile text."""
+"""`inspect`: the command, its data against the oracle, damaged dumps, and its page in a browser."""
 
 import base64
 import json
@@ -9,30 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from browser import DESKTOP, PHONE, fits, opened
-from token_dumps import METHODS, RUN_HEADER, actor, damaged, dumped, expected, save
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from token_dumps import METHODS, RUN_HEADER, STATED, damaged, dumped, expected, save
+from tokenizers_made import BLANKLESS, save_tokenizer
 
 from cppo_verl.analysis import replay
-from cppo_verl.analysis.inspect import page as token_page
-from cppo_verl.analysis.inspect import token_text
-from cppo_verl.analysis.inspect.masks import Masks, rejected
 from cppo_verl.artifacts.token_dump import REASONS
 from cppo_verl.cli import main
 
-HOSTILE = [
-    "<script>document.title='owned'</script>",
-    "</script><script>document.title='owned'</script>",
-    '"><img src=x onerror="document.title=\'owned\'">',
-    "&lt;b&gt;{{ 7 * 7 }}",
-    "שלום",
-    "مرحبا",
-    "\u202etfel",
-    "\u0301",
-    " \n",
-]
-BLANKLESS = [text.replace(" ", "·") for text in HOSTILE[:6]]
-STATED = RUN_HEADER | {"method": {"_target_": "cppo_verl.plugin.config.CPPOLossConfig", "delta": 0.15, "delta_b": 0.02}}
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +31,7 @@ def responses(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Every byte, then what a page could trip over, then what ends a response: ids 0-255, 256-264 and 265."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    vocabulary = {character: byte for character, byte in token_text._BYTES.items()}
-    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    model.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=model)
-    made.add_tokens(HOSTILE)
-    made.add_special_tokens({"eos_token": "<eos>"})
-    made.save_pretrained(folder)
-    return folder
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -81,98 +59,12 @@ def column(response, place):
     return np.frombuffer(base64.b64decode(content), "<f4")
 
 
-def left(response, verdict):
+def left(response, decided):
     """M_t of the page's data."""
-    if verdict["left"] is not None:
-        return column(response, verdict["left"]).tolist()
-    return [float(REASONS[int(code)] in ("kept", "towards_one")) for code in verdict["reason"]]
+    if decided["update_mask"] is not None:
+        return column(response, decided["update_mask"]).tolist()
+    return [float(REASONS[int(code)] in ("kept", "towards_one")) for code in decided["reason"]]
 
-
-# --- the counts -----------------------------------------------------------------------------------------------
-
-
-NAMES = ("cppo", "soft", "dppo", "trm_max", "minpro", "vanilla")
-
-
-@pytest.fixture(scope="module")
-def judged(responses):
-    return {n: list(replay.judge(replay.Setting(n, actor(METHODS[n])), responses)) for n in NAMES}
-
-
-@pytest.fixture(scope="module")
-def counted(responses, judged):
-    """Masks, and plain lists of (1 - M, reason, sign of A, bin, update) a generated token, of each setting."""
-    rows = {name: [] for name in NAMES}
-    for name in NAMES:
-        for response, verdict in zip(responses, judged[name], strict=True):
-            length, t = sum(response.mask.tolist()), 0
-            for i, valid in enumerate(response.mask.tolist()):
-                if valid:
-                    t += 1
-                    bin = next(b for b in range(8) if 8 * t <= (b + 1) * length)
-                    adv = float(response.advantage[i])
-                    row = (1 - float(verdict.update_mask[i]), REASONS[verdict.reason[i]])
-                    rows[name].append((*row, (adv > 0) - (adv < 0), bin, response.update))
-    return Masks.of(responses, list(judged.values())), rows
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def test_shares_are_the_loops(counted):
-    masks, rows = counted
-    for i, name in enumerate(NAMES):
-        assert masks.share()[i] == pytest.approx(mean(r[0] for r in rows[name]), abs=1e-6)
-        by_reason = masks.share_by_reason()[i]
-        for reason, share in by_reason.items():
-            wanted = [float(r[1] == reason) * (1 if reason == "towards_one" else r[0]) for r in rows[name]]
-            assert share == pytest.approx(mean(wanted), abs=1e-6), (name, reason)
-        assert sum(v for k, v in by_reason.items() if k != "towards_one") == pytest.approx(masks.share()[i], abs=1e-6)
-    # something to count of every kind
-    assert masks.share_by_reason()[0]["budget"] > 0.05 < masks.share_by_reason()[0]["towards_one"]
-    assert masks.share_by_reason()[3]["response"] > 0.05 < masks.share_by_reason()[4]["clipped"]
-
-
-@pytest.mark.parametrize("group", ["sign", "bin", "update"])
-def test_shares_by_sign_position_and_update_are_the_loops(group, counted):
-    masks, rows = counted
-    place = 2 + ("sign", "bin", "update").index(group)
-    got = masks.share_within(getattr(masks, group))
-    assert sorted(got) == sorted({row[place] for row in rows["cppo"]}) and len(got) > 1
-    for value, shares in got.items():
-        for i, name in enumerate(NAMES):
-            wanted = mean(row[0] for row in rows[name] if row[place] == value)
-            assert shares[i] == pytest.approx(wanted, abs=1e-6), (name, value)
-
-
-def test_overlap_is_the_loops(counted):
-    masks, rows = counted
-    got = masks.overlap()
-    for i, a in enumerate(NAMES):
-        for j, b in enumerate(NAMES):
-            both = sum(min(x[0], y[0]) for x, y in zip(rows[a], rows[b], strict=True))
-            assert got[i][j] == pytest.approx(both / sum(x[0] for x in rows[a]), abs=1e-5), (a, b)
-    assert got[0][0] == 1 and got[0][2] != got[2][0]
-
-
-def test_a_setting_that_masks_nothing_overlaps_with_none(responses, judged):
-    none = [replace(v, update_mask=np.ones_like(v.update_mask)) for v in judged["cppo"]]
-    assert Masks.of(responses, [none, judged["cppo"]]).overlap() == [[None, None], [0.0, 1.0]]
-
-
-def test_responses_in_the_page_are_of_every_update_the_most_masked_first(responses, judged):
-    share = [float(rejected(v)[r.mask].mean()) for r, v in zip(responses, judged["cppo"], strict=True)]
-    rows = token_page.choose(responses, judged["cppo"], 5)
-    assert sorted(responses[row].update for row in rows[:3]) == [0, 1, 2]
-    for row in rows[:3]:
-        assert share[row] == max(s for r, s in zip(responses, share, strict=True) if r.update == responses[row].update)
-    assert share[rows[0]] >= share[rows[1]] >= share[rows[2]] and share[rows[3]] >= share[rows[4]]
-    assert sorted(token_page.choose(responses, judged["cppo"], 999)) == list(range(len(responses)))
-
-
-# --- the page's data ------------------------------------------------------------------------------------------
 
 SETTINGS = {
     "cppo": "cppo trust_region.delta=0.15 trust_region.delta_b=0.02 trust_region.budget=adaptive",
@@ -184,11 +76,11 @@ SETTINGS = {
 }
 
 
-def test_masks_in_the_page_are_the_loops(responses, inspect, tmp_path):
+def test_masks_in_the_page_agree_with_the_oracle(responses, inspect, tmp_path):
     save(tmp_path, 3, responses, **STATED)
     settings = [word for text in SETTINGS.values() for word in ("--method", text)]
     code, out, err, data = inspect(tmp_path, "--responses", "999", *settings)
-    assert code == 0 and data["settings"] == list(SETTINGS.values())
+    assert code == 0 and data["methods"] == list(SETTINGS.values())
     by_key = {response.key: response for response in responses}
     assert sorted(by_key) == sorted(response["key"] for response in data["responses"])
     found = set()
@@ -202,30 +94,30 @@ def test_masks_in_the_page_are_the_loops(responses, inspect, tmp_path):
         for name in ("log_mu", "log_pi", "advantage"):
             np.testing.assert_array_equal(column(shown, shown[name])[mask], getattr(response, name)[mask])
         mu, pi, adv = (x.tolist() for x in (response.log_mu, response.log_pi, response.advantage))
-        for name, verdict in zip(SETTINGS, shown["verdicts"], strict=True):
-            got = [REASONS[int(code)] for code in verdict["reason"]]
+        for name, decided in zip(SETTINGS, shown["decisions"], strict=True):
+            got = [REASONS[int(code)] for code in decided["reason"]]
             found |= set(got)
             if name == "vanilla":
                 ratios = [math.exp(p - m) for p, m in zip(pi, mu, strict=True)]
                 kept = [
                     not (a > 0 and r > 1.28 or a < 0 and (r < 0.8 or r > 3)) for r, a in zip(ratios, adv, strict=True)
                 ]
-                assert _where(valid, left(shown, verdict)) == _where(valid, map(float, kept))
+                assert _where(valid, left(shown, decided)) == _where(valid, map(float, kept))
                 continue
             div, reason, sure, weighted, c, delta_b = expected(METHODS[name], mu, pi, adv, valid)
             assert _where(sure, got) == _where(sure, reason)
             both = np.array(sure) & mask
             wanted = [float(r in ("kept", "towards_one")) for r in reason]
-            assert _where(both, left(shown, verdict)) == _where(both, wanted)
+            assert _where(both, left(shown, decided)) == _where(both, wanted)
             if name != "minpro":
-                np.testing.assert_allclose(column(shown, verdict["divergence"])[mask], np.array(div)[valid], atol=1e-6)
+                np.testing.assert_allclose(column(shown, decided["divergence"])[mask], np.array(div)[valid], atol=1e-6)
             if weighted is not None:
-                for wanted, name, atol in ((weighted, "weighted", 1e-6), (c, "threshold", 1e-5)):
-                    np.testing.assert_allclose(column(shown, verdict[name])[mask], np.array(wanted)[valid], atol=atol)
-                assert verdict["delta_b"] == (None if delta_b is None else pytest.approx(delta_b, abs=1e-6))
+                for wanted, name, atol in ((weighted, "weighted_divergence", 1e-6), (c, "threshold", 1e-5)):
+                    np.testing.assert_allclose(column(shown, decided[name])[mask], np.array(wanted)[valid], atol=atol)
+                assert decided["delta_b"] == (None if delta_b is None else pytest.approx(delta_b, abs=1e-6))
     assert found == {"", "kept", "towards_one", "token", "budget", "response", "clipped"}
     # the printed share of the first setting, from its data
-    total = [1 - x for s in data["responses"] for x in np.array(left(s, s["verdicts"][0]))[_mask(s)]]
+    total = [1 - x for s in data["responses"] for x in np.array(left(s, s["decisions"][0]))[_mask(s)]]
     assert f"{100 * mean(total):.1f}" in out.split(SETTINGS["cppo"])[1].split("|")[1]
 
 
@@ -237,43 +129,45 @@ def _mask(shown):
     return np.array([True] * len(shown["ids"]) if shown["mask"] is None else [m == "1" for m in shown["mask"]])
 
 
-@pytest.mark.process  # composes every method
 def test_by_default_the_runs_own_masks_and_every_method_at_its_thresholds(responses, inspect, tmp_path):
     save(tmp_path, 3, responses, **RUN_HEADER)
     code, out, err, data = inspect(tmp_path, "--responses", "3")
     assert code == 0
-    assert data["settings"] == ["this run", *replay.METHODS]
+    assert data["methods"] == ["this run", *replay.METHODS]
     by_key = {response.key: response for response in responses}
     assert len(data["responses"]) == 3
     for shown in data["responses"]:
-        own, response = shown["verdicts"][0], by_key[shown["key"]]
+        own, response = shown["decisions"][0], by_key[shown["key"]]
         assert own["reason"] == "".join(map(str, response.reason.tolist()))
         assert own["delta"] == RUN_HEADER["method"]["delta"]
-        assert shown["verdicts"][1 + replay.METHODS.index("dppo")]["delta"] == RUN_HEADER["trust_region"]["delta"]
+        assert shown["decisions"][1 + replay.METHODS.index("dppo")]["delta"] == RUN_HEADER["trust_region"]["delta"]
     assert "3 of 23 responses" in out
 
 
-@pytest.mark.process  # composes every method
 def test_a_shipped_method_at_the_runs_thresholds_is_not_shown_twice(responses, inspect, tmp_path):
     method = vars(replay.setting("dppo", RUN_HEADER).actor.policy_loss)
     method = {key: value for key, value in method.items() if key != "shuffle" and isinstance(value, str | int | float)}
     method |= {"horizon": None, "_target_": "cppo_verl.plugin.config.CPPOLossConfig"}
     save(tmp_path, 3, responses, **RUN_HEADER | {"method": method})
     _, _, _, data = inspect(tmp_path)
-    assert data["settings"] == ["this run (dppo)", *(name for name in replay.METHODS if name != "dppo")]
+    assert data["methods"] == ["this run (dppo)", *(name for name in replay.METHODS if name != "dppo")]
 
 
-def test_what_the_dump_cannot_judge_is_named_with_the_way_out(responses, inspect, tmp_path):
+def test_what_cannot_be_replayed_on_the_dump_is_named_with_the_way_out(responses, inspect, tmp_path):
     save(tmp_path, 3, responses, **STATED)
     text = "cppo divergence=topk_tv"
     code, _, err, data = inspect(tmp_path, "--method", text, "--method", "cppo")
-    assert code == 0 and data["settings"] == ["cppo"]
-    assert f"{text}: D_t is topk_tv, the dump has binary_tv" in err and f"--method '{text} divergence=binary_tv'" in err
+    assert code == 0 and data["methods"] == ["cppo"]
+    assert (
+        f"{text}: left out, because D_t is topk_tv" in err
+        and "the dump has binary_tv" in err
+        and f"--method '{text} divergence=binary_tv'" in err
+    )
     assert "topk_tv" in (tmp_path / "page.html").read_text()
     code, _, err, _ = inspect(tmp_path, "--method", text)
     assert code == 1 and "no method is left" in err
     code, _, _, data = inspect(tmp_path, "--method", f"{text} divergence=binary_tv")
-    assert code == 0 and data["settings"] == [f"{text} divergence=binary_tv"]
+    assert code == 0 and data["methods"] == [f"{text} divergence=binary_tv"]
 
 
 def test_a_run_that_went_on_with_other_settings(responses, inspect, tmp_path):
@@ -284,38 +178,10 @@ def test_a_run_that_went_on_with_other_settings(responses, inspect, tmp_path):
     code, _, err, data = inspect(tmp_path, "--method", "run", "--method", "cppo")
     assert code == 0
     assert "step 3: dumped under other settings than step 4 (method.delta 0.15 instead of 0.3)" in err
-    assert {(r["step"], r["verdicts"][0]["delta"]) for r in data["responses"]} == {(3, 0.15), (4, 0.3)}
+    assert {(r["step"], r["decisions"][0]["delta"]) for r in data["responses"]} == {(3, 0.15), (4, 0.3)}
     code, _, err, data = inspect(tmp_path, "--step", "3", "--method", "run")
     assert code == 0 and "other settings" not in err
     assert {r["step"] for r in data["responses"]} == {3}
-
-
-# --- text -----------------------------------------------------------------------------------------------------
-
-
-def test_every_token_has_something_to_see(tokenizer):
-    loaded = token_text.load(str(tokenizer))
-    shown = token_text.texts(loaded, [*range(266), 266, -1, 10**9])
-    assert shown[ord("a")] == "a" and shown[0xE2] == r"\xe2" and shown[0x0A] == "¶" and shown[0x20] == "·"
-    assert shown[0x00] == "‹U+0000›" and shown[0x7F] == "‹U+007F›"
-    assert [shown[256 + i] for i in range(9)] == [*BLANKLESS, "‹U+202E›tfel", "◌\u0301", "·¶"]
-    assert shown[265] == "<eos>"
-    assert (shown[266], shown[-1], shown[10**9]) == ("‹266›", "‹-1›", "‹1000000000›")
-    assert token_text.texts(None, [7]) == {7: "‹7›"}
-
-
-def test_a_sentencepiece_token_keeps_its_blank():
-    class Pieces:
-        def __len__(self):
-            return 1
-
-        def convert_ids_to_tokens(self, token):
-            return "▁word"
-
-        def decode(self, tokens, **kwargs):
-            return "word"
-
-    assert token_text.texts(Pieces(), [0]) == {0: "·word"}
 
 
 def test_without_a_tokenizer_ids_are_shown_and_the_page_says_so(responses, inspect, tmp_path):
@@ -328,9 +194,6 @@ def test_without_a_tokenizer_ids_are_shown_and_the_page_says_so(responses, inspe
     (tmp_path / "broken" / "tokenizer.json").write_text('{"model": ')
     code, _, err, _ = inspect(tmp_path, "--method", "run", "--tokenizer", str(tmp_path / "broken"))
     assert code == 0 and "no tokenizer at" in err
-
-
-# --- bad input ------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_dump_is_shown_as_far_as_it_goes(responses, inspect, tmp_path):
@@ -383,8 +246,8 @@ def test_a_header_cannot_have_other_code_run(responses, inspect, tmp_path):
     for hostile in (method, STATED["method"] | {"mask_std_0": method}):
         save(tmp_path, 3, responses[:2], **STATED | {"method": hostile})
         code, _, err, data = inspect(tmp_path, "--method", "run", "--method", "dppo")
-        assert code == 0 and "os.mkdir is no config of a policy loss" in err
-        assert data["settings"] == ["dppo"]
+        assert code == 0 and "os.mkdir is not the config class of a policy loss" in err
+        assert data["methods"] == ["dppo"]
     assert not (tmp_path / "owned").exists()
 
 
@@ -398,11 +261,8 @@ def test_a_file_of_someone_else_is_not_replaced_and_an_own_one_is(responses, ins
     for method in ("run", "dppo"):
         code, _, _, data = inspect(tmp_path, "--method", method)
         assert code == 0
-    assert data["settings"] == ["dppo"]
+    assert data["methods"] == ["dppo"]
     assert [p.name for p in tmp_path.iterdir() if "page" in p.name] == ["page.html"]
-
-
-# --- the browser ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +282,6 @@ def page(responses, tokenizer, tmp_path_factory):
     return output, {r.key: r for r in sent}
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_the_page_opens_and_fits(page, browser, viewport, scheme):
@@ -431,7 +290,7 @@ def test_the_page_opens_and_fits(page, browser, viewport, scheme):
         assert it.locator("#text bdi").count() > 0
         assert it.locator("#response option").count() == len(page[1])
         for number in range(5):
-            it.select_option("#setting", str(number))
+            it.select_option("#method", str(number))
             for view in ("reason", "count", "divergence"):
                 it.select_option("#view", view)
             assert fits(it)
@@ -513,7 +372,7 @@ def test_colours_follow_the_response_the_method_and_the_view(page, browser):
     with opened(browser, path) as it:
         seen = {}
         for setting in ("0", "2", "3"):
-            it.select_option("#setting", setting)
+            it.select_option("#method", setting)
             for view in ("divergence", "reason", "count"):
                 it.select_option("#view", view)
                 seen[setting, view] = it.locator("#text bdi").evaluate_all(paint)
@@ -521,7 +380,7 @@ def test_colours_follow_the_response_the_method_and_the_view(page, browser):
         assert len({str(seen["0", view]) for view in ("divergence", "reason", "count")}) == 3
         # the settings that mask a token are as many, whichever is chosen
         assert seen["0", "count"] == seen["3", "count"]
-        it.select_option("#setting", "0")
+        it.select_option("#method", "0")
         it.select_option("#view", "reason")
         for value in it.locator("#response option").evaluate_all("x => x.map(y => y.value)")[:4]:
             it.select_option("#response", value)

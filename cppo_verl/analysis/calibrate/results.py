@@ -1,0 +1,160 @@
+"""What proposed thresholds would have masked of the sample, beside the run's own thresholds and the paper's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cppo_verl.analysis import replay
+from cppo_verl.analysis.calibrate.thresholds import Counts, Sample, Thresholds, Wanted, curve, intervals, recorded
+from cppo_verl.evaluation.statistics import Interval
+
+PAPER = {"tv": Thresholds(0.15, 0.02), "kl": Thresholds(0.1, 0.002)}
+"""The paper's thresholds for base models, and for the KL variant."""
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
+NOTICEABLE = 0.1
+"""Engine mismatch is warned of if it takes more than this part of the wanted share, or of delta_b."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Thresholds and what they mask."""
+
+    name: str
+    thresholds: Thresholds
+    counts: Counts
+    masked: Interval
+    by_budget: Interval
+
+
+@dataclass(frozen=True)
+class Drift:
+    """D_t of all tokens of some updates."""
+
+    name: str
+    values: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def quantiles(self) -> dict[float, float]:
+        return dict(zip(QUANTILES, np.quantile(self.values, QUANTILES).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the tables, the figures and the texts are made from."""
+
+    sample: Sample
+    wanted: Wanted
+    proposed: Thresholds
+    headers: dict[int, dict]
+    """{step: header of the dump}."""
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The proposal first, then the run's own thresholds if its decisions were recorded, then the paper's."""
+        rows = [self._row("proposed", self.proposed)]
+        if own := recorded(self.sample.responses):
+            method = self.headers[max(self.headers)]["method"]
+            budget = None if method.get("budget", "none") == "none" else method.get("delta_b")
+            rows.append(self._row("the run's own", Thresholds(method.get("delta"), budget), own))
+        paper = PAPER[self.sample.rule.divergence.rpartition("_")[2]]
+        rows.append(self._row("the paper's", paper if self.has_budget else paper._replace(delta_b=None)))
+        return rows
+
+    @cached_property
+    def curves(self) -> dict[str, list[Row]]:
+        """{threshold: what its other values mask, with the other threshold as proposed}."""
+        return {
+            name: [
+                self._row(name, self.proposed._replace(**{name: value}), counts)
+                for value, counts in curve(self.sample, self.proposed, name)
+            ]
+            for name in self.proposed.given
+        }
+
+    @cached_property
+    def drift(self) -> list[Drift]:
+        """D_t at the first update, which is engine mismatch, and at later ones; without those that the dump lacks."""
+        decisions = self.sample.decisions(self.proposed)
+        found = []
+        for name, chosen in (("first update", self.sample.updates == 0), ("later updates", self.sample.updates > 0)):
+            if chosen.any():
+                parts = zip(self.sample.responses, decisions, chosen, strict=True)
+                values = np.concatenate([np.asarray(d.divergence)[r.mask] for r, d, is_chosen in parts if is_chosen])
+                found.append(Drift(name, values.astype(float)))
+        return found
+
+    @property
+    def has_budget(self) -> bool:
+        return self.proposed.delta_b is not None
+
+    @property
+    def counts(self) -> Counts:
+        """With the proposed thresholds."""
+        return self.rows[0].counts
+
+    @property
+    def first_update(self) -> Counts | None:
+        """With the proposed thresholds, at the first update; None if the dump has none."""
+        return self.counts.of(self.sample.updates == 0)
+
+    @property
+    def mismatch_masks_too_much(self) -> bool:
+        first = self.first_update
+        return first is not None and first.masked_share > NOTICEABLE * self.wanted.masked
+
+    @property
+    def mismatch_spends(self) -> float:
+        """Mean D_t at the first update, as a part of the proposed delta_b; 0 without either."""
+        delta_b = self.proposed.delta_b
+        return 0.0 if self.first_update is None or delta_b is None else self.drift[0].mean / delta_b
+
+    @property
+    def mismatch_spends_too_much(self) -> bool:
+        """Whether engine mismatch, though it masks little, uses up much of the budget."""
+        return not self.mismatch_masks_too_much and self.mismatch_spends > NOTICEABLE
+
+    @property
+    def budget_is_idle(self) -> bool:
+        """Whether delta alone already bounds what the prefix budget would."""
+        delta, delta_b = self.proposed
+        return delta_b is not None and delta_b >= delta * self.sample.rule.w_min
+
+    def by(self, groups: np.ndarray) -> dict[int, Counts]:
+        """{group: what the proposal masks in it}."""
+        found = {int(group): self.counts.of(groups == group) for group in np.unique(groups)}
+        return {group: counts for group, counts in found.items() if counts is not None}
+
+    def _row(self, name: str, thresholds: Thresholds, counts: Counts | None = None) -> Row:
+        counts = self.sample.at(thresholds) if counts is None else counts
+        return Row(name, thresholds, counts, *intervals(counts, self.sample.prompts))
+
+
+def overrides(method: str | None, results: Results) -> str:
+    """The hydra overrides that set the proposal.
+
+    These are ``trust_region.delta`` and ``trust_region.delta_b``, unless the method's config pins its own thresholds:
+    then they are the keys of the loss.
+
+    Args:
+        method: the method asked for; None for the run's own.
+    """
+    values, setting = results.proposed.given, results.sample.setting
+    header = results.headers[max(results.headers)]
+    if method is None and setting.label == replay.run_setting(header).label:
+        shared = all(header["trust_region"].get(name) == header["method"][name] for name in values)
+    else:
+        tried = " ".join([setting.label, *(f"trust_region.{name}={value:g}" for name, value in values.items())])
+        rule = replay.setting(tried, header).actor.policy_loss
+        shared = all(getattr(rule, name) == value for name, value in values.items())
+    prefix = "trust_region" if shared else "actor_rollout_ref.actor.policy_loss"
+    return " ".join(f"{prefix}.{name}={value:g}" for name, value in values.items())
+
+
+def steps(sample: Sample) -> Sequence[int]:
+    return sorted(set(sample.steps.tolist()))

@@ -1,0 +1,147 @@
+"""The methods that `inspect` compares on one dump: the run's own, and others replayed at the run's thresholds."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from cppo_verl.analysis import replay
+from cppo_verl.analysis.inspect.dump import ReplayableDump
+from cppo_verl.analysis.replay import Setting
+from cppo_verl.artifacts.token_dump import Decisions, Response
+from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
+
+RUN = "run"
+"""Names the run's own method among those asked for."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method to compare."""
+
+    label: str
+    settings: dict[int, Setting]
+    """{step: its setting}; the run's own may change from step to step."""
+    recorded: bool = False
+    """Whether the dump has this method's decisions, unless it is one of verl's own losses."""
+
+    @property
+    def about(self) -> str:
+        """Kind of D_t and thresholds."""
+        return "; then ".join(dict.fromkeys(map(_about, self.settings.values())))
+
+    def delta(self, response: Response) -> float | None:
+        """Token threshold; None for a method without one."""
+        return getattr(self.settings[response.step].actor.policy_loss, "delta", None)
+
+    def decide(self, responses: Sequence[Response]) -> Iterator[Decisions]:
+        """Yield the decisions about each response.
+
+        Args:
+            responses: ordered by step.
+        """
+        for setting, group in groupby(responses, key=lambda response: self.settings[response.step]):
+            part = list(group)
+            recorded = self.recorded and all(r.reason is not None and r.update_mask is not None for r in part)
+            yield from part if recorded else replay.decisions(setting, part)
+
+
+def choose(dump: ReplayableDump, asked: Sequence[str] | None) -> list[Method]:
+    """The methods asked for; by default the run's own and every shipped one.
+
+    Those that cannot be replayed on this dump are left out and noted.
+
+    Raises:
+        ValueError: there is no such method, or its config refuses the overrides.
+    """
+    texts = [RUN, *replay.METHODS] if asked is None else list(dict.fromkeys(asked))
+    settings = [replay.setting(text, dump.header) for text in texts if text != RUN]
+    methods, own = [], None
+    if RUN in texts:
+        own = _unchanged_setting(dump)
+        try:
+            methods.append(_of_run(dump, settings if asked is None else []))
+        except ValueError as error:
+            dump.notes.append(str(error))
+    if asked is None and methods and own is not None:  # do not show the run's own again under its shipped name
+        settings = [setting for setting in settings if not _equal(setting, own)]
+    lacking = defaultdict(list)
+    for setting in settings:
+        if all(replay.is_replayable(setting, header) for header in dump.headers.values()):
+            methods.append(Method(setting.label, dict.fromkeys(dump.headers, setting)))
+        else:
+            lacking[setting.divergence or ""].append(setting.label)
+    recorded = "/".join(sorted({header["divergence"] for header in dump.headers.values()}))
+    for divergence, labels in lacking.items():
+        binary = divergence.replace("topk", "binary")
+        dump.notes.append(
+            f"{', '.join(labels)}: left out, because D_t is {divergence}, which cannot be computed from the "
+            f"log-probabilities, and the dump has {recorded}; a run with divergence={divergence} records it, and "
+            f"--method '{labels[0]} divergence={binary}' replays the method with the binary divergence"
+        )
+    return methods
+
+
+def _of_run(dump: ReplayableDump, shipped: Sequence[Setting]) -> Method:
+    """The run's own method, named after the shipped ones that it equals."""
+    settings = {}
+    for step, header in dump.headers.items():
+        try:
+            settings[step] = replay.run_setting(header)
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(f"the run's own method: not readable from the header of step {step} ({line})") from error
+    names = dict.fromkeys(s.label for setting in settings.values() for s in shipped if _equal(s, setting))
+    return Method(f"this run ({', then '.join(names)})" if names else "this run", settings, recorded=True)
+
+
+def _unchanged_setting(dump: ReplayableDump) -> Setting | None:
+    """The run's setting if it is the same at all steps; otherwise note what changed, and return None."""
+    flat = {step: _flat({k: v for k, v in header.items() if k != "step"}) for step, header in dump.headers.items()}
+    steps_of = defaultdict(list)
+    for step, values in flat.items():
+        steps_of[json.dumps(values, sort_keys=True)].append(step)
+    last = flat[max(flat)]
+    for steps in steps_of.values():
+        values = flat[steps[0]]
+        changed = [key for key in sorted(values.keys() | last.keys()) if values.get(key) != last.get(key)]
+        if changed:
+            changes = ", ".join(f"{key} {values.get(key)} instead of {last.get(key)}" for key in changed)
+            dump.notes.append(
+                f"step {', '.join(map(str, steps))}: dumped under other settings than step {max(flat)} ({changes}); "
+                "the run's own masks are the recorded ones, other methods are replayed at the last step's thresholds"
+            )
+    try:
+        return replay.run_setting(dump.header) if len(steps_of) == 1 else None
+    except Exception:  # `_of_run` notes it
+        return None
+
+
+def _flat(value, prefix: str = "") -> dict:
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    return {key: x for name, part in value.items() for key, x in _flat(part, f"{prefix}{name}.").items()}
+
+
+def _equal(a: Setting, b: Setting) -> bool:
+    return all(
+        getattr(a.actor, name) == getattr(b.actor, name)
+        for name in ("policy_loss", "clip_ratio_low", "clip_ratio_high")
+    )
+
+
+def _about(setting: Setting) -> str:
+    loss = setting.actor.policy_loss
+    if isinstance(loss, CPPOLossConfig):
+        about = f"{loss.divergence}, delta {loss.delta:g}"
+        about += "" if loss.budget == "none" else f", delta_b {loss.delta_b:g} {loss.budget}"
+        about += f", w_min {loss.w_min:g}" if loss.w_min < 1 else ""
+        return about + ("" if loss.gate == "hard" else f", {loss.gate} gate")
+    if isinstance(loss, TRMLossConfig):
+        thresholds = [f"{name} {getattr(loss, name):g}" for name in ("delta", "delta_avg") if getattr(loss, name)]
+        return ", ".join([loss.divergence, *thresholds])
+    return f"clips below {1 - setting.actor.clip_ratio_low:g} and above {1 + setting.actor.clip_ratio_high:g}"

@@ -1,0 +1,137 @@
+"""The runs of a report: their names, configs and token dumps, and which of them are drawn as one line."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cppo_verl.analysis.html.figures import SERIES
+from cppo_verl.analysis.report.config_differences import same_but_for_seeds, settings
+from cppo_verl.analysis.report.dump_summary import DumpSummary, summarise
+from cppo_verl.artifacts.run_reader import Run
+from cppo_verl.artifacts.token_dump import read_tokens
+
+STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+"""Line styles of matplotlib; the next one is used when the colours begin again."""
+LEGEND_LENGTH = 26
+"""Most characters of a name in a legend."""
+NO_DUMP = "no token dump; trust_region.dump.every=10 writes one"
+LOSS = "actor_rollout_ref.actor.policy_loss"
+RENAMED = {"trust_region/delta_b": ("trust_region/effective_delta_b", "the figure and the summary of δ_b lack it")}
+"""{metric as older versions logged it: (its name now, what a report lacks without it)}."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReportedRun:
+    """A run with what a report needs of its files."""
+
+    run: Run
+    name: str
+    """Unique in the report."""
+    settings: dict[str, str]
+    """{key: value} of its config; empty without a readable one."""
+    dumped: DumpSummary | None
+    notes: Sequence[str]
+    """What was skipped of this run."""
+
+    @property
+    def has_two_constraints(self) -> bool:
+        """Whether its loss is CPPO's: TRM and prefix ratios reject tokens by other rules, under the same metrics."""
+        return self.settings.get(f"{LOSS}.loss_mode", "cppo") == "cppo"
+
+    @property
+    def thresholds(self) -> tuple[float, float] | None:
+        """delta and w_min; None if its loss has none or the config is not readable."""
+        values = [self.settings.get(f"{LOSS}.{key}", "") for key in ("delta", "w_min")]
+        try:
+            delta, w_min = map(float, values)
+        except ValueError:
+            return None
+        return (delta, w_min) if self.settings.get(f"{LOSS}.loss_mode") == "cppo" else None
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Runs that are drawn as one line: a single run, or several that differ only in their seeds."""
+
+    name: str
+    label: str
+    """Its name in legends, shortened."""
+    runs: Sequence[ReportedRun]
+    color: str
+    style: object
+
+
+def shown(text: str) -> str:
+    """Text from data as a page and a picture can hold it; a file's name may contain anything."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def reported(runs: Sequence[Run]) -> list[ReportedRun]:
+    """Read configs and dumps, one run after the other: all dumps at once could exceed the memory."""
+    return [_reported(run, shown(name)) for run, name in zip(runs, unique_names(runs), strict=True)]
+
+
+def _reported(run: Run, name: str) -> ReportedRun:
+    notes, dumped = list(run.notes), None
+    logged = set().union(*run.steps.values())
+    for old, (new, lacking) in RENAMED.items():
+        if old in logged and new not in logged:
+            notes.append(f"an older version logged this run, with {old} in the place of {new}: {lacking}")
+    if run.path.is_dir():
+        try:
+            dump = read_tokens(run.path)
+            notes += dump.notes
+            dumped = summarise(dump) if dump.responses else None
+        except FileNotFoundError:
+            pass
+    if dumped is None:
+        notes.append(NO_DUMP)
+    return ReportedRun(run, name, settings(run), dumped, notes)
+
+
+def unique_names(runs: Sequence[Run]) -> list[str]:
+    """Labels; where several runs share one, with the name of their folder, or its path if that is not enough."""
+    folders = [run.path if run.path.is_dir() else run.path.parent for run in runs]
+    names = [run.label for run in runs]
+    for further in ([folder.resolve().name for folder in folders], [str(run.path) for run in runs]):
+        count = Counter(names)
+        names = [
+            f"{run.label} ({what})" if count[name] > 1 else name
+            for run, name, what in zip(runs, names, further, strict=True)
+        ]
+    return names
+
+
+def lines(runs: Sequence[ReportedRun]) -> list[Line]:
+    """One line per run, or per group of runs with one label that differ only in their seeds."""
+    groups: list[list[ReportedRun]] = []
+    for item in runs:
+        for group in groups:
+            known = group[0].settings and item.settings
+            same_label = group[0].run.label == item.run.label
+            if known and same_label and same_but_for_seeds(item.settings, group[0].settings):
+                group.append(item)
+                break
+        else:
+            groups.append([item])
+    count = Counter(group[0].run.label for group in groups)
+    names = []
+    for group in groups:
+        label = group[0].run.label
+        name = shown(label) if count[label] == 1 else group[0].name
+        names.append(name + (f" ({len(group)} runs)" if len(group) > 1 else ""))
+    return [
+        Line(name, label, group, SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)])
+        for number, (name, label, group) in enumerate(zip(names, legend_labels(names), groups, strict=True))
+    ]
+
+
+def legend_labels(names: Sequence[str]) -> list[str]:
+    """The names, shortened and yet distinct."""
+    labels: list[str] = []
+    for number, name in enumerate(names, start=1):
+        half = LEGEND_LENGTH // 2
+        label = name if len(name) <= LEGEND_LENGTH else f"{name[:half]}…{name[-half + 1 :]}"
+        label = f" {label}" if label.startswith("_") else label  # matplotlib hides labels that begin with _
+        labels.append(f"{label} #{number}" if label in labels else label)
+    return labels

@@ -1,0 +1,40 @@
+"""Sums of a dump agree with sums token by token."""
+
+import math
+from statistics import fmean
+
+import numpy as np
+import pytest
+from report_runs import data_of, drawn, dump, make, read
+
+from cppo_verl.analysis.report.dump_summary import summarise
+from cppo_verl.analysis.report.page import report
+from cppo_verl.artifacts.token_dump import read_tokens
+
+
+def test_sums_of_the_dump_agree_with_sums_token_by_token(tmp_path):
+    data, log_pi = dump(tmp_path)
+    got = summarise(read_tokens(tmp_path))
+    apart = size = surprise = tokens = 0.0
+    bins = [[] for _ in range(8)]
+    for row in range(24):
+        mu, pi = data["rollout_log_probs"][row].tolist(), log_pi[row].tolist()
+        kept = [t for t, valid in enumerate(data["response_mask"][row].tolist()) if valid]
+        surprise -= sum(mu[t] for t in kept)
+        tokens += len(kept)
+        if row < 8:
+            apart += sum(abs(pi[t] - mu[t]) for t in kept)
+            size += sum(abs(mu[t]) for t in kept)
+        else:
+            for n, t in enumerate(kept, start=1):
+                (place,) = [b for b in range(8) if b * len(kept) < 8 * n <= (b + 1) * len(kept)]
+                bins[place].append(abs(math.exp(pi[t]) - math.exp(mu[t])))
+    assert got.relative_error == {3: pytest.approx(apart / size, rel=1e-5)}
+    assert got.entropy == {3: pytest.approx(surprise / tokens, rel=1e-5)}
+    for values, wanted in zip(got.by_position, bins, strict=True):
+        np.testing.assert_allclose(np.sort(values), sorted(wanted), atol=1e-6)
+    make(tmp_path, answers=False)
+    figures = drawn(report(read(tmp_path)))
+    tops = [fmean(sorted(values)[-max(1, round(len(values) / 10)) :]) for values in bins]
+    np.testing.assert_allclose([y for _, y in data_of(figures["largest_by_position"], "cppo")[0]], tops, rtol=1e-4)
+    assert data_of(figures["relative_error"], "cppo")[0] == [[3, pytest.approx(apart / size, rel=1e-5)]]
