@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from report_runs import ACCURACY, data_of, drawn, dump, make, means_of_ten, read
-from run_folders import write
 from scipy import stats
 
 from cppo_verl.analysis.report.drawing import draw
 from cppo_verl.analysis.report.page import report
 from cppo_verl.analysis.report.runs import NO_DUMP, legend_labels, unique_names
-from cppo_verl.artifacts.run_reader import OLD_RECORD, read_run
 
 
 def test_seeds_of_one_setting_are_one_line_with_a_band(tmp_path):
@@ -88,14 +86,3 @@ def test_making_and_drawing_a_report_does_not_change_the_runs(tmp_path):
     again = report(runs)
     assert again.notes == first.notes
     assert figures == [draw(panel).text() for section in again.sections for panel in section.panels]
-
-
-def test_a_sweep_record_of_an_older_version_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("cppo_verl.artifacts.run_reader.read_record", lambda folder: None)  # today's record is absent
-    write(tmp_path / "metrics.jsonl", json.dumps({"step": 1, "data": {"critic/score/mean": 0.5}}))
-    write(tmp_path / "hydra" / "hydra.yaml", "hydra: {runtime: {choices: {method: dppo}}}")
-    write(tmp_path / "hydra" / "config.yaml", "data: {seed: 1}")
-    write(tmp_path / OLD_RECORD, json.dumps({"swept": ["delta=0.1"]}))
-    run = read_run(tmp_path)
-    assert run.label == "dppo"
-    assert run.notes == ["point.json: the sweep record of an older version; the run is not labelled by what was swept"]
