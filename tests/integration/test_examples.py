@@ -93,9 +93,9 @@ def test_the_shipped_run_is_analysed_without_training(command, browser, tmp_path
     assert arguments[-1] == "--output"
     monkeypatch.chdir(ROOT)
     assert main([*arguments, str(tmp_path / "page.html")]) == 0
-    with opened(browser, tmp_path / "page.html", PHONE, "dark") as looked_at:
-        text = looked_at.inner_text("body")
-    assert "Passed over" not in text and "no tokenizer" not in capsys.readouterr().err
+    with opened(browser, tmp_path / "page.html", PHONE, "dark") as view:
+        text = view.inner_text("body")
+    assert "Notes" not in text and "no tokenizer" not in capsys.readouterr().err
     said = {"inspect": "this run (cppo) masks", "calibrate": "trust_region.delta_b=", "report": "30 of 30"}
     assert said[command[1]] in text
 

@@ -19,9 +19,12 @@ environment = Environment(
 environment.filters["percent"] = percent
 
 
+_captions = environment.overlay(trim_blocks=False)  # a line's end separates words
+
+
 def caption(name: str, **values) -> str:
     """The text ``name`` of ``templates/captions.txt`` in one line, with ``values`` filled in."""
-    texts = environment.get_template("captions.txt")
+    texts = _captions.get_template("captions.txt")
     return " ".join("".join(texts.blocks[name](texts.new_context(values))).split())
 
 

@@ -61,8 +61,8 @@ def thinned(x: Sequence[float], *columns: Sequence[float], points: int = POINTS)
     return arrays
 
 
-def trace(line: Line, x: Values, y: Values, marker: str = "") -> Trace:
-    return Trace(line.label, line.color, line.style, x, y, marker=marker)
+def trace(line: Line, x: Values, y: Values, marker: str = "", marker_size: float = 4) -> Trace:
+    return Trace(line.label, line.color, line.style, x, y, marker=marker, marker_size=marker_size)
 
 
 def left_out(labels: Sequence[str], without: str) -> dict[str, object]:
@@ -139,7 +139,7 @@ def validation(lines: Sequence[Line], benchmarks: Sequence[str], name: str, titl
     for line, curves in complete.items():
         common = [step for step in curves[0] if all(step in values for values in curves)]
         x, mean = thinned(common, [fmean(values[step] for values in curves) for step in common])
-        traces.append(trace(line, x, mean, "o" if len(x) <= 40 else ""))
+        traces.append(trace(line, x, mean, "o" if len(x) <= 40 else "", 3))
         intervals: dict[int, Interval] = {}
         if len(curves) > 1:
             intervals = {step: interval_over_seeds([values[step] for values in curves]) for step in common}

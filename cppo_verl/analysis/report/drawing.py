@@ -53,6 +53,7 @@ def _lines(panel: LinePanel) -> Figure:
             color=trace.color,
             linestyle=trace.style,
             marker=trace.marker,
+            markersize=trace.marker_size,
             label=plain(trace.label) or None,
             gid=None if trace.role == "mean" else trace.role,
             **_LINES[trace.role],

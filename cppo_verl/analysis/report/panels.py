@@ -46,6 +46,7 @@ class Trace:
     role: str = "mean"
     """What the line shows: "mean", "each step" or "delta / w_t"."""
     marker: str = ""
+    marker_size: float = 4
 
 
 @dataclass(frozen=True)
