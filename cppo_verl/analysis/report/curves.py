@@ -61,7 +61,7 @@ def thinned(x: Sequence[float], *columns: Sequence[float], points: int = POINTS)
     return arrays
 
 
-def trace(line: Line, x: Values, y: Values, marker: str = "", marker_size: float = 4) -> Trace:
+def trace(line: Line, x: Values, y: Values, marker: str = "", marker_size: float | None = None) -> Trace:
     return Trace(line.label, line.color, line.style, x, y, marker=marker, marker_size=marker_size)
 
 

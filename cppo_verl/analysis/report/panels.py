@@ -46,7 +46,8 @@ class Trace:
     role: str = "mean"
     """What the line shows: "mean", "each step" or "delta / w_t"."""
     marker: str = ""
-    marker_size: float = 4
+    marker_size: float | None = None
+    """None for the usual size."""
 
 
 @dataclass(frozen=True)
