@@ -12,8 +12,6 @@ import torch
 
 from cppo_verl.core import top_k_divergence
 
-pytestmark = pytest.mark.trainer
-
 WORKER = Path(__file__).parents[1] / "helpers" / "engine_worker.py"
 METHODS = sorted(
     path.stem

@@ -1,6 +1,6 @@
 """The ways to several nodes, with Ray on two nodes of this machine and a program in the trainer's place.
 
-tests/e2e/test_two_nodes.py trains there.
+tests/e2e/distributed/test_two_nodes.py trains there.
 """
 
 import json
