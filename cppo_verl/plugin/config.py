@@ -141,7 +141,7 @@ class MaskedLossConfig(MethodConfig):
         self.require_choice("divergence", Divergence)
         self.require(is_integer(self.top_k) and self.top_k >= 1, "top_k", "an integer >= 1")
         if self.captures and self.preflight is not None:
-            problems = violations(top_k_rules(self.top_k), self.preflight)
+            problems = violations(top_k_rules(self.preflight, self.top_k), self.preflight)
             self.require(not problems, "divergence", " | ".join(problems))
         cap = self.ratio_cap
         self.require(cap is None or (is_number(cap) and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
