@@ -73,12 +73,8 @@ def candidate_divergence(log_pi: Tensor, log_mu: Tensor, sampled_is_top: Tensor,
         log_pi, log_mu: those of mu's K most likely tokens and, in the last column, of the sampled token, [..., K + 1].
         sampled_is_top: whether the sampled token is among the K, shape [...]; its column is unused then.
     """
-    unused = sampled_is_top.unsqueeze(-1)
-
-    def retain(log_prob: Tensor) -> Tensor:
-        return torch.cat([log_prob[..., :-1], log_prob[..., -1:].masked_fill(unused, -torch.inf)], dim=-1)
-
-    return partition_divergence(retain(log_pi), retain(log_mu), kind)
+    unused = torch.nn.functional.pad(sampled_is_top.unsqueeze(-1), (log_mu.shape[-1] - 1, 0))
+    return partition_divergence(log_pi.masked_fill(unused, -torch.inf), log_mu.masked_fill(unused, -torch.inf), kind)
 
 
 def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
