@@ -139,12 +139,6 @@ def refuse_pinned(
 
     A config file may set such a key for all methods, as a recipe's scale does: the preset's own value then stands. On
     the command line a key is meant for this run, which must not go on with another value.
-
-    Args:
-        loss: the loss's config.
-        method: its name in the hydra group.
-        trust_region: the run's.
-        overrides: the command line's.
     """
     given: set[str] = set()
     for override in OverridesParser.create().parse_overrides(list(overrides)):
