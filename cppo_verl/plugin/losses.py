@@ -86,11 +86,10 @@ def loss_context(**changes) -> Iterator[None]:
 def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     """CPPO; DPPO and the paper's ablations are values of its config."""
     divergence, p90 = _divergence(method.partition, method.kind, tokens)
-    weights = (
-        trust_region.shuffled_weights(tokens.mask, method.w_min)
-        if method.weights == "shuffled"
-        else trust_region.position_weights(tokens.valid, method.w_min, horizon=method.horizon)
-    )
+    if method.weights == "shuffled":
+        weights = trust_region.shuffled_weights(tokens.mask, method.w_min)
+    else:
+        weights = trust_region.position_weights(tokens.valid, method.w_min, horizon=method.horizon)
     delta_b: Tensor | float | None = None
     if method.budget == "adaptive":
         delta_b = trust_region.adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp, p90)
@@ -158,20 +157,16 @@ def policy_loss(
     Args:
         rule: one of this module's rules: method config, actor config and tokens to a decision.
         config_type: the class of the actor's ``policy_loss`` that the rule reads.
-        old_log_prob: log mu(y_t | s_t), the rollout engine's own, [B, L].
-        log_prob: log pi(y_t | s_t), carries the gradient, [B, L].
-        advantages: A_t, [B, L].
-        response_mask: true on valid tokens, [B, L]; values elsewhere are ignored.
-        config: the actor's config.
-        loss_agg_mode: how verl's ``agg_loss`` averages the per-token loss.
+        old_log_prob, log_prob: log mu(y_t | s_t), the rollout engine's own, and log pi(y_t | s_t) with the gradient.
+        advantages, response_mask: A_t, and true on valid tokens; values elsewhere are ignored.
         rollout_is_weights: must be None, the ratio to mu is already in the surrogate.
 
     Returns:
         The scalar loss, and sums under `METRIC_PREFIX` that the plug-in's trainer turns into shares.
 
     Raises:
-        ValueError: log-probabilities or advantages that are not finite, or log-probabilities above
-            zero, on valid tokens; tensors of unequal shapes; importance weights.
+        ValueError: log-probabilities or advantages that are not finite, or log-probabilities above zero, on valid
+            tokens; tensors of unequal shapes; importance weights.
         TypeError: a config that is not the method's own.
     """
     method = config.policy_loss

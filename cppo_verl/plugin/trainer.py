@@ -73,19 +73,18 @@ class TrustRegionTrainer(VerlTrainer):
 
     def _init_tokenizer(self):
         super()._init_tokenizer()
-        top_k = self.config.actor_rollout_ref.actor.policy_loss.get("top_k", 0)
         if not self.captures:
             return
-        if len(self.tokenizer) > ABSENT:
+        actor, model = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.model.path
+        top_k, tokens = actor.policy_loss.top_k, len(self.tokenizer)
+        if tokens > ABSENT:
             raise ValueError(
-                f"{self.config.actor_rollout_ref.model.path} has {len(self.tokenizer)} tokens, the top-K divergences "
-                f"pack ids below {ABSENT}: use divergence=binary_tv"
+                f"{model} has {tokens} tokens, the top-K divergences pack ids below {ABSENT}: use divergence=binary_tv"
             )
-        if top_k > len(self.tokenizer):
+        if top_k > tokens:
             raise ValueError(
-                f"policy_loss.top_k={top_k} is more than the {len(self.tokenizer)} tokens that "
-                f"{self.config.actor_rollout_ref.model.path} can generate: "
-                f"set actor_rollout_ref.actor.policy_loss.top_k={min(20, len(self.tokenizer))}"
+                f"policy_loss.top_k={top_k} is more than the {tokens} tokens that {model} can generate: "
+                f"set actor_rollout_ref.actor.policy_loss.top_k={min(20, tokens)}"
             )
 
     def _setup(self):
