@@ -6,7 +6,7 @@ The shipped methods hand the settings concerned to the loss's config by interpol
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -144,7 +144,7 @@ def refuse_pinned(
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         group, _, key = override.key_or_group.partition(".")
         if group == "trust_region":
-            given |= {key} if key else override.value().keys()
+            given.update([key] if key else cast(dict, override.value()))
     problems = []
     for key in ("delta", "delta_b", "budget", "partition"):
         value = trust_region.get(key)
