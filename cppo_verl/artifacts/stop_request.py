@@ -1,13 +1,10 @@
 """Asks a running trainer to end after its current step, with a checkpoint of that step.
 
 A request is a file ``stop`` in the run's ``trainer.default_local_dir``. Anything that writes to that folder can make
-one: ``cppo-verl stop``, the signal handler of `cppo_verl.launch.trainer_process`, a Slurm script's trap, ``touch``. It
-needs neither the address nor the token of the run's Ray cluster. The plug-in's trainers look for it before their first
-step and at the end of each step. One that ends because of it replaces it by a file ``stopped``.
-
-A request is made once. No trainer removes one that it has not obeyed, so a request that comes while a run is starting
-ends that run before its first step. Only who starts a trainer knows that a request is older than the run: launchers
-call `start_over` first.
+one, such as ``cppo-verl stop``, a signal handler or ``touch``, without access to the run's Ray cluster. The plug-in's
+trainers look for it before their first step and after each step; one that ends because of it replaces it by a file
+``stopped``. No trainer removes a request that it has not obeyed. Only who starts a trainer knows that a request is
+older than the run: launchers call `start_over` first.
 """
 
 import time

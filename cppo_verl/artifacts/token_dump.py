@@ -42,9 +42,6 @@ REJECTING = ("token", "budget", "response", "clipped")
 CODE = {name: position for position, name in enumerate(REASONS)}
 
 
-# --- the schema -----------------------------------------------------------------------------------------------
-
-
 class Storage(NamedTuple):
     """How parquet stores a field."""
 
@@ -153,9 +150,6 @@ DECISION_COLUMNS = tuple(f.name for f in fields(Decisions) if f.name in TOKEN_CO
 """Those of them that a method decides or computes."""
 
 
-# --- files ----------------------------------------------------------------------------------------------------
-
-
 def encode(responses: list[Response], header: dict) -> pa.Buffer:
     """The content of one file.
 
@@ -259,18 +253,9 @@ def _header(schema: pa.Schema) -> tuple[dict | None, str]:
 
 
 def _responses(table: pa.Table) -> list[Response]:
-    columns = {}
-    for name in _STORAGE:
-        column = table[name].combine_chunks()
-        if pa.types.is_list(column.type):
-            values, ends = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
-            columns[name] = [
-                values[begin:end] if valid else None
-                for begin, end, valid in zip(ends[:-1], ends[1:], column.is_valid().to_pylist(), strict=True)
-            ]
-        else:
-            columns[name] = column.to_pylist()
-    return [Response(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    columns = {name: table[name] for name in _STORAGE}
+    values = [x.to_numpy() if pa.types.is_list(x.type) else x.to_pylist() for x in columns.values()]
+    return [Response(**dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
 
 
 def _fault(response: Response) -> str | None:

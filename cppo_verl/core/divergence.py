@@ -18,10 +18,7 @@ def binary_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tens
     """D_t on {sampled token, all others}; TV is |pi_t - mu_t|, KL is KL(mu || pi).
 
     Args:
-        log_pi, log_mu: log-probability of the sampled token, shape [...].
-
-    Returns:
-        Shape [...]: TV in [0, 1], KL in nats.
+        log_pi, log_mu: log-probability of the sampled token, shape [...], as is the result: TV in [0, 1], KL in nats.
     """
     log_pi, log_mu = as_float32(log_pi), as_float32(log_mu)
     if kind == "tv":
@@ -33,8 +30,7 @@ def partition_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> T
     """D_t on {each retained token, "other" = the remaining mass}.
 
     Args:
-        log_pi, log_mu: log-probabilities of C distinct tokens, shape [..., C]; a column that holds
-            -inf in both is an unused category.
+        log_pi, log_mu: log-probabilities of C distinct tokens, [..., C]; a column of -inf in both is unused.
         kind: "tv" is half the L1 distance, "kl" is KL(mu || pi).
 
     Returns:
@@ -47,8 +43,7 @@ def partition_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> T
     pi_other, mu_other = _other_mass(log_pi, pi), _other_mass(log_mu, mu)
     if kind == "tv":
         return 0.5 * ((pi - mu).abs().sum(-1) + (pi_other - mu_other).abs())
-    # A mass below the rounding error of the others is noise: without the floor, 1e-7 against 0
-    # would read as an infinite divergence.
+    # A mass below the others' rounding error is noise: without the floor, 1e-7 against 0 would be infinite.
     floor = torch.finfo(pi.dtype).eps
     other = mu_other * (mu_other.clamp_min(floor) / pi_other.clamp_min(floor)).log()
     retained = torch.where(mu > 0, mu * (log_mu - log_pi), torch.zeros_like(mu)).sum(-1)
@@ -62,9 +57,6 @@ def top_k_divergence(log_pi: Tensor, log_mu: Tensor, sampled: Tensor, k: int, ki
         log_pi, log_mu: log-probabilities of the whole vocabulary, shape [..., V].
         sampled: token ids, shape [...].
         k: K >= 1. From K = V on, every token is retained and the value is the exact divergence.
-
-    Returns:
-        Shape [...].
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -78,19 +70,11 @@ def candidate_divergence(log_pi: Tensor, log_mu: Tensor, sampled_is_top: Tensor,
     """Top-K D_t from the log-probabilities of the retained tokens alone.
 
     Args:
-        log_pi, log_mu: those of mu's K most likely tokens and, in the last column, of the sampled token,
-            shape [..., K + 1].
+        log_pi, log_mu: those of mu's K most likely tokens and, in the last column, of the sampled token, [..., K + 1].
         sampled_is_top: whether the sampled token is among the K, shape [...]; its column is unused then.
-
-    Returns:
-        Shape [...].
     """
-    unused = sampled_is_top.unsqueeze(-1)
-
-    def retain(log_prob: Tensor) -> Tensor:
-        return torch.cat([log_prob[..., :-1], log_prob[..., -1:].masked_fill(unused, -torch.inf)], dim=-1)
-
-    return partition_divergence(retain(log_pi), retain(log_mu), kind)
+    unused = torch.nn.functional.pad(sampled_is_top.unsqueeze(-1), (log_mu.shape[-1] - 1, 0))
+    return partition_divergence(log_pi.masked_fill(unused, -torch.inf), log_mu.masked_fill(unused, -torch.inf), kind)
 
 
 def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
@@ -101,16 +85,13 @@ def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tenso
 def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
     """log_softmax(logits[rows]).gather(ids) without gradient, reading the logits once, in fp32.
 
-    The normaliser is summed over a few rows at a time, in a buffer that stays in the processor's cache and
-    is all that is allocated beside the result.
+    The normaliser is summed over a few rows at a time, in a buffer that stays in the processor's cache and is all that
+    is allocated beside the result.
 
     Args:
         logits: shape [N, V], any floating dtype.
-        ids: token ids, shape [R, C].
+        ids: token ids, shape [R, C], as is the result.
         rows: which rows of the logits, shape [R]; all of them if None.
-
-    Returns:
-        Shape [R, C], fp32.
     """
     logits = logits.detach()
     rows = torch.arange(len(logits), device=logits.device) if rows is None else rows

@@ -23,7 +23,7 @@ def mask_sums(
     delta: float,
     p90: Tensor,
 ) -> Tensor:
-    """Sums over the batch: a row per group of `GROUPS`, a column per name of TOKEN_SUMS + RESPONSE_SUMS.
+    """Sums over the batch, [3, 9]: a row per group of `GROUPS`, a column per name of TOKEN_SUMS + RESPONSE_SUMS.
 
     A token belongs to the sign of its advantage, a response to the sign of its advantages' sum; those of advantage zero
     count in "all" only.
@@ -35,9 +35,6 @@ def mask_sums(
         valid: the mask as 0 and 1 in their dtype, [B, L].
         delta: token threshold.
         p90: 0.9-quantile of D_t per response, [B, 1].
-
-    Returns:
-        Shape [3, 9].
     """
     # The token threshold comes first: what w_t D_t <= delta would have let pass, the budget rejected.
     below = (region.weighted_divergence <= delta).to(valid.dtype)
@@ -62,9 +59,7 @@ def position_sums(divergence: Tensor, valid: Tensor) -> Tensor:
 
     Bin b holds the valid tokens t = 1..T of a response with b T < POSITION_BINS t <= (b + 1) T.
 
-    Args:
-        divergence: [B, L], zero outside the mask.
-        valid: the mask as 0 and 1, [B, L], floating.
+    ``divergence`` [B, L] is zero outside the mask, and ``valid`` [B, L] is the mask as 0.0 and 1.0.
     """
     count = valid.cumsum(-1)
     share = torch.arange(1, POSITION_BINS + 1, device=valid.device) / POSITION_BINS
@@ -89,14 +84,10 @@ def _sums_by_sign(columns: tuple[Tensor, ...], valid: Tensor, sign: Tensor) -> T
 
 
 def shares(sums: dict[str, float]) -> dict[str, float]:
-    """Metrics of one group from its sums, which may all be scaled by one common factor.
+    """Metrics of one group from its sums, by name, which may all be scaled by one common factor.
 
-    Args:
-        sums: by the names TOKEN_SUMS + RESPONSE_SUMS.
-
-    Returns:
-        The token metrics if the group has tokens, the rejection shares if any was masked, and the response metrics if
-        it has responses: a share of nothing is left out, not reported as zero.
+    A share of nothing is left out, not reported as zero: the token metrics of a group without tokens, the rejection
+    shares where none was masked, the response metrics of a group without responses.
     """
     metrics: dict[str, float] = {}
     if sums["tokens"] > 0:

@@ -18,14 +18,10 @@ def surrogate_weight(
     """M_t min(rho_t, ratio_cap) A_t, what grad log pi_t is multiplied by in the surrogate (11).
 
     Args:
-        log_ratio: log rho_t = log pi(y_t | s_t) - log mu(y_t | s_t), fp32 or fp64.
-        advantages: A_t.
-        update_mask: M_t.
-        ratio_cap: upper bound of rho_t, which truncates the importance ratio without stopping the
-            gradient, as DPPO does; None for exp(20), the numerical bound.
-
-    Returns:
-        Same shape and dtype.
+        log_ratio: log rho_t = log pi(y_t | s_t) - log mu(y_t | s_t), fp32 or fp64; shape and dtype of the result.
+        advantages, update_mask: A_t and M_t.
+        ratio_cap: upper bound of rho_t, which truncates the importance ratio without stopping the gradient, as DPPO
+            does; None for exp(20), the numerical bound.
     """
     upper = MAX_LOG_RATIO if ratio_cap is None else min(math.log(ratio_cap), MAX_LOG_RATIO)
     return log_ratio.clamp(-MAX_LOG_RATIO, upper).exp_().mul_(advantages).mul_(update_mask)
@@ -33,24 +29,15 @@ def surrogate_weight(
 
 @torch.no_grad()
 def clipped_weight(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """clip(ratio, 1 - low, 1 + high) A_t, an importance weight clipped without gradient as CISPO's is.
-
-    Args:
-        ratio: an importance ratio per token, > 0.
-        advantages: A_t, same shape.
-        low, high: distances of the clip bounds from 1.
-
-    Returns:
-        Same shape.
-    """
+    """clip(ratio, 1 - low, 1 + high) A_t, an importance weight per token, clipped without gradient as CISPO's is."""
     return ratio.clamp(1 - low, 1 + high) * advantages
 
 
 class WeightedLogProb(torch.autograd.Function):
     """Per-token loss -weight_t whose gradient with respect to log_pi is -weight_t too.
 
-    That of -weight_t rho_t / sg(rho_t), without the exponential and what it would store. Its negative sum
-    is the surrogate (11), sum_t M_t rho_t A_t, for `surrogate_weight` without a cap.
+    Its gradient is that of -weight_t rho_t / sg(rho_t), without the exponential and what it would store. Its negative
+    sum is the surrogate (11), sum_t M_t rho_t A_t, for `surrogate_weight` without a cap.
     """
 
     @staticmethod
@@ -72,8 +59,7 @@ def masked_surrogate(
     """Per-token loss -M_t min(rho_t, ratio_cap) A_t, whose negative sum is the surrogate (11).
 
     Args:
-        log_pi: log pi(y_t | s_t), carries the gradient, which is the loss itself.
-        log_mu: log mu(y_t | s_t).
+        log_pi, log_mu: log-probabilities of y_t; log_pi carries the gradient, which is the loss itself.
         advantages, update_mask, ratio_cap: as for `surrogate_weight`.
 
     Returns:
@@ -85,19 +71,14 @@ def masked_surrogate(
 
 @torch.no_grad()
 def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """rho_t min_{j<t} rho_j, and rho_1 at t = 1: MinPRO's (arXiv 2601.22718) surrogate for the prefix
-    ratio prod_{j<=t} rho_j.
+    """rho_t min_{j<t} rho_j, and rho_1 at t = 1: MinPRO's (arXiv 2601.22718) surrogate for prod_{j<=t} rho_j.
 
-    The paper's abstract gives the ratio. Ours is what it leaves open: the minimum runs over the
-    response's valid tokens before t and is not bounded by one, and the ratio is clipped without
-    gradient (`clipped_weight`).
+    The paper's abstract gives the ratio. Ours is what it leaves open: the minimum runs over the response's valid tokens
+    before t and is not bounded by one, and the ratio is clipped without gradient (`clipped_weight`).
 
     Args:
         log_ratio: log rho_t, [..., L].
-        mask: true on valid tokens, [..., L].
-
-    Returns:
-        Shape [..., L]; 1 outside the mask.
+        mask: true on valid tokens, [..., L]; the result is 1 elsewhere.
     """
     log_ratio = torch.where(mask, log_ratio, torch.inf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     before = torch.nn.functional.pad(log_ratio.cummin(-1).values[..., :-1], (1, 0), value=MAX_LOG_RATIO)
@@ -113,10 +94,7 @@ def mean_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         log_ratio: log rho_t, [..., L].
-        mask: true on valid tokens, [..., L].
-
-    Returns:
-        Shape [..., L]; outside the mask the ratio of the valid prefix.
+        mask: true on valid tokens, [..., L]; elsewhere the result is the ratio of the valid prefix.
     """
     log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio.cumsum(-1) / mask.cumsum(-1).clamp_min(1)).exp()

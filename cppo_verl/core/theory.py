@@ -153,4 +153,4 @@ class Region:
 
 def linear_weights(horizon: int, w_min: float) -> np.ndarray:
     """(9), [T]."""
-    return np.linspace(1.0, w_min, horizon) if horizon > 1 else np.ones(1)
+    return np.linspace(1.0, w_min, horizon)

@@ -1,8 +1,9 @@
 """The two coupled constraints of CPPO, in the order of the paper (arXiv 2606.10968).
 
-Every function takes per-token tensors of shape [..., L] and a boolean ``mask`` of the same shape
-that is true on the T valid tokens of a response. Tokens outside the mask (padding, tool output)
-have w = D = 0 and do not advance t, wherever they stand. Nothing here carries a gradient.
+Every function takes per-token tensors of shape [..., L] and a boolean ``mask`` of the same shape that is true on the T
+valid tokens of a response. Tokens outside the mask (padding, tool output) have w = D = 0 and do not advance t, wherever
+they stand. ``delta`` is the token threshold. Results are of shape [..., L] where nothing else is said. Nothing here
+carries a gradient.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -29,16 +30,12 @@ class TrustRegion(NamedTuple):
 def position_weights(
     mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32, horizon: int | None = None
 ) -> Tensor:
-    """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9).
+    """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9); 0 outside the mask.
 
     Args:
-        mask: true, or 1 in ``dtype``, on valid tokens, [..., L].
+        mask: may hold 0 and 1 in ``dtype`` too.
         w_min: weight of the last token, in (0, 1].
-        horizon: T for all responses alike, whose later tokens keep w_min; None for each response's number of valid
-            tokens.
-
-    Returns:
-        Shape [..., L]; 0 outside the mask.
+        horizon: T for all responses alike, whose later tokens keep w_min; None for each one's number of valid tokens.
     """
     valid = mask.to(dtype)
     elapsed = valid.cumsum(-1).sub_(1)
@@ -55,12 +52,8 @@ def shuffled_weights(
     """The weights of (9), randomly reassigned to positions within each response (the paper's ablation).
 
     Args:
-        mask: true on valid tokens, [..., L].
         w_min: weight of the last token before shuffling, in (0, 1].
         generator: of the random order; torch's default if None.
-
-    Returns:
-        Shape [..., L]; 0 outside the mask.
     """
     keys = torch.rand(mask.shape, device=mask.device, generator=generator)
     order = torch.where(mask, keys, torch.inf).argsort(-1)
@@ -76,8 +69,6 @@ def adaptive_budget(
     """delta_b(y) = clamp(P90(D_1..D_T), delta_b_min, upper * delta_b_min) per response (22).
 
     Args:
-        divergence: D_t, [..., L].
-        mask: true on valid tokens, [..., L].
         delta_b_min: lower clamp, > 0.
         upper: upper clamp in units of ``delta_b_min``, >= 1.
         p90: ``masked_quantile(divergence, mask, 0.9)``, if the caller has it already.
@@ -91,11 +82,7 @@ def adaptive_budget(
 
 @torch.no_grad()
 def masked_quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
-    """q-quantile over the valid tokens of each response, with linear interpolation between ranks.
-
-    Returns:
-        Shape [..., 1]; 0 for an empty response.
-    """
+    """q-quantile of each response's valid tokens, interpolated linearly between ranks, [..., 1]; 0 without tokens."""
     ordered = _sort(torch.where(mask, x, torch.inf))
     length = mask.sum(-1, keepdim=True)
     rank = q * (length - 1).clamp_min(0).to(torch.float64)
@@ -121,10 +108,7 @@ def build_trust_region(
 
     Args:
         divergence: D_t >= 0 in fp32 or fp64; values outside the mask are ignored.
-        mask: true on valid tokens.
-        delta: token-level threshold.
-        delta_b: prefix-average threshold, one number or one per response [..., 1]; None for no
-            prefix budget, which leaves c_t = delta.
+        delta_b: prefix-average threshold, a number or [..., 1]; None for no prefix budget, which leaves c_t = delta.
         w_min: weight of the last token, in (0, 1].
         weights: w_t in place of those that (9) makes of ``w_min``; zero outside the mask.
     """
@@ -141,11 +125,7 @@ def build_trust_region(
 
 @torch.no_grad()
 def violation(region: TrustRegion, delta: float) -> Tensor:
-    """x_t = max(w_t D_t / delta, S_t / (delta + delta_b W_{t-1})) (19); feasible iff x_t <= 1.
-
-    Returns:
-        Shape [..., L].
-    """
+    """x_t = max(w_t D_t / delta, S_t / (delta + delta_b W_{t-1})) (19); feasible iff x_t <= 1."""
     token = region.weighted_divergence / delta
     if region.delta_b is None:
         return token
@@ -156,19 +136,12 @@ def violation(region: TrustRegion, delta: float) -> Tensor:
 
 @torch.no_grad()
 def update_mask(
-    region: TrustRegion,
-    log_ratio: Tensor,
-    advantages: Tensor,
-    *,
-    delta: float,
-    gate: Gate = "hard",
-    tau: float = 1.0,
+    region: TrustRegion, log_ratio: Tensor, advantages: Tensor, *, delta: float, gate: Gate = "hard", tau: float = 1.0
 ) -> Tensor:
     """M_t (10): 1 where the update moves rho_t towards one, else the gate of the constraints.
 
     Args:
-        log_ratio: log rho_t.
-        advantages: A_t.
+        log_ratio, advantages: log rho_t and A_t.
         gate: of the violation x_t (19).
             "hard" is I_t = (w_t D_t <= c_t), the same as x_t <= 1.
             "soft" is g(x_t) = min(1, 1/x_t) (20).
@@ -202,14 +175,14 @@ def update_mask(
 def response_mask_by_divergence(
     divergence: Tensor, mask: Tensor, *, delta: float | None, delta_avg: float | None
 ) -> Tensor:
-    """TRM (arXiv 2512.23075): a response is kept or dropped whole, whatever the direction of its updates.
+    """M_t of TRM (arXiv 2512.23075), which keeps or drops a response whole, whatever the direction of its updates.
 
     Args:
         delta: TRM-Max keeps it if max_t D_t <= delta; None leaves this out.
         delta_avg: TRM-Avg keeps it if the mean of D_t <= delta_avg; None leaves this out.
 
     Returns:
-        M_t in {0, 1}, the same for all tokens of a response, shape and dtype of the divergence.
+        M_t in {0, 1}, in the dtype of the divergence.
     """
     if delta is None and delta_avg is None:
         raise ValueError("TRM needs a threshold: delta on the maximum, delta_avg on the mean, or both")

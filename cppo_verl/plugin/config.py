@@ -41,9 +41,8 @@ class DumpConfig(BaseConfig):
     folder: str
 
     def __post_init__(self):
-        for name, low in (("every", 0), ("responses", 1)):
-            value = getattr(self, name)
-            self.require(is_integer(value) and value >= low, name, f"an integer >= {low}")
+        self.require(is_integer(self.every) and self.every >= 0, "every", "an integer >= 0")
+        self.require(is_integer(self.responses) and self.responses >= 1, "responses", "an integer >= 1")
         self.require(is_number(self.megabytes) and self.megabytes > 0, "megabytes", "a number > 0")
         self.require(isinstance(self.folder, str) and self.folder != "", "folder", "a path")
 
@@ -73,7 +72,9 @@ class MethodConfig(PolicyLossConfig):
 
     def __post_init__(self):
         refuse_shared_process()
-        modes = self.loss_modes()
+        modes: tuple[str, ...] = (type(self).loss_mode,)
+        if type(self) is MethodConfig:  # a rule of the plug-in needs its own config, all others are verl's
+            modes = tuple(mode for mode in POLICY_LOSS_REGISTRY if mode not in LOSS_MODES)
         self.require(self.loss_mode in modes, "loss_mode", f"the method sets it, to one of {modes}; leave it out")
         self.require(isinstance(self.mask_std_0, bool), "mask_std_0", "true or false")
         if self.preflight is None:
@@ -91,13 +92,6 @@ class MethodConfig(PolicyLossConfig):
     def dump(self) -> DumpConfig | None:
         """What the run keeps of its tokens; None outside of a run."""
         return None if self.preflight is None else DumpConfig(**self.preflight.trust_region["dump"])
-
-    @classmethod
-    def loss_modes(cls) -> tuple[str, ...]:
-        """Permitted values of loss_mode: a rule of the plug-in needs its own config, all others are verl's."""
-        if cls is MethodConfig:
-            return tuple(mode for mode in POLICY_LOSS_REGISTRY if mode not in LOSS_MODES)
-        return (cls.loss_mode,)
 
     def require(self, ok: bool, name: str, permitted: str) -> None:
         if not ok:
@@ -141,14 +135,13 @@ class MaskedLossConfig(MethodConfig):
         self.require_choice("divergence", Divergence)
         self.require(is_integer(self.top_k) and self.top_k >= 1, "top_k", "an integer >= 1")
         if self.captures and self.preflight is not None:
-            problems = violations(top_k_rules(self.top_k), self.preflight)
+            problems = violations(top_k_rules(self.preflight, self.top_k), self.preflight)
             self.require(not problems, "divergence", " | ".join(problems))
         cap = self.ratio_cap
         self.require(cap is None or (is_number(cap) and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
 
     @property
     def partition(self) -> str:
-        """ "binary" or "topk"."""
         return self.divergence.partition("_")[0]
 
     @property
@@ -205,9 +198,8 @@ class CPPOLossConfig(MaskedLossConfig):
         self.require_number("horizon", 0, optional=True)
         self.require_number("budget_clamp", 0)
         self.require(self.budget_clamp >= 1, "budget_clamp", "a number >= 1, the upper clamp over the lower")
-        self.require(
-            self.horizon is None or self.weights == "linear", "horizon", "null with weights=shuffled, which has no T"
-        )
+        ignored = self.horizon is not None and self.weights == "shuffled"
+        self.require(not ignored, "horizon", "null with weights=shuffled, which has no T")
 
 
 @dataclass
@@ -235,8 +227,7 @@ class TRMLossConfig(MaskedLossConfig):
 class PrefixRatioLossConfig(MethodConfig):
     """Hydra config of the policy loss ``prefix_ratio``; its bounds are the actor's clip_ratio_low and _high.
 
-    Args:
-        ratio: "minimum" is MinPRO's, "mean" is PNPO's.
+    Its ratio "minimum" is MinPRO's, "mean" is PNPO's.
     """
 
     loss_mode: str = "prefix_ratio"

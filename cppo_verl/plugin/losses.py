@@ -12,38 +12,17 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
+from cppo_verl.core import metrics, surrogate, trust_region
 from cppo_verl.core.divergence import Kind, as_float32, binary_divergence
-from cppo_verl.core.metrics import (
-    GROUPS,
-    POSITION_BINS,
-    POSITION_SUMS,
-    RESPONSE_SUMS,
-    TOKEN_SUMS,
-    mask_sums,
-    position_sums,
-)
-from cppo_verl.core.surrogate import (
-    WeightedLogProb,
-    clipped_weight,
-    mean_prefix_ratio,
-    minimum_prefix_ratio,
-    surrogate_weight,
-)
-from cppo_verl.core.trust_region import (
-    TrustRegion,
-    adaptive_budget,
-    build_trust_region,
-    masked_quantile,
-    position_weights,
-    response_mask_by_divergence,
-    shuffled_weights,
-    update_mask,
-)
-from cppo_verl.plugin.config import CPPOLossConfig, MaskedLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.plugin.config import CPPOLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
 
 METRIC_PREFIX = "actor/trust_region/"
-SUM_NAMES = [f"{METRIC_PREFIX}{group}/{name}" for group in GROUPS for name in TOKEN_SUMS + RESPONSE_SUMS]
-SUM_NAMES += [f"{METRIC_PREFIX}position_{b}/{name}" for name in POSITION_SUMS for b in range(POSITION_BINS)]
+SUM_NAMES = [
+    f"{METRIC_PREFIX}{group}/{name}" for group in metrics.GROUPS for name in metrics.TOKEN_SUMS + metrics.RESPONSE_SUMS
+]
+SUM_NAMES += [
+    f"{METRIC_PREFIX}position_{b}/{name}" for name in metrics.POSITION_SUMS for b in range(metrics.POSITION_BINS)
+]
 # Log-probabilities are sums of rounded terms; more than this above zero is no rounding.
 LOG_PROB_TOLERANCE = 1e-3
 
@@ -70,7 +49,7 @@ class Decision(NamedTuple):
     """What grad log pi_t is multiplied by, [B, L]; zero outside the mask."""
     update_mask: Tensor
     """M_t in [0, 1], for the metrics."""
-    region: TrustRegion
+    region: trust_region.TrustRegion
     divergence: Tensor
     delta: float
     """Token threshold; in the metrics it separates the two constraints that can reject a token."""
@@ -107,43 +86,46 @@ def loss_context(**changes) -> Iterator[None]:
 def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     """CPPO; DPPO and the paper's ablations are values of its config."""
     divergence, p90 = _divergence(method.partition, method.kind, tokens)
-    weights = (
-        shuffled_weights(tokens.mask, method.w_min)
-        if method.weights == "shuffled"
-        else position_weights(tokens.valid, method.w_min, horizon=method.horizon)
-    )
+    if method.weights == "shuffled":
+        weights = trust_region.shuffled_weights(tokens.mask, method.w_min)
+    else:
+        weights = trust_region.position_weights(tokens.valid, method.w_min, horizon=method.horizon)
     delta_b: Tensor | float | None = None
     if method.budget == "adaptive":
-        delta_b = adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp, p90)
+        delta_b = trust_region.adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp, p90)
     elif method.budget == "fixed":
         delta_b = method.delta_b
-    region = build_trust_region(divergence, tokens.mask, delta=method.delta, delta_b=delta_b, weights=weights)
-    keep = update_mask(
-        region, tokens.log_ratio, tokens.advantages, delta=method.delta, gate=method.gate, tau=method.tau
-    )
+    delta, gate, log_ratio, advantages = method.delta, method.gate, tokens.log_ratio, tokens.advantages
+    region = trust_region.build_trust_region(divergence, tokens.mask, delta=delta, delta_b=delta_b, weights=weights)
+    keep = trust_region.update_mask(region, log_ratio, advantages, delta=delta, gate=gate, tau=method.tau)
+    weight = surrogate.surrogate_weight(log_ratio, advantages, keep, method.ratio_cap)
     # The penalty's weights leave [0, 1]; the metrics count what it takes off a weight of 1, at most all of it.
-    reported = keep.clamp(0, 1) if method.gate == "penalty" else keep
-    return Decision(_masked(method, tokens, keep), reported, region, divergence, method.delta, p90)
+    reported = keep.clamp(0, 1) if gate == "penalty" else keep
+    return Decision(weight, reported, region, divergence, delta, p90)
 
 
 def trm(method: TRMLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     """TRM-Max, TRM-Avg and both."""
     divergence, p90 = _divergence(method.partition, method.kind, tokens)
-    keep = response_mask_by_divergence(divergence, tokens.mask, delta=method.delta, delta_avg=method.delta_avg)
+    keep = trust_region.response_mask_by_divergence(
+        divergence, tokens.mask, delta=method.delta, delta_avg=method.delta_avg
+    )
     delta = torch.inf if method.delta is None else method.delta
-    region = build_trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
-    return Decision(_masked(method, tokens, keep), keep, region, divergence, delta, p90)
+    region = trust_region.build_trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
+    weight = surrogate.surrogate_weight(tokens.log_ratio, tokens.advantages, keep, method.ratio_cap)
+    return Decision(weight, keep, region, divergence, delta, p90)
 
 
 def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
     """MinPRO and PNPO; a token counts as masked where its ratio is clipped."""
-    ratio = {"minimum": minimum_prefix_ratio, "mean": mean_prefix_ratio}[method.ratio](tokens.log_ratio, tokens.mask)
+    ratio_of = surrogate.minimum_prefix_ratio if method.ratio == "minimum" else surrogate.mean_prefix_ratio
+    ratio = ratio_of(tokens.log_ratio, tokens.mask)
     low, high = config.clip_ratio_low, config.clip_ratio_high
     inside = ((ratio >= 1 - low) & (ratio <= 1 + high)).to(ratio.dtype)
     divergence, p90 = _divergence("binary", "tv", tokens)
-    region = build_trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
+    region = trust_region.build_trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
 
-    weight = clipped_weight(ratio, tokens.advantages, low, high)
+    weight = surrogate.clipped_weight(ratio, tokens.advantages, low, high)
     return Decision(weight, inside, region, divergence, torch.inf, p90)
 
 
@@ -155,12 +137,7 @@ def _divergence(partition: str, kind: Kind, tokens: Tokens) -> tuple[Tensor, Ten
         divergence = tokens.divergence
     else:
         raise RuntimeError(f"divergence={partition}_{kind} is measured in the forward pass by the plug-in's trainers")
-    return divergence, masked_quantile(divergence, tokens.mask, 0.9)
-
-
-def _masked(method: MaskedLossConfig, tokens: Tokens, keep: Tensor) -> Tensor:
-    """The surrogate that all masked methods share, so that two of them differ in the mask alone."""
-    return surrogate_weight(tokens.log_ratio, tokens.advantages, keep, method.ratio_cap)
+    return divergence, trust_region.masked_quantile(divergence, tokens.mask, 0.9)
 
 
 def policy_loss(
@@ -180,20 +157,16 @@ def policy_loss(
     Args:
         rule: one of this module's rules: method config, actor config and tokens to a decision.
         config_type: the class of the actor's ``policy_loss`` that the rule reads.
-        old_log_prob: log mu(y_t | s_t), the rollout engine's own, [B, L].
-        log_prob: log pi(y_t | s_t), carries the gradient, [B, L].
-        advantages: A_t, [B, L].
-        response_mask: true on valid tokens, [B, L]; values elsewhere are ignored.
-        config: the actor's config.
-        loss_agg_mode: how verl's ``agg_loss`` averages the per-token loss.
+        old_log_prob, log_prob: log mu(y_t | s_t), the rollout engine's own, and log pi(y_t | s_t) with the gradient.
+        advantages, response_mask: A_t, and true on valid tokens; values elsewhere are ignored.
         rollout_is_weights: must be None, the ratio to mu is already in the surrogate.
 
     Returns:
         The scalar loss, and sums under `METRIC_PREFIX` that the plug-in's trainer turns into shares.
 
     Raises:
-        ValueError: log-probabilities or advantages that are not finite, or log-probabilities above
-            zero, on valid tokens; tensors of unequal shapes; importance weights.
+        ValueError: log-probabilities or advantages that are not finite, or log-probabilities above zero, on valid
+            tokens; tensors of unequal shapes; importance weights.
         TypeError: a config that is not the method's own.
     """
     method = config.policy_loss
@@ -226,30 +199,21 @@ def policy_loss(
         decision = rule(method, config, tokens)
         if context.observed is not None:
             context.observed.append((method, tokens, decision))
-        sums = mask_sums(
-            decision.region,
-            decision.update_mask,
-            decision.divergence,
-            tokens.log_ratio,
-            advantages,
-            valid,
-            decision.delta,
-            decision.p90,
-        )
-        positions = position_sums(decision.divergence, valid)
+        weight, update_mask, region, divergence, delta, p90 = decision
+        sums = metrics.mask_sums(region, update_mask, divergence, tokens.log_ratio, advantages, valid, delta, p90)
+        positions = metrics.position_sums(divergence, valid)
         # The maximum shows nan, +inf and values above zero, the sum shows -inf.
         extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
         # One transfer to the host for everything.
-        *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = torch.cat(
-            [sums.flatten(), positions.flatten(), extremes]
-        ).tolist()
+        reported = torch.cat([sums.flatten(), positions.flatten(), extremes])
+        *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = reported.tolist()
 
     sound = all(map(math.isfinite, (pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum)))
     if not sound or max(pi_max, mu_max) > LOG_PROB_TOLERANCE:  # perhaps in the padding only
         for name, x in inputs.items():
             check_values(name, x, mask)
 
-    loss_mat = WeightedLogProb.apply(log_prob, decision.weight)
+    loss_mat = surrogate.WeightedLogProb.apply(log_prob, weight)
     if totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/tokens")]:
         loss = agg_loss(loss_mat=loss_mat, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     else:

@@ -4,9 +4,9 @@ The shipped methods hand the settings concerned to the loss's config by interpol
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -57,137 +57,79 @@ class Preflight(BaseConfig):
     trust_region: dict
 
     def __post_init__(self):
-        problems = violations(ROLLOUT_POLICY_RULES, self)
+        problems = violations(rollout_policy_rules(self), self)
         if problems:
             raise ValueError("old_log_prob would not be the rollout policy's: " + " | ".join(problems))
         for key in self.trust_region.keys() - set(TRUST_REGION_KEYS):
             value = self.trust_region[key]
             raise ValueError(f"trust_region has no key {key!r} (got {key}={value!r}); it has {TRUST_REGION_KEYS}")
 
-    @property
-    def nearest_trainer_mode(self) -> str:
-        """The plug-in's trainer for the mode that the run names, else its synchronous one."""
-        mode = TRAINER_MODE_PREFIX + self.trainer_mode
-        return mode if mode in TRAINER_MODES else TRAINER_MODES[0]
-
 
 class Rule(NamedTuple):
-    """What a setting of the run may be, and what to say where it is something else."""
+    """Whether a setting of the run is permitted, and what to say where it is not."""
 
-    field: str
-    """Of `Preflight`."""
     setting: str
-    """Its dotted key in the run's config."""
-    permitted: Callable[[Preflight], bool]
+    """Its dotted key in the run's config; with hydra's "++" where the config may lack it."""
+    permitted: bool
     reason: str
-    """Why another value breaks the run; a format string over ``run``, the `Preflight`."""
-    fix: str = "{setting}=true"
-    """The override that mends it; a format string likewise."""
+    """Why the value breaks the run."""
+    fix: str = "true"
+    """The value that mends it, and what else does."""
 
 
-def violations(rules: tuple[Rule, ...], run: Preflight) -> list[str]:
+def violations(rules: list[Rule], run: Preflight) -> list[str]:
     """One sentence for each rule that the run breaks, with the override that mends it."""
-    return [
-        f"{rule.setting}={getattr(run, rule.field)} {rule.reason.format(run=run)}; "
-        f"set {rule.fix.format(run=run, setting=rule.setting)}"
-        for rule in rules
-        if not rule.permitted(run)
-    ]
+    problems = []
+    for rule in rules:
+        if not rule.permitted:
+            field = rule.setting.rpartition(".")[2]
+            value = getattr(run, {"name": "rollout_name", "enabled": "distillation"}.get(field, field))
+            problems.append(f"{rule.setting.lstrip('+')}={value} {rule.reason}; set {rule.setting}={rule.fix}")
+    return problems
 
 
 CORRECTION, ROLLOUT, ACTOR = "algorithm.rollout_correction.", "actor_rollout_ref.rollout.", "actor_rollout_ref.actor."
 TRUNCATES = "truncates the sampling distribution, so the trainer's log-probabilities describe a different distribution"
 CORRECTS = "corrects for the mismatch that the ratio to mu already carries"
 
-ROLLOUT_POLICY_RULES = (
-    Rule(
-        "use_v1",
-        "trainer.use_v1",
-        lambda run: run.use_v1,
-        "selects the legacy trainer, which replaces the policy loss in bypass mode",
-    ),
-    Rule(
-        "trainer_mode",
-        "trainer.v1.trainer_mode",
-        lambda run: run.trainer_mode in TRAINER_MODES,
-        f"is not one of the plug-in's trainers {', '.join(TRAINER_MODES)}",
-        "{setting}={run.nearest_trainer_mode}",
-    ),
-    Rule(
-        "bypass_mode",
-        CORRECTION + "bypass_mode",
-        lambda run: run.bypass_mode,
-        "recomputes old_log_prob with the trainer's weights",
-    ),
-    Rule("rollout_is", CORRECTION + "rollout_is", lambda run: run.rollout_is is None, CORRECTS, "{setting}=null"),
-    Rule("rollout_rs", CORRECTION + "rollout_rs", lambda run: run.rollout_rs is None, CORRECTS, "{setting}=null"),
-    Rule(
-        "calculate_log_probs",
-        ROLLOUT + "calculate_log_probs",
-        lambda run: run.calculate_log_probs,
-        "does not record the rollout engine's log-probabilities",
-    ),
-    Rule("temperature", ROLLOUT + "temperature", lambda run: run.temperature > 0, "is greedy", "{setting}=1"),
-    Rule(
-        "logprobs_mode",
-        ROLLOUT + "logprobs_mode",
-        lambda run: run.logprobs_mode in ("processed_logprobs", *(["raw_logprobs"] if run.temperature == 1 else [])),
-        "records another distribution than the one sampled at temperature {run.temperature}",
-        "{setting}=processed_logprobs",
-    ),
-    Rule("top_p", ROLLOUT + "top_p", lambda run: run.top_p == 1, TRUNCATES, "{setting}=1"),
-    Rule("top_k", ROLLOUT + "top_k", lambda run: run.top_k in (-1, 0), TRUNCATES, "{setting}=-1"),
-)
-"""What makes old_log_prob the log-probability under mu."""
+
+def rollout_policy_rules(run: Preflight) -> list[Rule]:
+    """What makes old_log_prob the log-probability under mu."""
+    modes = ("processed_logprobs", *(["raw_logprobs"] if run.temperature == 1 else []))
+    other_mode = f"records another distribution than the one sampled at temperature {run.temperature}"
+    other_trainer = f"is not one of the plug-in's trainers {', '.join(TRAINER_MODES)}"
+    nearest = f"{TRAINER_MODE_PREFIX}{run.trainer_mode}"
+    trainer = nearest if nearest in TRAINER_MODES else TRAINER_MODES[0]
+    return [
+        Rule("trainer.use_v1", run.use_v1, "is the legacy trainer, which replaces the policy loss in bypass mode"),
+        Rule("trainer.v1.trainer_mode", run.trainer_mode in TRAINER_MODES, other_trainer, trainer),
+        Rule(CORRECTION + "bypass_mode", run.bypass_mode, "recomputes old_log_prob with the trainer's weights"),
+        Rule(CORRECTION + "rollout_is", run.rollout_is is None, CORRECTS, "null"),
+        Rule(CORRECTION + "rollout_rs", run.rollout_rs is None, CORRECTS, "null"),
+        Rule(ROLLOUT + "calculate_log_probs", run.calculate_log_probs, "drops the rollout engine's log-probabilities"),
+        Rule(ROLLOUT + "temperature", run.temperature > 0, "is greedy", "1"),
+        Rule(ROLLOUT + "logprobs_mode", run.logprobs_mode in modes, other_mode, "processed_logprobs"),
+        Rule(ROLLOUT + "top_p", run.top_p == 1, TRUNCATES, "1"),
+        Rule(ROLLOUT + "top_k", run.top_k in (-1, 0), TRUNCATES, "-1"),
+    ]
 
 
-def top_k_rules(top_k: int) -> tuple[Rule, ...]:
-    """What a divergence on mu's ``top_k`` most likely tokens needs beyond `ROLLOUT_POLICY_RULES`."""
-    binary = " or divergence=binary_tv"
-    return (
-        Rule(
-            "rollout_name",
-            ROLLOUT + "name",
-            lambda run: run.rollout_name in ("vllm", TOP_K_ROLLOUT),
-            "cannot return mu's most likely tokens",
-            "{setting}=vllm" + binary,
-        ),
-        Rule(
-            "max_logprobs",
-            ROLLOUT + "engine_kwargs.vllm.max_logprobs",
-            lambda run: run.max_logprobs == -1 or run.max_logprobs >= top_k,
-            f"is below top_k={top_k}",
-            f"++{{setting}}={top_k}",
-        ),
-        Rule(
-            "strategy",
-            ACTOR + "strategy",
-            lambda run: run.strategy in ("fsdp", "fsdp2"),
-            "is an engine whose logits the top-K divergences do not read",
-            "{setting}=fsdp2" + binary,
-        ),
-        Rule(
-            "use_fused_kernels",
-            "actor_rollout_ref.model.use_fused_kernels",
-            lambda run: not run.use_fused_kernels,
-            "leaves no logits to take D_t from",
-            "{setting}=false" + binary,
-        ),
-        Rule(
-            "pad_to_length",
-            ACTOR + "fsdp_config.pad_to_length",
-            lambda run: not run.pad_to_length,
-            "is refused by verl's engine together with its logits hook",
-            "{setting}=false" + binary,
-        ),
-        Rule(
-            "distillation",
-            "distillation.enabled",
-            lambda run: not run.distillation,
-            "uses verl's only logits hook",
-            "{setting}=false" + binary,
-        ),
-    )
+def top_k_rules(run: Preflight, top_k: int) -> list[Rule]:
+    """What a divergence on mu's ``top_k`` most likely tokens needs beyond `rollout_policy_rules`."""
+    vllm, fsdp, false = (f"{value} or divergence=binary_tv" for value in ("vllm", "fsdp2", "false"))
+    most, fused = f"++{ROLLOUT}engine_kwargs.vllm.max_logprobs", "actor_rollout_ref.model.use_fused_kernels"
+    returns = run.rollout_name in ("vllm", TOP_K_ROLLOUT)
+    enough = run.max_logprobs == -1 or run.max_logprobs >= top_k
+    unread = "is an engine whose logits the top-K divergences do not read"
+    refused = "is refused by verl's engine together with its logits hook"
+    return [
+        Rule(ROLLOUT + "name", returns, "cannot return mu's most likely tokens", vllm),
+        Rule(most, enough, f"is below top_k={top_k}", str(top_k)),
+        Rule(ACTOR + "strategy", run.strategy in ("fsdp", "fsdp2"), unread, fsdp),
+        Rule(fused, not run.use_fused_kernels, "leaves no logits to take D_t from", false),
+        Rule(ACTOR + "fsdp_config.pad_to_length", not run.pad_to_length, refused, false),
+        Rule("distillation.enabled", not run.distillation, "uses verl's only logits hook", false),
+    ]
 
 
 def refuse_pinned(
@@ -197,19 +139,16 @@ def refuse_pinned(
 
     A config file may set such a key for all methods, as a recipe's scale does: the preset's own value then stands. On
     the command line a key is meant for this run, which must not go on with another value.
-
-    Args:
-        loss: the loss's config.
-        method: its name in the hydra group.
-        trust_region: the run's.
-        overrides: the command line's.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    given = {key for override in parsed for key in _keys(override.key_or_group, override.value())}
+    given: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        group, _, key = override.key_or_group.partition(".")
+        if group == "trust_region":
+            given.update([key] if key else cast(dict, override.value()))
     problems = []
     for key in ("delta", "delta_b", "budget", "partition"):
         value = trust_region.get(key)
-        if f"trust_region.{key}" in given and value != loss.get(key, value):
+        if key in given and value != loss.get(key, value):
             way_out = f"{ACTOR}policy_loss.{key}={value}"
             if key == "partition":
                 way_out = f"divergence={value}_{loss['kind']}"
@@ -219,13 +158,6 @@ def refuse_pinned(
             )
     if problems:
         raise ValueError(" | ".join(problems))
-
-
-def _keys(key: str, value: Any) -> list[str]:
-    """Dotted keys of the leaves that an override sets."""
-    if isinstance(value, dict):
-        return [leaf for name, part in value.items() for leaf in _keys(f"{key}.{name}", part)]
-    return [key]
 
 
 def refuse_shared_process() -> None:

@@ -38,8 +38,7 @@ def shares_by_update(metrics: dict[str, Sequence[float]], first_updates: int = 1
 
     Args:
         metrics: the loss's sums of one step, one value per mini-batch.
-        first_updates: how many of these mini-batches, from the start, count as the first update: 1, or 0 if the
-            policy has been updated since the last weight sync.
+        first_updates: how many mini-batches, from the start, are the first update: 1, or 0 if there was one before.
     """
     result: dict[str, float] = {}
     for when, updates in (("first_update", slice(first_updates)), ("later_updates", slice(first_updates, None))):

@@ -38,9 +38,6 @@ FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs", "advanta
 """Fields of the batch that `DumpWriter` needs."""
 
 
-# --- the trainer, before the update ---------------------------------------------------------------------------
-
-
 def draw(response_mask: Tensor, responses: int, step: int) -> list[int]:
     """Draw rows of a batch at random, without replacement; the draw depends on the step alone.
 
@@ -61,9 +58,6 @@ def row_field(drawn: list[int], rows: int) -> TensorDict:
     numbers[drawn] = torch.tensor(drawn)
     nested = torch.nested.nested_tensor_from_jagged(numbers, torch.arange(rows + 1))
     return TensorDict({ROW: nested}, batch_size=rows)
-
-
-# --- the workers ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -112,13 +106,13 @@ def record(data: TensorDict, model_output: dict, observed: list[Observed]) -> No
         return
     delta_b = [None] * len(drawn)
     if observed:
-        columns = token_columns(*observed[0])
-        region = observed[0][2].region
-        if region.delta_b is not None:
-            delta_b = region.delta_b[drawn, 0].tolist()
+        method, tokens, decision = observed[0]
+        columns = token_columns(method, tokens, decision)
+        if decision.region.delta_b is not None:
+            delta_b = decision.region.delta_b[drawn, 0].tolist()
     else:
-        log_pi, log_mu = (no_padding_2_padding(model_output["log_probs"], data), data["old_log_probs"])
-        log_mu = log_mu.to_padded_tensor(0.0)
+        log_pi = no_padding_2_padding(model_output["log_probs"], data)
+        log_mu = data["old_log_probs"].to_padded_tensor(0.0)
         columns = {"log_pi": log_pi, "divergence": binary_divergence(log_pi, log_mu)}
     # One transfer to the host for everything.
     values = torch.stack([x[drawn].float() for x in columns.values()], dim=1).cpu().numpy()
@@ -161,17 +155,10 @@ def take(_worker) -> list[Record]:
     return records
 
 
-# --- the trainer, after the update ----------------------------------------------------------------------------
-
-
 class DumpWriter:
     """Writes the files of one run's token dump."""
 
     def __init__(self, config: DictConfig, settings: DumpConfig):
-        """
-        Args:
-            config: the run's config, from which the files' headers are made.
-        """
         self.settings = settings
         self.folder = Path(settings.folder)
         actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model

@@ -30,20 +30,7 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.artifacts import stop_request
-from cppo_verl.plugin.checkpoints import (
-    best_so_far,
-    check_resume,
-    forget_others,
-    link_checkpoint,
-    log_to_file,
-    mean_accuracy,
-    newest,
-    not_written,
-    progress_line,
-    rotate,
-    write_best,
-    write_sources,
-)
+from cppo_verl.plugin import checkpoints
 from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
 from cppo_verl.plugin.preflight import captured_bytes, missing_files
 from cppo_verl.plugin.step_metrics import pop_shares, shares_by_update
@@ -77,7 +64,7 @@ class TrustRegionTrainer(VerlTrainer):
         self.captures = getattr(method, "captures", False)  # verl's own losses have no divergence
         if self.captures:
             capture_top_k(config)
-        check_resume(config)
+        checkpoints.check_resume(config)
         stop_request.forget_answer(config.trainer.default_local_dir)
         self.saved_step, self.stopping = None, False
         dump = getattr(method, "dump", None)
@@ -86,19 +73,18 @@ class TrustRegionTrainer(VerlTrainer):
 
     def _init_tokenizer(self):
         super()._init_tokenizer()
-        top_k = self.config.actor_rollout_ref.actor.policy_loss.get("top_k", 0)
         if not self.captures:
             return
-        if len(self.tokenizer) > ABSENT:
+        actor, model = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.model.path
+        top_k, tokens = actor.policy_loss.top_k, len(self.tokenizer)
+        if tokens > ABSENT:
             raise ValueError(
-                f"{self.config.actor_rollout_ref.model.path} has {len(self.tokenizer)} tokens, the top-K divergences "
-                f"pack ids below {ABSENT}: use divergence=binary_tv"
+                f"{model} has {tokens} tokens, the top-K divergences pack ids below {ABSENT}: use divergence=binary_tv"
             )
-        if top_k > len(self.tokenizer):
+        if top_k > tokens:
             raise ValueError(
-                f"policy_loss.top_k={top_k} is more than the {len(self.tokenizer)} tokens that "
-                f"{self.config.actor_rollout_ref.model.path} can generate: "
-                f"set actor_rollout_ref.actor.policy_loss.top_k={min(20, len(self.tokenizer))}"
+                f"policy_loss.top_k={top_k} is more than the {tokens} tokens that {model} can generate: "
+                f"set actor_rollout_ref.actor.policy_loss.top_k={min(20, tokens)}"
             )
 
     def _setup(self):
@@ -108,7 +94,7 @@ class TrustRegionTrainer(VerlTrainer):
 
     def fit(self, agent_loop_manager):
         Path(self.config.trainer.default_local_dir).mkdir(parents=True, exist_ok=True)  # for a request to stop
-        log_to_file(self.config)
+        checkpoints.log_to_file(self.config)
         self.validation: dict[str, float] = {}
         self.step_seconds: list[float] = []
         super().fit(agent_loop_manager)
@@ -154,12 +140,12 @@ class TrustRegionTrainer(VerlTrainer):
         try:
             super()._save_checkpoint()
         except Exception as error:
-            raise RuntimeError(not_written(folder, step, error)) from error
+            raise RuntimeError(checkpoints.not_written(folder, step, error)) from error
         self.saved_step = step
-        if trainer.resume_mode != "disable" and newest(folder) == str(step):
+        if trainer.resume_mode != "disable" and checkpoints.newest(folder) == str(step):
             for role in ("actor", "critic"):
                 keep = trainer.get(f"max_{role}_ckpt_to_keep")
-                self._everywhere(lambda role=role, keep=keep: rotate(folder, step, role, keep))
+                self._everywhere(lambda role=role, keep=keep: checkpoints.rotate(folder, step, role, keep))
 
     def _everywhere(self, function: Callable[[], None]) -> None:
         """Call on every machine that holds a part of a checkpoint, once per worker, and on the trainer's."""
@@ -170,31 +156,29 @@ class TrustRegionTrainer(VerlTrainer):
         self.validation = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
         folder = self.config.trainer.get("validation_data_dir")
         if folder:
-            write_sources(folder, self.global_steps, sample_uids, data_sources)
+            checkpoints.write_sources(folder, self.global_steps, sample_uids, data_sources)
         return self.validation
 
     def on_validate_end(self):
-        super().on_validate_end()
-        self._keep_best(mean_accuracy(self.validation))
-
-    def _keep_best(self, accuracy: float | None) -> None:
         """Keep the checkpoint of the step just validated if none before was better."""
+        super().on_validate_end()
+        accuracy = checkpoints.mean_accuracy(self.validation)
         folder, step = os.path.abspath(self.config.trainer.default_local_dir), self.global_steps
-        if accuracy is None or newest(folder) != str(step):
+        if accuracy is None or checkpoints.newest(folder) != str(step):
             return
-        best = best_so_far(folder)
+        best = checkpoints.best_so_far(folder)
         if best is not None and best["accuracy"] >= accuracy:
             return
-        self._everywhere(lambda: link_checkpoint(folder, step))
-        write_best(folder, step, accuracy)
-        self._everywhere(lambda: forget_others(folder, step))
+        self._everywhere(lambda: checkpoints.link_checkpoint(folder, step))
+        checkpoints.write_best(folder, step, accuracy)
+        self._everywhere(lambda: checkpoints.forget_others(folder, step))
 
     def _compute_metrics(self, batch, metrics, timing_raw, *args, **kwargs):
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
         self.step_seconds.append(timing_raw["step"])
         left = (self.total_training_steps - self.global_steps) * median(self.step_seconds)
-        accuracy = mean_accuracy(self.validation)
-        print(progress_line(self.global_steps, self.total_training_steps, left, metrics, accuracy), flush=True)
+        steps, accuracy = self.total_training_steps, checkpoints.mean_accuracy(self.validation)
+        print(checkpoints.progress_line(self.global_steps, steps, left, metrics, accuracy), flush=True)
 
     def _build_replay_buffer(self):
         replay_buffer = super()._build_replay_buffer()

@@ -18,9 +18,7 @@ def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool])
     are kept too.
 
     Args:
-        uids: the prompt of each row.
-        rewards: of each row.
-        padding: whether a row is padding.
+        uids, rewards, padding: each row's prompt, its reward, and whether it is padding.
 
     Returns:
         Boolean [rows], true where kept, and the share of prompts left out.
@@ -45,7 +43,7 @@ def mini_batch_of_row(rows: int, dp_size: int, mini_batch_size: int) -> Tensor:
 
 
 def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bool) -> TensorDict:
-    """The fields of a batch that leave the other rows out of the loss and its denominators.
+    """response_mask, loss_mask and, with ``seq_mean``, advantages that leave rows out of the loss and its denominators.
 
     A row without valid tokens has no loss, and verl counts ``loss_mask`` for the token denominator. Its sequence
     denominator is the configured mini-batch size, which cannot be changed; in the seq-mean modes the advantages of the
@@ -53,12 +51,8 @@ def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bo
 
     Args:
         data: nested response_mask, loss_mask and advantages.
-        kept: [rows], boolean.
-        mini_batches: index of each row's mini-batch, [rows].
+        kept, mini_batches: whether each row is kept, and the index of its mini-batch, [rows].
         seq_mean: whether ``loss_agg_mode`` averages over sequences.
-
-    Returns:
-        response_mask and loss_mask, with ``seq_mean`` also advantages.
     """
     lengths = data["response_mask"].offsets().diff()
     keep_token = kept.repeat_interleave(lengths)

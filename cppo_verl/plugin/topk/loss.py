@@ -82,25 +82,21 @@ def divergence_of_logits(logits: Tensor, data: TensorDict, kind: Kind) -> Tensor
 
 
 def _layout(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
-    """For each response token of a packed micro-batch: the row of the logits that predict it, its
-    position in its response, and its row among the candidates."""
+    """Each response token's row of the logits that predict it, position in its response, and row of the candidates."""
     lengths = data["responses"].offsets().diff()
     starts = data["responses"].offsets()[:-1]
     position = torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
     first_row = data["input_ids"].offsets()[:-1] + data["prompts"].offsets().diff() - 1
-    first_entry = data[IDS_FIELD].offsets()[:-1]
+    first_entry, entries = data[IDS_FIELD].offsets()[:-1], data[IDS_FIELD].offsets().diff()
     # verl's padding rows are copies of another row with the response cut to one token that is not valid.
-    short = (data[IDS_FIELD].offsets().diff() < lengths).nonzero().flatten().tolist()
+    short = (entries < lengths).nonzero().flatten().tolist()
     if short:
+        got, wanted = entries[short[0]].item(), lengths[short[0]].item()
         raise ValueError(
-            f"row {short[0]} of this micro-batch has {data[IDS_FIELD].offsets().diff()[short[0]].item()} rows of mu's "
-            f"most likely tokens for {lengths[short[0]].item()} response tokens"
+            f"row {short[0]} of this micro-batch has {got} rows of mu's most likely tokens for {wanted} response tokens"
         )
-    return (
-        first_row.repeat_interleave(lengths) + position,
-        position,
-        first_entry.repeat_interleave(lengths) + position,
-    )
+    row, entry = (first.repeat_interleave(lengths) + position for first in (first_row, first_entry))
+    return row, position, entry
 
 
 def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tensor, position: Tensor) -> None:

@@ -3,7 +3,7 @@
 A request with ``logprobs=K`` gets them. One with ``logprobs=True``, as verl's own are, is served as verl serves it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,27 +116,17 @@ class SampledLogProbs(Sequence):
         first = self.flat.start_indices[position]
         return {self.flat.token_ids[first]: Logprob(self.flat.logprobs[first])}
 
-    def __iter__(self) -> Iterator[dict[int, Logprob]]:
-        return map(self.__getitem__, range(len(self)))
-
 
 def captured(flat: FlatLogprobs, top_k: int) -> Captured:
-    """Arrays of a request's log-probabilities.
-
-    vLLM lists, per position, the sampled token and then the most likely ones.
-    """
+    """Arrays of a request's log-probabilities; vLLM lists, per position, the sampled token and then the likeliest."""
     starts = np.asarray(flat.start_indices, dtype=np.int64)
     counts = np.asarray(flat.end_indices, dtype=np.int64) - starts
     all_ids = np.asarray(flat.token_ids, dtype=np.int32)
     all_log_probs = np.asarray(flat.logprobs, dtype=np.float64)
-    if (counts == top_k + 1).all():
-        ids = all_ids.reshape(-1, top_k + 1)[:, 1:]
-        log_probs = all_log_probs.reshape(-1, top_k + 1)[:, 1:]
-    else:
-        columns = starts[:, None] + np.arange(1, top_k + 1)
-        present = np.arange(1, top_k + 1) < counts[:, None]
-        columns = np.where(present, columns, 0)
-        ids = np.where(present, all_ids[columns], ABSENT)
-        log_probs = np.where(present, all_log_probs[columns], -np.inf)
+    rank = np.arange(1, top_k + 1)
+    present = rank < counts[:, None]
+    columns = np.where(present, starts[:, None] + rank, 0)
+    ids = np.where(present, all_ids[columns], ABSENT)
+    log_probs = np.where(present, all_log_probs[columns], -np.inf)
     packed_ids, codes = pack(torch.from_numpy(ids), torch.from_numpy(log_probs))
     return Captured(all_log_probs[starts], packed_ids.numpy(), codes.numpy())

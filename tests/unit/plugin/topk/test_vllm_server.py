@@ -5,7 +5,7 @@ import pytest
 import torch
 from vllm_answers import answer
 
-from cppo_verl.plugin.topk.codec import decode, unpack
+from cppo_verl.plugin.topk.codec import ABSENT, decode, unpack
 from cppo_verl.plugin.topk.vllm_server import SampledLogProbs, captured
 
 
@@ -33,3 +33,9 @@ def test_an_empty_answer_has_no_rows():
     result = captured(answer([]), 3)
     assert result.ids.shape == result.codes.shape == (0, 3)
     assert result.sampled_log_prob.shape == (0,)
+
+
+def test_a_position_with_fewer_candidates_has_absent_ids():
+    ids, log_probs = unpacked(captured(answer([(7, -1.0, {3: -0.5, 7: -1.0}), (5, -9.0, {4: -0.5})]), 2))
+    assert ids == [[3, 7], [4, ABSENT]]
+    assert log_probs[1] == [-0.5, pytest.approx(-32.0)]
