@@ -39,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dataset = datasets.add_parser(name, help=text, description=text)
         dataset.add_argument("--output", type=Path, metavar="FOLDER", help=f"default: data/{name.replace('-', '_')}")
         dataset.add_argument("--force", action="store_true", help="write again, over files that differ")
-        dataset.add_argument(
-            "--expect-rows", type=int, metavar="N", help="fail unless N rows are left (of train, if there is one)"
-        )
+        rows = "fail unless N rows are left (of train, if there is one)"
+        dataset.add_argument("--expect-rows", type=int, metavar="N", help=rows)
         if name == "reasoning-gym":
             dataset.add_argument("task", help="a reasoning-gym name, such as number_sorting")
             dataset.add_argument("--train-size", type=int, default=4096, metavar="N")
@@ -49,27 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             dataset.add_argument("--seed", type=int, default=0)
             dataset.add_argument("--task-settings", nargs="*", default=[], metavar="KEY=VALUE", help="VALUE is JSON")
         else:
-            part = {"dapo": "", "aime": "YEAR=", "gsm8k": "train|validation="}[name]
-            dataset.add_argument(
-                "--source",
-                nargs="+",
-                default=[],
-                metavar=f"{part}PLACE",
-                help="a file, or a folder of files, of " + ", ".join(READERS) + ", or hf:ID[@REVISION]; several for "
-                "one part are joined; default: the hub, at a pinned revision",
-            )
-            dataset.add_argument("--revision", help="commit, tag or branch of the hub's data set")
+            metavar = {"dapo": "PLACE", "aime": "YEAR=PLACE", "gsm8k": "train|validation=PLACE"}[name]
+            places = f"a file, or a folder of files, of {', '.join(READERS)}, or hf:ID[@REVISION]; several for one "
+            places += "part are joined; default: the hub, at a pinned revision"
+            dataset.add_argument("--source", nargs="+", default=[], metavar=metavar, help=places)
         if name == "aime":
             dataset.add_argument("--years", nargs="+", choices=HUB["aime"], default=list(HUB["aime"]))
         else:
-            dataset.add_argument(
-                "--against",
-                nargs="+",
-                type=Path,
-                default=[],
-                metavar="FILE",
-                help="validation files of which no problem should be trained on",
-            )
+            against = "validation files of which no problem should be trained on"
+            dataset.add_argument("--against", nargs="+", type=Path, default=[], metavar="FILE", help=against)
             dataset.add_argument("--drop-contaminated", action="store_true", help="leave such problems out of train")
 
 
@@ -95,7 +82,7 @@ def prepare(args: argparse.Namespace) -> None:
     places: dict[str, list[Place]] = {}
     if args.dataset != "reasoning-gym":
         parts_read = args.years if args.dataset == "aime" else HUB[args.dataset]
-        places = choose_places(args.dataset, parts_read, args.source, args.revision)
+        places = choose_places(args.dataset, parts_read, args.source)
     request = _request(args, places)
     written = _already_written(folder, names, request, args.force)
     if written:
@@ -145,23 +132,23 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 def _already_written(folder: Path, names: list[str], request: dict, force: bool) -> dict | None:
     """Return the manifest if it and all files are what ``request`` writes, None if there is something to write."""
     manifest_path = folder / "manifest.json"
-    present = {name: folder / f"{name}.parquet" for name in names if (folder / f"{name}.parquet").exists()}
+    present = [path for name in names if (path := folder / f"{name}.parquet").exists()]
     if force or not present:
         return None
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         before = manifest["request"]
-        recorded = {name: manifest["files"][path.name]["sha256"] for name, path in present.items()}
+        recorded = [manifest["files"][path.name]["sha256"] for path in present]
     except (OSError, ValueError, KeyError, TypeError):
         raise FileExistsError(
-            f"{', '.join(map(str, present.values()))} exists and {manifest_path} does not describe it: give another "
+            f"{', '.join(map(str, present))} exists and {manifest_path} does not describe it: give another "
             "--output, or --force to overwrite it"
         ) from None
     if before != request:
         differs = "; ".join(f"{k} was {before.get(k)}, is {v}" for k, v in request.items() if before.get(k) != v)
         raise FileExistsError(f"{folder} holds another request's files ({differs}): give another --output, or --force")
-    for name, path in present.items():
-        if sha256(path) != recorded[name]:
+    for path, checksum in zip(present, recorded, strict=True):
+        if sha256(path) != checksum:
             raise FileExistsError(f"{path} has changed since it was written: move it away, or give --force")
     return manifest if len(present) == len(names) else None
 
@@ -171,14 +158,9 @@ def _generate(request: dict) -> tuple[dict[str, list[Row]], dict[str, dict]]:
 
     Nothing is deduplicated: a question may have several right answers, and the verifier knows them.
     """
+    sizes = {key: request[key] for key in ("train_size", "validation_size", "seed")}
     try:
-        train, validation = reasoning_gym.make_rows(
-            request["task"],
-            train_size=request["train_size"],
-            validation_size=request["validation_size"],
-            seed=request["seed"],
-            **request["task_settings"],
-        )
+        train, validation = reasoning_gym.make_rows(request["task"], **sizes, **request["task_settings"])
     except (TypeError, AssertionError) as error:
         raise ValueError(f"--task-settings {request['task_settings']} of {request['task']!r}: {error}") from error
     files = {
