@@ -6,7 +6,6 @@ there what it needs.
 
 import logging
 import math
-import netrc
 import os
 import platform
 import shutil
@@ -15,7 +14,6 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import ray
 from omegaconf import DictConfig, OmegaConf
@@ -77,16 +75,11 @@ def _hub_problem(model: str) -> str | None:
 
 def _wandb_key() -> bool:
     """Whether wandb finds an API key here, or needs none."""
+    import requests  # as wandb does to read ~/.netrc
+
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and host and netrc.netrc(os.path.expanduser(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+    return requests.utils.get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
 
 
 def check_cluster(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
