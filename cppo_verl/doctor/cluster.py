@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,17 +31,14 @@ def describe_node(distributions: list[str], files: list[str], hub_model: str | N
     """What the node that this runs on has; `_problems` compares it with what the run needs.
 
     Args:
-        distributions: whose versions are asked for.
         files: of the config, as ``key=path``.
         hub_model: name of a model on the hub, if the run needs one from there.
-        folder: of the checkpoints, of which the parts that do not exist yet are left out.
+        folder: of the checkpoints; it need not exist yet.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()} | dict.fromkeys(distributions)
     for name in distributions:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     found: dict = {"host": socket.gethostname(), "python": sys.executable, "versions": versions}
     try:
         from cppo_verl.doctor.registrations import registrations
@@ -52,9 +50,7 @@ def describe_node(distributions: list[str], files: list[str], hub_model: str | N
     if hub_model is not None:
         found["hub"] = _hub_problem(hub_model)
     if folder is not None:
-        existing = Path(folder)
-        while not existing.exists():
-            existing = existing.parent
+        existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
         found["free"] = shutil.disk_usage(existing).free
     found["wandb"] = _wandb_key()
     return found
@@ -69,8 +65,12 @@ def _hub_problem(model: str) -> str | None:
     try:
         HfApi().auth_check(model)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return _first_line(error)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _wandb_key() -> bool:
@@ -85,22 +85,17 @@ def _wandb_key() -> bool:
 def check_cluster(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
     """Ask every node of the cluster that RAY_ADDRESS names, or that runs on this machine, and report what is missing.
 
-    Args:
-        config: of the run; None leaves out what depends on it.
-        distributions: whose versions must be this process's on every node.
-        expected: nodes that must be there.
-        patience: seconds to wait for them.
+    The ``distributions`` must have this process's versions on every node. ``expected`` nodes must be there within
+    ``patience`` seconds. Without a ``config`` what depends on it is left out.
     """
     runtime_env = config and OmegaConf.to_container(config.ray_kwargs.ray_init.get("runtime_env") or OmegaConf.create())
     try:
         ray.init("auto", runtime_env=runtime_env or None, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         # Ray's own exceptions for this have no common class.
-        way_out = (
-            "; RAY_ADDRESS must name a running cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH its token"
-            " (recipes/cluster/node.sh starts one and sets both)"
-        )
-        report.say("FAIL", "Ray", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{way_out}")
+        way_out = "RAY_ADDRESS must name a running cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH its token"
+        way_out += " (recipes/cluster/node.sh starts one and sets both)"
+        report.say("FAIL", "Ray", f"{_first_line(error)}; {way_out}")
         return
     try:
         _check_nodes(report, config, distributions, max(expected, config.trainer.nnodes if config else 1), patience)
@@ -113,28 +108,22 @@ def _check_nodes(report, config: DictConfig | None, distributions: list[str], ex
 
     nodes = sorted(_alive(expected, patience), key=lambda node: node["NodeManagerAddress"])
     addresses = [node["NodeManagerAddress"] for node in nodes]
-    report.check(
-        len(nodes) >= expected,
-        "nodes",
-        f"{len(nodes)} alive",
-        f"{len(nodes)} of {expected} have joined Ray ({', '.join(addresses)}): see Ray's logs on the others, or lower "
-        "trainer.nnodes",
-    )
-    if config is not None:
-        _check_slots(report, nodes, config.trainer)
+    way_out = "see Ray's logs on the others, or lower trainer.nnodes"
+    too_few = f"{len(nodes)} of {expected} have joined Ray ({', '.join(addresses)}): {way_out}"
+    report.check(len(nodes) >= expected, "nodes", f"{len(nodes)} alive", too_few)
     files: list[str] = []
     hub_model = folder = None
     if config is not None:
+        _check_slots(report, nodes, config.trainer)
         files, folder = local_files(config), os.path.abspath(config.trainer.default_local_dir)
         model = config.actor_rollout_ref.model.path
         hub_model = None if model.startswith(("/", "./", "../", "~")) or "://" in model else model
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     task = ray.remote(num_cpus=0, max_retries=0)(describe_node)
-    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    answers = [
-        task.options(scheduling_strategy=strategy).remote(distributions, files, hub_model, folder)
-        for strategy in strategies
-    ]
+    answers = []
+    for node in nodes:
+        there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        answers.append(there.remote(distributions, files, hub_model, folder))
     here = describe_node(distributions, [], None, None)["versions"]
     for address, answer in zip(addresses, answers, strict=True):
         try:
@@ -156,14 +145,11 @@ def _check_slots(report, nodes: list[dict], trainer: DictConfig) -> None:
     resources = {node["NodeManagerAddress"]: node["Resources"] for node in nodes}
     slots = {address: int(has.get("GPU", has.get("NPU", 0))) for address, has in resources.items()}
     enough = sum(count >= trainer.n_gpus_per_node for count in slots.values())
-    report.check(
-        enough >= trainer.nnodes,
-        "GPUs",
-        f"{trainer.n_gpus_per_node} or more on {enough} node(s)",
-        f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}, but in Ray "
-        + ", ".join(f"{address} has {count}" for address, count in slots.items())
-        + ": lower the one or the other, or start Ray with --num-gpus there",
-    )
+    wanted = f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
+    there = ", ".join(f"{address} has {count}" for address, count in slots.items())
+    way_out = "lower the one or the other, or start Ray with --num-gpus there"
+    good = f"{trainer.n_gpus_per_node} or more on {enough} node(s)"
+    report.check(enough >= trainer.nnodes, "GPUs", good, f"{wanted}, but in Ray {there}: {way_out}")
 
 
 def _alive(expected: int, patience: float) -> list[dict]:
@@ -183,10 +169,8 @@ def _problems(found: dict, here: dict, config: DictConfig | None, nodes: int) ->
         if there != wanted:
             what = "is not installed" if there is None else f"is {there}"
             problems.append(f"{name} {what}, here it is {wanted}: install the same for {found['python']} there")
-    if "import_error" in found:
-        problems.append(
-            f"the plug-in does not load ({found['import_error']}): pip install it for {found['python']} there"
-        )
+    if error := found.get("import_error"):
+        problems.append(f"the plug-in does not load ({error}): pip install it for {found['python']} there")
     missing = [name for name, ok in found.get("registrations", {}).items() if not ok]
     if missing:
         problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): pip install it there")
