@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ray", action="store_true", help="do not start Ray to check a worker of it")
     cluster = "ask every node of the Ray cluster that RAY_ADDRESS names"
     parser.add_argument("--cluster", action="store_true", help=cluster)
-    parser.add_argument("--nodes", type=int, default=1, help="with --cluster: nodes to wait for (default: %(default)s)")
     overrides = "the arguments of a verl.trainer.main_ppo command; after -- if any of them begins with a dash"
     parser.add_argument("overrides", nargs="*", help=overrides)
 
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         from cppo_verl.doctor.cluster import check_cluster
 
         installed = [name for name in ("cppo-verl", *STACK) if _installed(name)]
-        check_cluster(report, config, installed, args.nodes, patience=60)
+        check_cluster(report, config, installed, patience=60)
     elif not args.no_ray:
         import ray
 

@@ -82,11 +82,11 @@ def _wandb_key() -> bool:
     return requests.utils.get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
 
 
-def check_cluster(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
+def check_cluster(report, config: DictConfig | None, distributions: list[str], patience: float) -> None:
     """Ask every node of the cluster that RAY_ADDRESS names, or that runs on this machine, and report what is missing.
 
-    The ``distributions`` must have this process's versions on every node. ``expected`` nodes must be there within
-    ``patience`` seconds. Without a ``config`` what depends on it is left out.
+    The ``distributions`` must have this process's versions on every node. The config's number of nodes must be there
+    within ``patience`` seconds. Without a ``config`` one node must be, and what else depends on it is left out.
     """
     runtime_env = config and OmegaConf.to_container(config.ray_kwargs.ray_init.get("runtime_env") or OmegaConf.create())
     try:
@@ -98,7 +98,7 @@ def check_cluster(report, config: DictConfig | None, distributions: list[str], e
         report.say("FAIL", "Ray", f"{_first_line(error)}; {way_out}")
         return
     try:
-        _check_nodes(report, config, distributions, max(expected, config.trainer.nnodes if config else 1), patience)
+        _check_nodes(report, config, distributions, config.trainer.nnodes if config else 1, patience)
     finally:
         ray.shutdown()
 

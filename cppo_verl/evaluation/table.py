@@ -7,7 +7,6 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
 from cppo_verl.artifacts.run_reader import Run, labelled, read_generations, read_runs
@@ -25,15 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", choices=paper_results.MODELS, help="the paper's rows of this model beside the runs")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two labels, compared on the same problems")
     parser.add_argument("--format", choices=sorted(FORMATS), default="markdown")
-    parser.add_argument("--output", type=Path, help="write the table to this file")
-    parser.add_argument("--force", action="store_true", help="overwrite --output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and on stderr what was skipped and what to be wary of; return 1 if there is nothing to print."""
-    if args.output and args.output.exists() and not args.force:
-        print(f"{args.output} exists: give --force to overwrite it", file=sys.stderr)
-        return 1
     runs = []
     for text in args.runs:
         try:
@@ -48,12 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if not groups and not args.paper:
         print(f"no run has a validation on {', '.join(benchmarks) or 'anything'}", file=sys.stderr)
         return 1
-    header, rows = rows_of(groups, benchmarks, args.paper)
-    text = FORMATS[args.format](header, rows)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+    print(FORMATS[args.format](*rows_of(groups, benchmarks, args.paper)))
     for warning in warnings(groups):
         print(warning, file=sys.stderr)
     if args.compare:
