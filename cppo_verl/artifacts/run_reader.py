@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,20 +56,14 @@ def labelled(text: str) -> tuple[Path, str | None]:
 
 
 def read_runs(path: Path, label: str | None = None) -> list[Run]:
-    """Read the run at ``path``, or all runs below it if hydra saved several there.
-
-    Raises:
-        FileNotFoundError: there is no such path, or no run in it.
-    """
+    """Read the run at ``path``, or all runs below it if hydra saved several; FileNotFoundError if there is none."""
     roots = sorted({file.parent.parent for file in path.rglob("hydra.yaml")}) if path.is_dir() else []
     if len(roots) < 2 and not any((root / RECORD).exists() for root in roots):
         return [read_run(path, label)]
     runs = []
     for root in roots:
-        try:
+        with suppress(FileNotFoundError):  # of a command that ended before its first metric
             runs.append(read_run(root, label))
-        except FileNotFoundError:  # a command that ended before its first metric
-            continue
     if not runs:
         raise FileNotFoundError(f"none of the {len(roots)} runs in {path} has metrics of verl's file logger")
     return runs
@@ -78,10 +73,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     """Read a run from its folder, or from one jsonl file of verl's file logger.
 
     Every metrics file in the folder counts. Where attempts overlap, as after a resume, the later attempt's step
-    replaces the earlier one's.
-
-    Raises:
-        FileNotFoundError: there is no such path, or the folder has no metrics.
+    replaces the earlier one's. Raises FileNotFoundError if there is no such path, or there are no metrics in it.
     """
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}")
@@ -214,8 +206,7 @@ class Answers:
 def read_generations(folder: Path, step: int) -> Answers:
     """Read the answers that verl dumped at ``step``; the benchmark is "all" if the trainer left no sources.
 
-    Raises:
-        FileNotFoundError: there is no dump of that step.
+    Raises FileNotFoundError without a dump of that step.
     """
     file, answers = folder / f"{step}.jsonl", Answers()
     if not file.exists():

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             dataset.add_argument("--source", nargs="+", default=[], metavar=metavar, help=places)
         if name == "aime":
             dataset.add_argument("--years", nargs="+", choices=HUB["aime"], default=list(HUB["aime"]))
+            dataset.set_defaults(against=[], drop_contaminated=False)  # nothing of it is trained on
         else:
             against = "validation files of which no problem should be trained on"
             dataset.add_argument("--against", nargs="+", type=Path, default=[], metavar="FILE", help=against)
@@ -61,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare what ``args`` asks for; return 0, or 1 with the reason on stderr and no file changed."""
     try:
         prepare(args)
     except (ValueError, OSError) as error:
@@ -73,9 +73,8 @@ def run(args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace) -> None:
     """Write the files that ``args`` asks for, or nothing if they are there already.
 
-    Raises:
-        ValueError: for input that cannot be used.
-        FileExistsError: for a file that this request did not write. In both cases no file is changed.
+    Raises ValueError for input that cannot be used, and FileExistsError for a file that this request did not write. In
+    both cases no file is changed.
     """
     folder = args.output or Path("data") / args.dataset.replace("-", "_")
     names = FILES[args.dataset]
@@ -91,10 +90,7 @@ def prepare(args: argparse.Namespace) -> None:
         return
 
     sources: list[dict] = []
-    if args.dataset == "reasoning-gym":
-        parts, files = _generate(request)
-    else:
-        parts, files = _read(args.dataset, places, sources)
+    parts, files = _read(args.dataset, places, sources) if places else _generate(request)
     from_hub = bool(places) and all(isinstance(p, HubDataset) for part in places.values() for p in part)
     _check_count(args, files[names[0]]["deduplicated"], from_hub)
     if "train" in parts:
@@ -108,11 +104,8 @@ def prepare(args: argparse.Namespace) -> None:
 
 def _request(args: argparse.Namespace, places: dict[str, list[Place]]) -> dict[str, Any]:
     """Return what decides the content of the files, as JSON."""
-    request = {
-        "dataset": args.dataset,
-        "against": [sha256(path) for path in getattr(args, "against", [])],
-        "drop_contaminated": getattr(args, "drop_contaminated", False),
-    }
+    against = [sha256(path) for path in args.against]
+    request = {"dataset": args.dataset, "against": against, "drop_contaminated": args.drop_contaminated}
     if places:
         return request | {"sources": {part: [describe(place) for place in found] for part, found in places.items()}}
     sizes = {key: getattr(args, key) for key in ("task", "train_size", "validation_size", "seed")}
@@ -140,10 +133,8 @@ def _already_written(folder: Path, names: list[str], request: dict, force: bool)
         before = manifest["request"]
         recorded = [manifest["files"][path.name]["sha256"] for path in present]
     except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(
-            f"{', '.join(map(str, present))} exists and {manifest_path} does not describe it: give another "
-            "--output, or --force to overwrite it"
-        ) from None
+        found = f"{', '.join(map(str, present))} exists and {manifest_path} does not describe it"
+        raise FileExistsError(f"{found}: give another --output, or --force to overwrite it") from None
     if before != request:
         differs = "; ".join(f"{k} was {before.get(k)}, is {v}" for k, v in request.items() if before.get(k) != v)
         raise FileExistsError(f"{folder} holds another request's files ({differs}): give another --output, or --force")
@@ -154,20 +145,14 @@ def _already_written(folder: Path, names: list[str], request: dict, force: bool)
 
 
 def _generate(request: dict) -> tuple[dict[str, list[Row]], dict[str, dict]]:
-    """Return rows and counts per file of a reasoning-gym task.
-
-    Nothing is deduplicated: a question may have several right answers, and the verifier knows them.
-    """
+    """Return rows and counts per file. A question may have several right answers, so nothing is deduplicated."""
     sizes = {key: request[key] for key in ("train_size", "validation_size", "seed")}
     try:
         train, validation = reasoning_gym.make_rows(request["task"], **sizes, **request["task_settings"])
     except (TypeError, AssertionError) as error:
         raise ValueError(f"--task-settings {request['task_settings']} of {request['task']!r}: {error}") from error
-    files = {
-        "train": {"read": request["train_size"], "deduplicated": len(train)},
-        "validation": {"read": len(validation), "deduplicated": len(validation)},
-    }
-    return {"train": train, "validation": validation}, files
+    parts = {"train": train, "validation": validation}
+    return parts, {name: {"read": request[f"{name}_size"], "deduplicated": len(rows)} for name, rows in parts.items()}
 
 
 def _read(
@@ -186,20 +171,17 @@ def _read(
     files: dict[str, dict] = {}
     for part in places:
         kept, counts = deduplicate(rows(part))
-        print(
-            f"{part}: {counts['read']} rows read, {counts['duplicates']} duplicates and {len(counts['conflicting'])} "
-            f"prompts with conflicting answers dropped, {len(kept)} left"
-        )
+        dropped = f"{counts['duplicates']} duplicates and {len(counts['conflicting'])} prompts with conflicting answers"
+        print(f"{part}: {counts['read']} rows read, {dropped} dropped, {len(kept)} left")
         for conflict in counts["conflicting"][:3]:
             print(f"  {' | '.join(conflict['answers'])}  <-  {conflict['prompt'][:100]}")
         if dataset != "aime":
             parts[part], files[part] = kept, counts
             continue
         if len(kept) != AIME_ROWS:
-            raise ValueError(
-                f"AIME {part} has {AIME_ROWS} problems, {len(kept)} are left of {counts['read']} rows: are both "
-                f"parts, I and II, in {', '.join(str(getattr(place, 'id', place)) for place in places[part])}?"
-            )
+            read = ", ".join(str(getattr(place, "id", place)) for place in places[part])
+            found = f"{len(kept)} are left of {counts['read']} rows"
+            raise ValueError(f"AIME {part} has {AIME_ROWS} problems, {found}: are both parts, I and II, in {read}?")
         total = files.setdefault("validation", {"read": 0, "duplicates": 0, "deduplicated": 0})
         for key in total:
             total[key] += counts[key]
@@ -208,14 +190,12 @@ def _read(
 
 
 def _check_count(args: argparse.Namespace, rows: int, from_hub: bool) -> None:
-    if args.expect_rows is not None:
-        if rows != args.expect_rows:
-            raise ValueError(f"{rows} rows are left, --expect-rows is {args.expect_rows}")
-    elif args.dataset == "dapo" and from_hub and rows not in DAPO_ROWS:
-        raise ValueError(
-            f"{rows} rows are left, expected {DAPO_ROWS[0]} to {DAPO_ROWS[-1]}: if the data set has changed, say so "
-            f"with --expect-rows {rows}"
-        )
+    if args.expect_rows not in (None, rows):
+        raise ValueError(f"{rows} rows are left, --expect-rows is {args.expect_rows}")
+    if args.expect_rows is None and args.dataset == "dapo" and from_hub and rows not in DAPO_ROWS:
+        expected = f"{DAPO_ROWS[0]} to {DAPO_ROWS[-1]}"
+        way_out = f"if the data set has changed, say so with --expect-rows {rows}"
+        raise ValueError(f"{rows} rows are left, expected {expected}: {way_out}")
 
 
 def _hold_out(args: argparse.Namespace, parts: dict[str, list[Row]], files: dict[str, dict]) -> None:

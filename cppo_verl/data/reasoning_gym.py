@@ -40,9 +40,8 @@ def make_rows(
     The validation problems depend on ``seed`` and ``validation_size`` alone. A training problem whose question is also
     a validation question is dropped, so train may hold fewer than ``train_size`` rows.
 
-    Raises:
-        ValueError: for an unknown task, for a task whose problems do not survive JSON (their own answer no longer
-            verifies), and if no training problem would be left.
+    Raises ValueError for an unknown task, for a task whose problems do not survive JSON (their own answer no longer
+    verifies), and if no training problem would be left.
     """
     if train_size < 1 or validation_size < 1:
         raise ValueError(f"sizes must be at least 1, got train_size={train_size}, validation_size={validation_size}")

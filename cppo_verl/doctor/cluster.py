@@ -21,10 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: weights and Adam's two moments in fp32."""
-LEAST_FREE = 1 << 30
-"""Bytes that a checkpoint folder must have free where the model's size is not known."""
+BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and Adam's two moments in fp32
+LEAST_FREE = 1 << 30  # bytes that a checkpoint folder must have free where the model's size is not known
 
 
 def describe_node(distributions: list[str], files: list[str], hub_model: str | None, folder: str | None) -> dict:
@@ -177,17 +175,15 @@ def _problems(found: dict, here: dict, config: DictConfig | None, nodes: int) ->
     problems += [f"{path} does not exist there: put it on a folder that all nodes share" for path in found["missing"]]
     if config is None:
         return problems
-    if found.get("hub"):
-        problems.append(
-            f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path} is neither cached there nor to be had "
-            f"from the hub ({found['hub']}): set HF_TOKEN before Ray starts there, or name a folder"
-        )
-    need = _checkpoint_share(config, nodes)
-    if found["free"] < need:
-        problems.append(
-            f"{_gib(found['free'])} free for trainer.default_local_dir={config.trainer.default_local_dir}, of which a "
-            f"checkpoint takes {_gib(need)}: make room, or name another folder"
-        )
+    if error := found.get("hub"):
+        model = f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path}"
+        way_out = "set HF_TOKEN before Ray starts there, or name a folder"
+        problems.append(f"{model} is neither cached there nor to be had from the hub ({error}): {way_out}")
+    free, need = found["free"], _checkpoint_share(config, nodes)
+    if free < need:
+        where = f"trainer.default_local_dir={config.trainer.default_local_dir}"
+        way_out = "make room, or name another folder"
+        problems.append(f"{_gib(free)} free for {where}, of which a checkpoint takes {_gib(need)}: {way_out}")
     logger = config.trainer.logger
     if "wandb" in ([logger] if isinstance(logger, str) else logger) and not found["wandb"]:
         problems.append("wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline, before Ray starts there")

@@ -42,13 +42,9 @@ def math_dapo(
     The rule reads the last 300 characters: the last "Answer:" line, compared after normalisation, or without one a
     ``\\boxed{}`` in the last 100, compared as it stands.
 
-    Args:
-        ground_truth: a string, a number, or a list of accepted strings, which may be JSON (``'["34"]'``).
-        time_limit: seconds of wall clock, without the child's start.
-
-    Raises:
-        ValueError: for a ground truth or a limit that cannot be used.
-        RuntimeError: if the child process does not start.
+    ``ground_truth`` is a string, a number, or a list of accepted strings, which may be JSON (``'["34"]'``).
+    ``time_limit`` is in seconds of wall clock, without the child's start. Raises ValueError for a ground truth or a
+    limit that cannot be used, and RuntimeError if the child process does not start.
     """
     graded = _grade(_DAPO, data_source, solution_str, ground_truth, time_limit)
     return {"score": 2.0 * graded["acc"] - 1.0, **graded}
