@@ -17,8 +17,11 @@ COMMANDS = {
 }
 """{name: (module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``, what it does)}."""
 
-TRAINING = {"cluster", "doctor", "evaluate"}
-"""Commands that need all that a training run needs. The others need the extra ``tools`` at most."""
+INSTALL = dict.fromkeys(COMMANDS, "pip install 'cppo-verl[tools]', or '.[tools]' in a checkout")
+INSTALL |= dict.fromkeys(
+    ["doctor", "evaluate"], "pip install 'cppo-verl[gpu]', or `make install` in a checkout for the CPU"
+)
+"""{name: how to get all that the command needs}."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,11 +46,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "cppo_verl":
             raise
-        print(f"cppo-verl {chosen} needs {error.name}, which is not installed: {_way_out(chosen)}", file=sys.stderr)
+        print(f"cppo-verl {chosen} needs {error.name}, which is not installed: {INSTALL[chosen]}", file=sys.stderr)
         return 1
-
-
-def _way_out(command: str) -> str:
-    if command in TRAINING:
-        return "pip install 'cppo-verl[gpu]', or `make install` in a checkout for the CPU"
-    return "pip install 'cppo-verl[tools]', or '.[tools]' in a checkout"

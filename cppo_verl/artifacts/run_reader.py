@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,16 +42,10 @@ class Run:
         """{step: {benchmark: Avg@n}} of verl's validation; if a step has several n, the largest."""
         result: dict[int, dict[str, float]] = defaultdict(dict)
         for step, values in self.steps.items():
-            found = [(int(match["n"]), match["benchmark"], value) for match, value in _accuracies(values)]
-            for _, benchmark, value in sorted(found):
-                result[step][benchmark] = value
+            found = [(match, value) for name, value in values.items() if (match := ACCURACY.match(name))]
+            for match, value in sorted(found, key=lambda pair: int(pair[0]["n"])):
+                result[step][match["benchmark"]] = value
         return dict(result)
-
-
-def _accuracies(values: dict[str, float]) -> Iterator[tuple[re.Match, float]]:
-    for name, value in values.items():
-        if match := ACCURACY.match(name):
-            yield match, value
 
 
 def labelled(text: str) -> tuple[Path, str | None]:
@@ -61,20 +56,14 @@ def labelled(text: str) -> tuple[Path, str | None]:
 
 
 def read_runs(path: Path, label: str | None = None) -> list[Run]:
-    """Read the run at ``path``, or all runs below it if hydra saved several there.
-
-    Raises:
-        FileNotFoundError: there is no such path, or no run in it.
-    """
+    """Read the run at ``path``, or all runs below it if hydra saved several; FileNotFoundError if there is none."""
     roots = sorted({file.parent.parent for file in path.rglob("hydra.yaml")}) if path.is_dir() else []
     if len(roots) < 2 and not any((root / RECORD).exists() for root in roots):
         return [read_run(path, label)]
     runs = []
     for root in roots:
-        try:
+        with suppress(FileNotFoundError):  # of a command that ended before its first metric
             runs.append(read_run(root, label))
-        except FileNotFoundError:  # a command that ended before its first metric
-            continue
     if not runs:
         raise FileNotFoundError(f"none of the {len(roots)} runs in {path} has metrics of verl's file logger")
     return runs
@@ -84,10 +73,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     """Read a run from its folder, or from one jsonl file of verl's file logger.
 
     Every metrics file in the folder counts. Where attempts overlap, as after a resume, the later attempt's step
-    replaces the earlier one's.
-
-    Raises:
-        FileNotFoundError: there is no such path, or the folder has no metrics.
+    replaces the earlier one's. Raises FileNotFoundError if there is no such path, or there are no metrics in it.
     """
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}")
@@ -105,14 +91,11 @@ def read_run(path: Path, label: str | None = None) -> Run:
                 kept[name] = value
     if not found:
         raise FileNotFoundError(f"no metrics of verl's file logger in {path}: expected jsonl lines of step and data")
-    folders = {file.parent for file in found}
+    folders = sorted({str(file.parent) for file in found})
     if len(folders) > 1:
-        run.notes.append(
-            f"metrics of {len(folders)} folders are taken for one run: {', '.join(sorted(map(str, folders)))}"
-        )
+        run.notes.append(f"metrics of {len(folders)} folders are taken for one run: {', '.join(folders)}")
     run.steps = dict(sorted(run.steps.items()))
-    folder = path if path.is_dir() else path.parent
-    _read_config(folder, run, label)
+    _read_config(path if path.is_dir() else path.parent, run, label)
     if path.is_dir():
         # verl's dumps of training responses look the same, but have no sources beside them.
         dumps = sorted({p.parent for p in path.rglob("*.jsonl") if p.stem.isdigit()})
@@ -127,34 +110,30 @@ def _attempt(file: Path) -> tuple:
 
 def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
     """Yield the objects of a jsonl file; note the lines that are not objects."""
-    bad, last = 0, False
+    bad, cut_off = 0, False
     try:
-        text = file.read_bytes().decode("utf-8", errors="replace")
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         notes.append(f"{file.name}: {error.strerror}")
         return
-    for line in text.splitlines():
-        if not line.strip():
-            continue
+    for line in filter(str.strip, text.splitlines()):
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
             record = None
-        last = not isinstance(record, dict)
-        if last:
-            bad += 1
-        else:
+        cut_off = not isinstance(record, dict)
+        bad += cut_off
+        if not cut_off:
             yield record
     if bad:
-        end = "; the last is cut off: a run killed, or still being written" if last else ""
+        end = "; the last is cut off: a run killed, or still being written" if cut_off else ""
         notes.append(f"{file.name}: {bad} line(s) are not JSON objects and were skipped{end}")
 
 
 def _metrics(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, float]]]:
     if file.stem.isdigit():  # a dump of generations
         return
-    missing = set()
-    foreign = 0
+    missing, foreign = set(), 0
     for record in _lines(file, notes):
         step, data = record.get("step"), record.get("data")
         if not isinstance(step, int) or isinstance(step, bool) or not isinstance(data, dict):
@@ -227,8 +206,7 @@ class Answers:
 def read_generations(folder: Path, step: int) -> Answers:
     """Read the answers that verl dumped at ``step``; the benchmark is "all" if the trainer left no sources.
 
-    Raises:
-        FileNotFoundError: there is no dump of that step.
+    Raises FileNotFoundError without a dump of that step.
     """
     file, answers = folder / f"{step}.jsonl", Answers()
     if not file.exists():

@@ -38,11 +38,8 @@ class GlooCheckpointEngine(CheckpointEngine):
     @classmethod
     def build_topology(cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list):
         def kwargs(ranks):
-            return {
-                "rank": ranks,
-                "world_size": [rollout_world_size + 1] * len(ranks),
-                "address": [metadata[0]] * len(ranks),
-            }
+            size, n = rollout_world_size + 1, len(ranks)
+            return {"rank": ranks, "world_size": [size] * n, "address": [metadata[0]] * n}
 
         return kwargs([0] + [-1] * (actor_wg_world_size - 1)), kwargs(list(range(1, rollout_world_size + 1)))
 

@@ -6,17 +6,25 @@ this plug-in. This module imports verl in its functions only, because importing 
 this module.
 """
 
+import contextlib
 import resource
-from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import psutil
 import torch
 
 
+def _nothing(*args, **kwargs) -> None:
+    """Stand for what only an accelerator has."""
+
+
 class CPUDevice(ModuleType):
     """torch.cpu, extended by the functions of torch.cuda that verl calls."""
+
+    set_device = empty_cache = ipc_collect = staticmethod(_nothing)
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    get_rng_state = staticmethod(torch.get_rng_state)
+    set_rng_state = staticmethod(torch.set_rng_state)
 
     def __getattr__(self, name):
         return getattr(torch.cpu, name)
@@ -24,20 +32,6 @@ class CPUDevice(ModuleType):
     @staticmethod
     def get_device_name(index=None) -> str:
         return "CPU"
-
-    @staticmethod
-    def manual_seed(seed: int) -> None:
-        torch.manual_seed(seed)
-
-    manual_seed_all = manual_seed
-
-    @staticmethod
-    def get_rng_state(device=None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    @staticmethod
-    def set_rng_state(state: torch.Tensor, device=None) -> None:
-        torch.set_rng_state(state)
 
     @staticmethod
     def mem_get_info(device=None) -> tuple[int, int]:
@@ -50,37 +44,23 @@ class CPUDevice(ModuleType):
         """Resident memory of this process in bytes."""
         return psutil.Process().memory_info().rss
 
-    memory_reserved = memory_allocated
-
     @staticmethod
     def max_memory_allocated(device=None) -> int:
         """Peak resident memory of this process in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    max_memory_reserved = max_memory_allocated
-
-    @staticmethod
-    def set_device(device) -> None:
-        pass
-
-    @staticmethod
-    def empty_cache() -> None:
-        pass
-
-    @staticmethod
-    def ipc_collect() -> None:
-        pass
-
-
-CPU_DEVICE = CPUDevice("cppo_verl.cpu_device")
+    memory_reserved, max_memory_reserved = memory_allocated, max_memory_allocated
 
 
 class PlatformCPU:
     """What verl asks of a platform; `register_platform` adds verl's base class."""
 
-    device_name = "cpu"
-    vendor_name = "cpu"
-    device_module = CPU_DEVICE
+    device_name = vendor_name = "cpu"
+    device_module = CPUDevice("cppo_verl.cpu_device")
+    nvtx_range = contextlib.nullcontext
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    set_device = synchronize = set_allocator_settings = empty_cache = staticmethod(_nothing)
+    profiler_start = profiler_stop = cudart = staticmethod(_nothing)
 
     def is_available(self) -> bool:
         return True
@@ -94,24 +74,6 @@ class PlatformCPU:
 
     def device_count(self) -> int:
         return 1
-
-    def set_device(self, device_index: int) -> None:
-        pass
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        pass
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
 
     def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
@@ -131,19 +93,6 @@ class PlatformCPU:
 
     def is_ipc_supported(self) -> bool:
         return False
-
-    @contextmanager
-    def nvtx_range(self, msg: str):
-        yield
-
-    def profiler_start(self) -> None:
-        pass
-
-    def profiler_stop(self) -> None:
-        pass
-
-    def cudart(self) -> Any:
-        return None
 
 
 def register_platform() -> None:

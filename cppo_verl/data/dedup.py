@@ -23,13 +23,9 @@ def text_of(messages: Iterable[dict]) -> str:
 def deduplicate(rows: Iterable[dict]) -> tuple[list[dict], dict[str, Any]]:
     """Return the first row of each prompt that has a single answer, and the counts.
 
-    A prompt that comes with more than one answer is dropped: no reward for it can be right. Refusing the file instead
-    would refuse the public DAPO-Math-17k, in which a few such prompts are known.
-
-    Returns:
-        The rows, and ``{"read", "duplicates", "conflicting", "deduplicated"}``, where
-        read = duplicates + len(conflicting) + deduplicated and ``conflicting`` lists the dropped prompts with their
-        answers.
+    A prompt that comes with more than one answer is dropped: no reward for it can be right. A few are known in the
+    public DAPO-Math-17k. The counts are ``{"read", "duplicates", "conflicting", "deduplicated"}``, where read =
+    duplicates + len(conflicting) + deduplicated and ``conflicting`` lists the dropped prompts with their answers.
     """
     first: dict[str, dict] = {}
     answers: dict[str, dict[str, None]] = {}

@@ -39,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dataset = datasets.add_parser(name, help=text, description=text)
         dataset.add_argument("--output", type=Path, metavar="FOLDER", help=f"default: data/{name.replace('-', '_')}")
         dataset.add_argument("--force", action="store_true", help="write again, over files that differ")
-        dataset.add_argument(
-            "--expect-rows", type=int, metavar="N", help="fail unless N rows are left (of train, if there is one)"
-        )
+        rows = "fail unless N rows are left (of train, if there is one)"
+        dataset.add_argument("--expect-rows", type=int, metavar="N", help=rows)
         if name == "reasoning-gym":
             dataset.add_argument("task", help="a reasoning-gym name, such as number_sorting")
             dataset.add_argument("--train-size", type=int, default=4096, metavar="N")
@@ -49,32 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             dataset.add_argument("--seed", type=int, default=0)
             dataset.add_argument("--task-settings", nargs="*", default=[], metavar="KEY=VALUE", help="VALUE is JSON")
         else:
-            part = {"dapo": "", "aime": "YEAR=", "gsm8k": "train|validation="}[name]
-            dataset.add_argument(
-                "--source",
-                nargs="+",
-                default=[],
-                metavar=f"{part}PLACE",
-                help="a file, or a folder of files, of " + ", ".join(READERS) + ", or hf:ID[@REVISION]; several for "
-                "one part are joined; default: the hub, at a pinned revision",
-            )
-            dataset.add_argument("--revision", help="commit, tag or branch of the hub's data set")
+            metavar = {"dapo": "PLACE", "aime": "YEAR=PLACE", "gsm8k": "train|validation=PLACE"}[name]
+            places = f"a file, or a folder of files, of {', '.join(READERS)}, or hf:ID[@REVISION]; several for one "
+            places += "part are joined; default: the hub, at a pinned revision"
+            dataset.add_argument("--source", nargs="+", default=[], metavar=metavar, help=places)
         if name == "aime":
             dataset.add_argument("--years", nargs="+", choices=HUB["aime"], default=list(HUB["aime"]))
+            dataset.set_defaults(against=[], drop_contaminated=False)  # nothing of it is trained on
         else:
-            dataset.add_argument(
-                "--against",
-                nargs="+",
-                type=Path,
-                default=[],
-                metavar="FILE",
-                help="validation files of which no problem should be trained on",
-            )
+            against = "validation files of which no problem should be trained on"
+            dataset.add_argument("--against", nargs="+", type=Path, default=[], metavar="FILE", help=against)
             dataset.add_argument("--drop-contaminated", action="store_true", help="leave such problems out of train")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare what ``args`` asks for; return 0, or 1 with the reason on stderr and no file changed."""
     try:
         prepare(args)
     except (ValueError, OSError) as error:
@@ -86,16 +73,15 @@ def run(args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace) -> None:
     """Write the files that ``args`` asks for, or nothing if they are there already.
 
-    Raises:
-        ValueError: for input that cannot be used.
-        FileExistsError: for a file that this request did not write. In both cases no file is changed.
+    Raises ValueError for input that cannot be used, and FileExistsError for a file that this request did not write. In
+    both cases no file is changed.
     """
     folder = args.output or Path("data") / args.dataset.replace("-", "_")
     names = FILES[args.dataset]
     places: dict[str, list[Place]] = {}
     if args.dataset != "reasoning-gym":
         parts_read = args.years if args.dataset == "aime" else HUB[args.dataset]
-        places = choose_places(args.dataset, parts_read, args.source, args.revision)
+        places = choose_places(args.dataset, parts_read, args.source)
     request = _request(args, places)
     written = _already_written(folder, names, request, args.force)
     if written:
@@ -104,10 +90,7 @@ def prepare(args: argparse.Namespace) -> None:
         return
 
     sources: list[dict] = []
-    if args.dataset == "reasoning-gym":
-        parts, files = _generate(request)
-    else:
-        parts, files = _read(args.dataset, places, sources)
+    parts, files = _read(args.dataset, places, sources) if places else _generate(request)
     from_hub = bool(places) and all(isinstance(p, HubDataset) for part in places.values() for p in part)
     _check_count(args, files[names[0]]["deduplicated"], from_hub)
     if "train" in parts:
@@ -121,11 +104,8 @@ def prepare(args: argparse.Namespace) -> None:
 
 def _request(args: argparse.Namespace, places: dict[str, list[Place]]) -> dict[str, Any]:
     """Return what decides the content of the files, as JSON."""
-    request = {
-        "dataset": args.dataset,
-        "against": [sha256(path) for path in getattr(args, "against", [])],
-        "drop_contaminated": getattr(args, "drop_contaminated", False),
-    }
+    against = [sha256(path) for path in args.against]
+    request = {"dataset": args.dataset, "against": against, "drop_contaminated": args.drop_contaminated}
     if places:
         return request | {"sources": {part: [describe(place) for place in found] for part, found in places.items()}}
     sizes = {key: getattr(args, key) for key in ("task", "train_size", "validation_size", "seed")}
@@ -145,47 +125,34 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 def _already_written(folder: Path, names: list[str], request: dict, force: bool) -> dict | None:
     """Return the manifest if it and all files are what ``request`` writes, None if there is something to write."""
     manifest_path = folder / "manifest.json"
-    present = {name: folder / f"{name}.parquet" for name in names if (folder / f"{name}.parquet").exists()}
+    present = [path for name in names if (path := folder / f"{name}.parquet").exists()]
     if force or not present:
         return None
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         before = manifest["request"]
-        recorded = {name: manifest["files"][path.name]["sha256"] for name, path in present.items()}
+        recorded = [manifest["files"][path.name]["sha256"] for path in present]
     except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(
-            f"{', '.join(map(str, present.values()))} exists and {manifest_path} does not describe it: give another "
-            "--output, or --force to overwrite it"
-        ) from None
+        found = f"{', '.join(map(str, present))} exists and {manifest_path} does not describe it"
+        raise FileExistsError(f"{found}: give another --output, or --force to overwrite it") from None
     if before != request:
         differs = "; ".join(f"{k} was {before.get(k)}, is {v}" for k, v in request.items() if before.get(k) != v)
         raise FileExistsError(f"{folder} holds another request's files ({differs}): give another --output, or --force")
-    for name, path in present.items():
-        if sha256(path) != recorded[name]:
+    for path, checksum in zip(present, recorded, strict=True):
+        if sha256(path) != checksum:
             raise FileExistsError(f"{path} has changed since it was written: move it away, or give --force")
     return manifest if len(present) == len(names) else None
 
 
 def _generate(request: dict) -> tuple[dict[str, list[Row]], dict[str, dict]]:
-    """Return rows and counts per file of a reasoning-gym task.
-
-    Nothing is deduplicated: a question may have several right answers, and the verifier knows them.
-    """
+    """Return rows and counts per file. A question may have several right answers, so nothing is deduplicated."""
+    sizes = {key: request[key] for key in ("train_size", "validation_size", "seed")}
     try:
-        train, validation = reasoning_gym.make_rows(
-            request["task"],
-            train_size=request["train_size"],
-            validation_size=request["validation_size"],
-            seed=request["seed"],
-            **request["task_settings"],
-        )
+        train, validation = reasoning_gym.make_rows(request["task"], **sizes, **request["task_settings"])
     except (TypeError, AssertionError) as error:
         raise ValueError(f"--task-settings {request['task_settings']} of {request['task']!r}: {error}") from error
-    files = {
-        "train": {"read": request["train_size"], "deduplicated": len(train)},
-        "validation": {"read": len(validation), "deduplicated": len(validation)},
-    }
-    return {"train": train, "validation": validation}, files
+    parts = {"train": train, "validation": validation}
+    return parts, {name: {"read": request[f"{name}_size"], "deduplicated": len(rows)} for name, rows in parts.items()}
 
 
 def _read(
@@ -204,20 +171,17 @@ def _read(
     files: dict[str, dict] = {}
     for part in places:
         kept, counts = deduplicate(rows(part))
-        print(
-            f"{part}: {counts['read']} rows read, {counts['duplicates']} duplicates and {len(counts['conflicting'])} "
-            f"prompts with conflicting answers dropped, {len(kept)} left"
-        )
+        dropped = f"{counts['duplicates']} duplicates and {len(counts['conflicting'])} prompts with conflicting answers"
+        print(f"{part}: {counts['read']} rows read, {dropped} dropped, {len(kept)} left")
         for conflict in counts["conflicting"][:3]:
             print(f"  {' | '.join(conflict['answers'])}  <-  {conflict['prompt'][:100]}")
         if dataset != "aime":
             parts[part], files[part] = kept, counts
             continue
         if len(kept) != AIME_ROWS:
-            raise ValueError(
-                f"AIME {part} has {AIME_ROWS} problems, {len(kept)} are left of {counts['read']} rows: are both "
-                f"parts, I and II, in {', '.join(str(getattr(place, 'id', place)) for place in places[part])}?"
-            )
+            read = ", ".join(str(getattr(place, "id", place)) for place in places[part])
+            found = f"{len(kept)} are left of {counts['read']} rows"
+            raise ValueError(f"AIME {part} has {AIME_ROWS} problems, {found}: are both parts, I and II, in {read}?")
         total = files.setdefault("validation", {"read": 0, "duplicates": 0, "deduplicated": 0})
         for key in total:
             total[key] += counts[key]
@@ -226,14 +190,12 @@ def _read(
 
 
 def _check_count(args: argparse.Namespace, rows: int, from_hub: bool) -> None:
-    if args.expect_rows is not None:
-        if rows != args.expect_rows:
-            raise ValueError(f"{rows} rows are left, --expect-rows is {args.expect_rows}")
-    elif args.dataset == "dapo" and from_hub and rows not in DAPO_ROWS:
-        raise ValueError(
-            f"{rows} rows are left, expected {DAPO_ROWS[0]} to {DAPO_ROWS[-1]}: if the data set has changed, say so "
-            f"with --expect-rows {rows}"
-        )
+    if args.expect_rows not in (None, rows):
+        raise ValueError(f"{rows} rows are left, --expect-rows is {args.expect_rows}")
+    if args.expect_rows is None and args.dataset == "dapo" and from_hub and rows not in DAPO_ROWS:
+        expected = f"{DAPO_ROWS[0]} to {DAPO_ROWS[-1]}"
+        way_out = f"if the data set has changed, say so with --expect-rows {rows}"
+        raise ValueError(f"{rows} rows are left, expected {expected}: {way_out}")
 
 
 def _hold_out(args: argparse.Namespace, parts: dict[str, list[Row]], files: dict[str, dict]) -> None:

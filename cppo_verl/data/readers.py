@@ -22,19 +22,15 @@ GSM8K_PROMPT = (
 Row = dict[str, Any]
 
 
-def rl_row(data_source: str, prompt: list[dict], ability: str, ground_truth: str, extra_info: dict) -> Row:
-    """Return one problem in verl's RL schema; ``data_source`` selects the reward."""
+def rl_row(data_source: str, prompt: list[dict] | str, ability: str, ground_truth: str, extra_info: dict) -> Row:
+    """Return one problem in verl's RL schema; ``data_source`` selects the reward, a string is the user's message."""
     return {
         "data_source": data_source,
-        "prompt": prompt,
+        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
         "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": ground_truth},
         "extra_info": extra_info,
     }
-
-
-def user_message(content: str) -> list[dict]:
-    return [{"role": "user", "content": content}]
 
 
 def read_dapo(dataset, name: str, part: str) -> Iterator[Row]:
@@ -70,7 +66,7 @@ def read_aime(dataset, name: str, year: str) -> Iterator[Row]:
         if not re.fullmatch("[0-9]{1,3}", digits):
             raise ValueError(f"{where}: {answer} must be an integer from 0 to 999, got {row[answer]!r}")
         extra_info = {"split": "validation", "index": index, "year": int(year)}
-        yield rl_row(f"aime{year[2:]}", user_message(content), "math", str(int(digits)), extra_info)
+        yield rl_row(f"aime{year[2:]}", content, "math", str(int(digits)), extra_info)
 
 
 def read_gsm8k(dataset, name: str, part: str) -> Iterator[Row]:
@@ -83,7 +79,7 @@ def read_gsm8k(dataset, name: str, part: str) -> Iterator[Row]:
         if not separator or not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number):
             raise ValueError(f"{where}: answer must end in #### and a number, got {row['answer'][-80:]!r}")
         extra_info = {"split": part, "index": index, "solution": solution.strip()}
-        yield rl_row("openai/gsm8k", user_message(content), "math", number, extra_info)
+        yield rl_row("openai/gsm8k", content, "math", number, extra_info)
 
 
 def read_prompts(dataset, name: str) -> list[list[dict]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cppo_verl.artifacts.atomic import replacing
-from cppo_verl.data.readers import Row, rl_row, user_message
+from cppo_verl.data.readers import Row, rl_row
 from cppo_verl.rewards.reasoning_gym import PREFIX, compute_score, load_task
 
 
@@ -35,18 +35,13 @@ def write_parquet(
 def make_rows(
     task: str, *, train_size: int, validation_size: int, seed: int = 0, **task_kwargs: Any
 ) -> tuple[list[Row], list[Row]]:
-    """Return train and validation rows of one task.
+    """Return train and validation rows of one reasoning-gym ``task``, such as "number_sorting", with its settings.
 
     The validation problems depend on ``seed`` and ``validation_size`` alone. A training problem whose question is also
     a validation question is dropped, so train may hold fewer than ``train_size`` rows.
 
-    Args:
-        task: a reasoning-gym name, such as "number_sorting".
-        task_kwargs: the task's settings.
-
-    Raises:
-        ValueError: for an unknown task, for a task whose problems do not survive JSON (their own answer no longer
-            verifies), and if no training problem would be left.
+    Raises ValueError for an unknown task, for a task whose problems do not survive JSON (their own answer no longer
+    verifies), and if no training problem would be left.
     """
     if train_size < 1 or validation_size < 1:
         raise ValueError(f"sizes must be at least 1, got train_size={train_size}, validation_size={validation_size}")
@@ -69,14 +64,10 @@ def _rows(task: str, task_kwargs: dict[str, Any], split: str, size: int, seed: i
     for index, entry in enumerate(reasoning_gym.create_dataset(task, size=size, seed=seed, **task_kwargs)):
         # verl hands extra_info to the reward through Arrow, which merges the fields of nested dicts across rows. A JSON
         # string comes back as it was.
-        extra_info = {
-            "split": split,
-            "index": index,
-            "task_kwargs": kwargs_json,
-            "entry": json.dumps(entry, default=str),
-        }
+        extra_info = {"split": split, "index": index, "task_kwargs": kwargs_json}
+        extra_info["entry"] = json.dumps(entry, default=str)
         answer = entry["answer"]
         if answer is not None and compute_score(PREFIX + task, answer, answer, extra_info)["acc"] != 1.0:
             raise ValueError(f"problem {index} of {task!r} does not verify its own answer after JSON: {answer!r}")
-        rows.append(rl_row(PREFIX + task, user_message(entry["question"]), "reasoning", answer or "", extra_info))
+        rows.append(rl_row(PREFIX + task, entry["question"], "reasoning", answer or "", extra_info))
     return rows

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,7 @@ class HubDataset(NamedTuple):
     id: str
     revision: str
     config: str | None = None
-    split: str | None = None
-    """None takes the only split, and refuses a data set that has several."""
+    split: str | None = None  # None takes the only one, and refuses a data set that has several
 
 
 Place = HubDataset | Path
@@ -37,19 +36,10 @@ READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "cs
 """{suffix of a file: the builder of the `datasets` library that reads it}."""
 
 
-def choose_places(
-    dataset: str, parts: Iterable[str], sources: Iterable[str], revision: str | None
-) -> dict[str, list[Place]]:
-    """Return {part: its places}: what ``--source`` gives, and the hub's for the other parts.
+def choose_places(dataset: str, parts: Iterable[str], sources: Iterable[str]) -> dict[str, list[Place]]:
+    """Return {part: its places} for the ``parts`` of a data set of `HUB`: what ``--source`` gives, else the hub's.
 
-    Args:
-        dataset: a key of `HUB`.
-        parts: those of its parts that are wanted.
-        sources: the values of ``--source``, each "PART=PLACE", or "PLACE" where there is one part.
-        revision: replaces the pinned commit of the one hub data set that is read.
-
-    Raises:
-        ValueError: for a source without a known part, and for a revision that fits no or several data sets.
+    Each of ``sources`` is "PART=PLACE", or "PLACE" where there is one part. Raises ValueError for one without a part.
     """
     table, wanted = HUB[dataset], list(dict.fromkeys(parts))
     given: dict[str, list[Place]] = {}
@@ -60,8 +50,7 @@ def choose_places(
         if part not in wanted or not place:
             raise ValueError(f"--source {text}: expected PART=PLACE, where PART is one of {', '.join(wanted)}")
         given.setdefault(part, []).append(_parse_place(place, table[part][0]))
-    places: dict[str, list[Place]] = {part: given.get(part, list(table[part])) for part in wanted}
-    return _at_revision(places, revision) if revision else places
+    return {part: given.get(part, list(table[part])) for part in wanted}
 
 
 def _parse_place(text: str, default: HubDataset) -> Place:
@@ -71,21 +60,8 @@ def _parse_place(text: str, default: HubDataset) -> Place:
     return default._replace(id=name, revision=revision or "main")
 
 
-def _at_revision(places: Mapping[str, list[Place]], revision: str) -> dict[str, list[Place]]:
-    ids = {place.id for part in places.values() for place in part if isinstance(place, HubDataset)}
-    if len(ids) != 1:
-        raise ValueError(
-            f"--revision {revision} needs one hub data set, this command reads {sorted(ids) or 'local files'}"
-            f": pin each of them, --source {next(iter(places))}=hf:ID@REVISION"
-        )
-    return {
-        part: [p._replace(revision=revision) if isinstance(p, HubDataset) else p for p in found]
-        for part, found in places.items()
-    }
-
-
 def describe(place: Place) -> dict[str, Any]:
-    """Return what identifies a place, as JSON. Local files are identified by content, wherever they are."""
+    """Return what identifies a place, as JSON: for local files their content, wherever they are."""
     if isinstance(place, HubDataset):
         return place._asdict()
     return {"files": {file.name: sha256(file) for file in _local_files(place)}}

@@ -39,15 +39,10 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ray", action="store_true", help="do not start Ray to check a worker of it")
-    parser.add_argument(
-        "--cluster", action="store_true", help="ask every node of the Ray cluster that RAY_ADDRESS names"
-    )
-    parser.add_argument("--nodes", type=int, default=1, help="with --cluster: nodes to wait for (default: %(default)s)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        help="the arguments of a verl.trainer.main_ppo command; after -- if any of them begins with a dash",
-    )
+    cluster = "ask every node of the Ray cluster that RAY_ADDRESS names"
+    parser.add_argument("--cluster", action="store_true", help=cluster)
+    overrides = "the arguments of a verl.trainer.main_ppo command; after -- if any of them begins with a dash"
+    parser.add_argument("overrides", nargs="*", help=overrides)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,12 +61,16 @@ def run(args: argparse.Namespace) -> int:
     if platform.device_name == "cpu" and _installed("vllm"):
         _kernels(report)
     _registrations(report, "this process", registrations())
-    config = _compose(report, args.overrides) if args.overrides else None
+    config = None
+    try:
+        config = compose_command(args.overrides) if args.overrides else None
+    except ConfigError as error:
+        report.say("FAIL", "config", str(error))
     if args.cluster:
         from cppo_verl.doctor.cluster import check_cluster
 
         installed = [name for name in ("cppo-verl", *STACK) if _installed(name)]
-        check_cluster(report, config, installed, args.nodes, patience=60)
+        check_cluster(report, config, installed, patience=60)
     elif not args.no_ray:
         import ray
 
@@ -127,8 +126,9 @@ def _versions(report: Report, extra: str) -> None:
         installed = _installed(name)
         if installed is None:
             report.say("FAIL", name, f"not installed; tested with {wanted}")
-            continue
-        if wanted == f"=={installed}" or (not isinstance(wanted, str) and wanted.contains(installed, prereleases=True)):
+        elif wanted == f"=={installed}" or (
+            not isinstance(wanted, str) and wanted.contains(installed, prereleases=True)
+        ):
             report.say("ok", name, installed)
         else:
             report.say("warn", name, f"{installed}; tested with {wanted}")
@@ -154,13 +154,9 @@ def _kernels(report: Report) -> None:
 
 def _registrations(report: Report, where: str, found: dict[str, bool]) -> None:
     missing = [name for name, ok in found.items() if not ok]
-    report.check(
-        not missing,
-        where,
-        "registered: " + ", ".join(found),
-        f"not registered: {', '.join(missing)}; reinstall cppo-verl on this machine and read what `import verl` "
-        "prints on stderr",
-    )
+    way_out = "reinstall cppo-verl on this machine and read what `import verl` prints on stderr"
+    bad = f"not registered: {', '.join(missing)}; {way_out}"
+    report.check(not missing, where, "registered: " + ", ".join(found), bad)
 
 
 class ConfigError(Exception):
@@ -168,11 +164,7 @@ class ConfigError(Exception):
 
 
 def compose_command(arguments: Sequence[str]) -> DictConfig:
-    """The config of ``python -m verl.trainer.main_ppo <arguments>``, as that command itself composes it.
-
-    Raises:
-        ConfigError: hydra refuses the arguments.
-    """
+    """The config of ``python -m verl.trainer.main_ppo <arguments>``, as that command composes it, or a ConfigError."""
     from hydra.conf import HydraConf
     from hydra.core.hydra_config import HydraConfig
     from verl.trainer.main_ppo import main
@@ -190,19 +182,9 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
     config = OmegaConf.create(printed.getvalue())
     assert isinstance(config, DictConfig)
     hydra = OmegaConf.create({"hydra": HydraConf})
-    hydra.merge_with(
-        {"hydra": OmegaConf.masked_copy(config.pop("hydra"), ["mode", "launcher", "overrides", "runtime"])}
-    )
+    hydra.hydra.merge_with(OmegaConf.masked_copy(config.pop("hydra"), ["mode", "launcher", "overrides", "runtime"]))
     HydraConfig.instance().set_config(hydra)  # the loss's config checks what the command line sets
     return config
-
-
-def _compose(report: Report, arguments: Sequence[str]) -> DictConfig | None:
-    try:
-        return compose_command(arguments)
-    except ConfigError as error:
-        report.say("FAIL", "config", str(error))
-        return None
 
 
 def _command(report: Report, config: DictConfig) -> None:
@@ -216,9 +198,8 @@ def _command(report: Report, config: DictConfig) -> None:
     device = get_platform().device_name
     if (config.trainer.device == "cpu") != (device == "cpu"):
         way_out = "add +platform=cpu to the command" if device == "cpu" else "leave +platform=cpu out of the command"
-        report.say(
-            "FAIL", "trainer.device", f"{config.trainer.device}, but this environment runs on {device}: {way_out}"
-        )
+        mismatch = f"{config.trainer.device}, but this environment runs on {device}"
+        report.say("FAIL", "trainer.device", f"{mismatch}: {way_out}")
     target = config.actor_rollout_ref.actor.policy_loss._target_
     if not target.startswith("cppo_verl."):
         report.say("FAIL", "method", f"policy_loss is verl's own ({target}): add +method=cppo to the command")
@@ -228,18 +209,12 @@ def _command(report: Report, config: DictConfig) -> None:
     except Exception as error:
         report.say("FAIL", "method", str(error.__cause__ or error))
         return
-    own = [
-        f.name for f in fields(policy_loss) if f.name not in {g.name for g in fields(PolicyLossConfig)} - {"loss_mode"}
-    ]
-    settings = " ".join(f"{name}={policy_loss[name]}" for name in own if name != "preflight")
-    report.say("ok", "method", settings)
+    hidden = {field.name for field in fields(PolicyLossConfig)} - {"loss_mode"} | {"preflight"}
+    own = [field.name for field in fields(policy_loss) if field.name not in hidden]
+    report.say("ok", "method", " ".join(f"{name}={policy_loss[name]}" for name in own))
     mu = policy_loss.preflight
-    report.say(
-        "ok",
-        "mu",
-        f"the rollout engine's own log-probabilities ({mu.logprobs_mode}, temperature {mu.temperature}, "
-        f"top_p {mu.top_p}, top_k {mu.top_k})",
-    )
+    settings = f"{mu.logprobs_mode}, temperature {mu.temperature}, top_p {mu.top_p}, top_k {mu.top_k}"
+    report.say("ok", "mu", f"the rollout engine's own log-probabilities ({settings})")
     if getattr(policy_loss, "captures", False):
         report.say("ok", "top-K", captured_bytes(config))
     for missing in missing_files(config):

@@ -6,43 +6,37 @@ there what it needs.
 
 import logging
 import math
-import netrc
 import os
 import platform
 import shutil
 import socket
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import ray
 from omegaconf import DictConfig, OmegaConf
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: weights and Adam's two moments in fp32."""
-LEAST_FREE = 1 << 30
-"""Bytes that a checkpoint folder must have free where the model's size is not known."""
+BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and Adam's two moments in fp32
+LEAST_FREE = 1 << 30  # bytes that a checkpoint folder must have free where the model's size is not known
 
 
 def describe_node(distributions: list[str], files: list[str], hub_model: str | None, folder: str | None) -> dict:
     """What the node that this runs on has; `_problems` compares it with what the run needs.
 
     Args:
-        distributions: whose versions are asked for.
         files: of the config, as ``key=path``.
         hub_model: name of a model on the hub, if the run needs one from there.
-        folder: of the checkpoints, of which the parts that do not exist yet are left out.
+        folder: of the checkpoints; it need not exist yet.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()} | dict.fromkeys(distributions)
     for name in distributions:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     found: dict = {"host": socket.gethostname(), "python": sys.executable, "versions": versions}
     try:
         from cppo_verl.doctor.registrations import registrations
@@ -54,9 +48,7 @@ def describe_node(distributions: list[str], files: list[str], hub_model: str | N
     if hub_model is not None:
         found["hub"] = _hub_problem(hub_model)
     if folder is not None:
-        existing = Path(folder)
-        while not existing.exists():
-            existing = existing.parent
+        existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
         found["free"] = shutil.disk_usage(existing).free
     found["wandb"] = _wandb_key()
     return found
@@ -71,46 +63,40 @@ def _hub_problem(model: str) -> str | None:
     try:
         HfApi().auth_check(model)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return _first_line(error)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _wandb_key() -> bool:
     """Whether wandb finds an API key here, or needs none."""
+    import requests  # as wandb does to read ~/.netrc
+
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and host and netrc.netrc(os.path.expanduser(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+    return requests.utils.get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
 
 
-def check_cluster(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
+def check_cluster(report, config: DictConfig | None, distributions: list[str], patience: float) -> None:
     """Ask every node of the cluster that RAY_ADDRESS names, or that runs on this machine, and report what is missing.
 
-    Args:
-        config: of the run; None leaves out what depends on it.
-        distributions: whose versions must be this process's on every node.
-        expected: nodes that must be there.
-        patience: seconds to wait for them.
+    The ``distributions`` must have this process's versions on every node. The config's number of nodes must be there
+    within ``patience`` seconds. Without a ``config`` one node must be, and what else depends on it is left out.
     """
     runtime_env = config and OmegaConf.to_container(config.ray_kwargs.ray_init.get("runtime_env") or OmegaConf.create())
     try:
         ray.init("auto", runtime_env=runtime_env or None, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         # Ray's own exceptions for this have no common class.
-        way_out = (
-            "; RAY_ADDRESS must name a running cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH its token"
-            " (recipes/cluster/node.sh starts one and sets both)"
-        )
-        report.say("FAIL", "Ray", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{way_out}")
+        way_out = "RAY_ADDRESS must name a running cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH its token"
+        way_out += " (recipes/cluster/node.sh starts one and sets both)"
+        report.say("FAIL", "Ray", f"{_first_line(error)}; {way_out}")
         return
     try:
-        _check_nodes(report, config, distributions, max(expected, config.trainer.nnodes if config else 1), patience)
+        _check_nodes(report, config, distributions, config.trainer.nnodes if config else 1, patience)
     finally:
         ray.shutdown()
 
@@ -120,28 +106,22 @@ def _check_nodes(report, config: DictConfig | None, distributions: list[str], ex
 
     nodes = sorted(_alive(expected, patience), key=lambda node: node["NodeManagerAddress"])
     addresses = [node["NodeManagerAddress"] for node in nodes]
-    report.check(
-        len(nodes) >= expected,
-        "nodes",
-        f"{len(nodes)} alive",
-        f"{len(nodes)} of {expected} have joined Ray ({', '.join(addresses)}): see Ray's logs on the others, or lower "
-        "trainer.nnodes",
-    )
-    if config is not None:
-        _check_slots(report, nodes, config.trainer)
+    way_out = "see Ray's logs on the others, or lower trainer.nnodes"
+    too_few = f"{len(nodes)} of {expected} have joined Ray ({', '.join(addresses)}): {way_out}"
+    report.check(len(nodes) >= expected, "nodes", f"{len(nodes)} alive", too_few)
     files: list[str] = []
     hub_model = folder = None
     if config is not None:
+        _check_slots(report, nodes, config.trainer)
         files, folder = local_files(config), os.path.abspath(config.trainer.default_local_dir)
         model = config.actor_rollout_ref.model.path
         hub_model = None if model.startswith(("/", "./", "../", "~")) or "://" in model else model
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     task = ray.remote(num_cpus=0, max_retries=0)(describe_node)
-    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    answers = [
-        task.options(scheduling_strategy=strategy).remote(distributions, files, hub_model, folder)
-        for strategy in strategies
-    ]
+    answers = []
+    for node in nodes:
+        there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        answers.append(there.remote(distributions, files, hub_model, folder))
     here = describe_node(distributions, [], None, None)["versions"]
     for address, answer in zip(addresses, answers, strict=True):
         try:
@@ -163,14 +143,11 @@ def _check_slots(report, nodes: list[dict], trainer: DictConfig) -> None:
     resources = {node["NodeManagerAddress"]: node["Resources"] for node in nodes}
     slots = {address: int(has.get("GPU", has.get("NPU", 0))) for address, has in resources.items()}
     enough = sum(count >= trainer.n_gpus_per_node for count in slots.values())
-    report.check(
-        enough >= trainer.nnodes,
-        "GPUs",
-        f"{trainer.n_gpus_per_node} or more on {enough} node(s)",
-        f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}, but in Ray "
-        + ", ".join(f"{address} has {count}" for address, count in slots.items())
-        + ": lower the one or the other, or start Ray with --num-gpus there",
-    )
+    wanted = f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
+    there = ", ".join(f"{address} has {count}" for address, count in slots.items())
+    way_out = "lower the one or the other, or start Ray with --num-gpus there"
+    good = f"{trainer.n_gpus_per_node} or more on {enough} node(s)"
+    report.check(enough >= trainer.nnodes, "GPUs", good, f"{wanted}, but in Ray {there}: {way_out}")
 
 
 def _alive(expected: int, patience: float) -> list[dict]:
@@ -190,27 +167,23 @@ def _problems(found: dict, here: dict, config: DictConfig | None, nodes: int) ->
         if there != wanted:
             what = "is not installed" if there is None else f"is {there}"
             problems.append(f"{name} {what}, here it is {wanted}: install the same for {found['python']} there")
-    if "import_error" in found:
-        problems.append(
-            f"the plug-in does not load ({found['import_error']}): pip install it for {found['python']} there"
-        )
+    if error := found.get("import_error"):
+        problems.append(f"the plug-in does not load ({error}): pip install it for {found['python']} there")
     missing = [name for name, ok in found.get("registrations", {}).items() if not ok]
     if missing:
         problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): pip install it there")
     problems += [f"{path} does not exist there: put it on a folder that all nodes share" for path in found["missing"]]
     if config is None:
         return problems
-    if found.get("hub"):
-        problems.append(
-            f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path} is neither cached there nor to be had "
-            f"from the hub ({found['hub']}): set HF_TOKEN before Ray starts there, or name a folder"
-        )
-    need = _checkpoint_share(config, nodes)
-    if found["free"] < need:
-        problems.append(
-            f"{_gib(found['free'])} free for trainer.default_local_dir={config.trainer.default_local_dir}, of which a "
-            f"checkpoint takes {_gib(need)}: make room, or name another folder"
-        )
+    if error := found.get("hub"):
+        model = f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path}"
+        way_out = "set HF_TOKEN before Ray starts there, or name a folder"
+        problems.append(f"{model} is neither cached there nor to be had from the hub ({error}): {way_out}")
+    free, need = found["free"], _checkpoint_share(config, nodes)
+    if free < need:
+        where = f"trainer.default_local_dir={config.trainer.default_local_dir}"
+        way_out = "make room, or name another folder"
+        problems.append(f"{_gib(free)} free for {where}, of which a checkpoint takes {_gib(need)}: {way_out}")
     logger = config.trainer.logger
     if "wandb" in ([logger] if isinstance(logger, str) else logger) and not found["wandb"]:
         problems.append("wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline, before Ray starts there")

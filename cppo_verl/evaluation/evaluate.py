@@ -11,7 +11,7 @@ from statistics import fmean
 from cppo_verl.artifacts.atomic import replacing
 from cppo_verl.artifacts.run_reader import read_generations
 from cppo_verl.evaluation.statistics import Interval, interval_over_problems, pass_at_k
-from cppo_verl.evaluation.table import FORMATS, percent
+from cppo_verl.evaluation.table import markdown, percent
 from cppo_verl.launch import trainer_process
 
 GENERATIONS, RESULT = "generations", "result.json"
@@ -19,18 +19,14 @@ GENERATIONS, RESULT = "generations", "result.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers and the result")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="verl's global_step_N folder; default: the model.path of the command"
-    )
+    checkpoint = "verl's global_step_N folder; default: the model.path of the command"
+    parser.add_argument("--checkpoint", type=Path, help=checkpoint)
     parser.add_argument("--samples", type=int, default=16, help="answers per problem (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--force", action="store_true", help="evaluate again where --output holds a result")
-    parser.add_argument(
-        "command",
-        nargs=argparse.REMAINDER,
-        help="after --: the training run's arguments of verl.trainer.main_ppo; its model, data and reward are used",
-    )
+    command = "after --: the training run's arguments of verl.trainer.main_ppo; its model, data and reward are used"
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,24 +70,20 @@ def run(args: argparse.Namespace) -> int:
 
 def overrides(args: argparse.Namespace, output: Path) -> list[str]:
     """Return the overrides that turn the training command into one validation."""
+    resume = ["trainer.resume_mode=disable"]
+    if args.checkpoint:
+        path = trainer_process.quoted(args.checkpoint.resolve())
+        resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={path}"]
     sampling = "actor_rollout_ref.rollout.val_kwargs."
-    greedy = args.temperature == 0
     return [
         "trainer.val_only=true",
         "trainer.val_before_train=true",
         "trainer.logger=[console,file]",
         f"trainer.validation_data_dir={trainer_process.quoted(output / GENERATIONS)}",
         f"trainer.default_local_dir={trainer_process.quoted(output / 'no-checkpoints')}",
-        *(
-            [
-                "trainer.resume_mode=resume_path",
-                f"trainer.resume_from_path={trainer_process.quoted(args.checkpoint.resolve())}",
-            ]
-            if args.checkpoint
-            else ["trainer.resume_mode=disable"]
-        ),
+        *resume,
         f"{sampling}n={args.samples}",
-        f"{sampling}do_sample={'false' if greedy else 'true'}",
+        f"{sampling}do_sample={'true' if args.temperature else 'false'}",
         f"{sampling}temperature={args.temperature}",
         f"{sampling}top_p={args.top_p}",
     ]
@@ -123,20 +115,14 @@ def show(value: dict) -> str:
     """Return a `summary` as a Markdown table."""
     ks = sorted({int(k) for b in value["benchmarks"].values() for k in b["pass"]})
     header = ["benchmark", "problems", f"Avg@{value['samples']} [95 %]", *(f"pass@{k}" for k in ks)]
-    rows = []
+    rows, short = [], []
     for name, b in value["benchmarks"].items():
         passed = {int(k): v for k, v in b["pass"].items()}
         average = percent(b["average"], None if None in b["interval"] else Interval(*b["interval"]))
         rows.append([name, str(b["problems"]), average, *(percent(passed[k]) if k in passed else "" for k in ks)])
+        if b["short"]:
+            short.append(f"{name}: {b['short']} problem(s) have fewer than {value['samples']} answers")
     if len(rows) > 1:
-        mean = fmean(b["average"] for b in value["benchmarks"].values())
-        rows.append(
-            ["mean", str(sum(b["problems"] for b in value["benchmarks"].values())), percent(mean), *[""] * len(ks)]
-        )
-    lines = [FORMATS["markdown"](header, rows)]
-    lines += [
-        f"{name}: {b['short']} problem(s) have fewer than {value['samples']} answers"
-        for name, b in value["benchmarks"].items()
-        if b["short"]
-    ]
-    return "\n".join([*lines, *value["notes"]])
+        averages, problems = zip(*((b["average"], b["problems"]) for b in value["benchmarks"].values()), strict=True)
+        rows.append(["mean", str(sum(problems)), percent(fmean(averages)), *[""] * len(ks)])
+    return "\n".join([markdown(header, rows), *short, *value["notes"]])

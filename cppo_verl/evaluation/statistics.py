@@ -24,26 +24,19 @@ class Selection(NamedTuple):
 
     step: int
     mean: float
-    components: dict[str, float]
-    """{benchmark: accuracy} at that step."""
+    components: dict[str, float]  # {benchmark: accuracy} at that step
     last_step: int
-    last: float
-    """Mean of the last validation, which no choice has inflated."""
-    smoothed: float
-    """Best moving average of three validations; a single lucky one cannot lift it far."""
-    candidates: int
-    """Number of validations that the best was chosen from."""
+    last: float  # mean of the last validation, which no choice has inflated
+    smoothed: float  # best moving average of three validations; a single lucky one cannot lift it far
+    candidates: int  # number of validations that the best was chosen from
 
 
 class Comparison(NamedTuple):
     """Two methods on the same problems."""
 
-    difference: float
-    """Of the mean accuracies."""
-    interval: Interval
-    """Of the difference, over problems."""
-    p_value: float
-    """Two-sided, of a sign-flip permutation test."""
+    difference: float  # of the mean accuracies
+    interval: Interval  # of the difference, over problems
+    p_value: float  # two-sided, of a sign-flip permutation test
     problems: int
 
 
@@ -52,11 +45,7 @@ def select(
 ) -> Selection | None:
     """Choose the step in [0, t_stop] with the best unweighted mean over ``benchmarks``, the earliest step among ties.
 
-    Args:
-        steps: {step: {benchmark: accuracy}}; a step that lacks one of the benchmarks cannot be chosen.
-
-    Returns:
-        None if no step has all benchmarks.
+    ``steps`` is {step: {benchmark: accuracy}}. Only a step with all benchmarks can be chosen; None if there is none.
     """
     means = {
         step: math.fsum(values[name] for name in benchmarks) / len(benchmarks)
@@ -116,9 +105,5 @@ def compare(first: Mapping, second: Mapping, seed: int = 0) -> Comparison | None
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, len(differences)))
     # The observed signs are one of the draws, hence + 1. The tolerance counts a draw that ties but for rounding.
     as_far = np.abs((signs * differences).mean(-1)) >= observed - 1e-12
-    return Comparison(
-        float(differences.mean()),
-        interval_over_problems(differences, seed),
-        float((as_far.sum() + 1) / (RESAMPLES + 1)),
-        len(common),
-    )
+    p_value = float((as_far.sum() + 1) / (RESAMPLES + 1))
+    return Comparison(float(differences.mean()), interval_over_problems(differences, seed), p_value, len(common))

@@ -7,34 +7,27 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
 from cppo_verl.artifacts.run_reader import Run, labelled, read_generations, read_runs
 from cppo_verl.evaluation import paper_results
-from cppo_verl.evaluation.statistics import Comparison, Interval, Selection, compare, interval_over_seeds, select
+from cppo_verl.evaluation.statistics import Interval, Selection, compare, interval_over_seeds, select
 
 NOT_RUN = "not run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="*", metavar="[LABEL=]RUN", help="a run's folder or metrics file, or a folder of runs"
-    )
+    runs = "a run's folder or metrics file, or a folder of runs"
+    parser.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help=runs)
     parser.add_argument("--benchmarks", help="data sources, comma-separated; default: all that the runs validated on")
     parser.add_argument("--t-stop", type=int, help="last step that counts; default: each run's total_training_steps")
     parser.add_argument("--paper", choices=paper_results.MODELS, help="the paper's rows of this model beside the runs")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two labels, compared on the same problems")
     parser.add_argument("--format", choices=sorted(FORMATS), default="markdown")
-    parser.add_argument("--output", type=Path, help="write the table to this file")
-    parser.add_argument("--force", action="store_true", help="overwrite --output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and on stderr what was skipped and what to be wary of; return 1 if there is nothing to print."""
-    if args.output and args.output.exists() and not args.force:
-        print(f"{args.output} exists: give --force to overwrite it", file=sys.stderr)
-        return 1
     runs = []
     for text in args.runs:
         try:
@@ -49,12 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if not groups and not args.paper:
         print(f"no run has a validation on {', '.join(benchmarks) or 'anything'}", file=sys.stderr)
         return 1
-    header, rows = rows_of(groups, benchmarks, args.paper)
-    text = FORMATS[args.format](header, rows)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+    print(FORMATS[args.format](*rows_of(groups, benchmarks, args.paper)))
     for warning in warnings(groups):
         print(warning, file=sys.stderr)
     if args.compare:
@@ -69,18 +57,13 @@ def score(runs: Sequence[Run], benchmarks: Sequence[str], t_stop: int | None) ->
     """Return {label: its runs with their scores}; a run without a validation on all benchmarks is named and skipped."""
     groups = defaultdict(list)
     for item in runs:
-        selection = (
-            select(item.accuracies(), benchmarks, item.t_stop if t_stop is None else t_stop) if benchmarks else None
-        )
-        if selection is None:
-            has = _benchmarks([item], None)
-            print(
-                f"{item.path}: left out, no step validated on {', '.join(benchmarks)} (it has "
-                f"{', '.join(has) or 'none'})",
-                file=sys.stderr,
-            )
-        else:
+        last = item.t_stop if t_stop is None else t_stop
+        if benchmarks and (selection := select(item.accuracies(), benchmarks, last)):
             groups[item.label].append((item, selection))
+        else:
+            has = ", ".join(_benchmarks([item], None)) or "none"
+            skipped = f"left out, no step validated on {', '.join(benchmarks)} (it has {has})"
+            print(f"{item.path}: {skipped}", file=sys.stderr)
     return dict(groups)
 
 
@@ -97,10 +80,8 @@ def rows_of(
         scored = groups.get(label, [])
         if scored:
             means = [s.mean for _, s in scored]
-            cells = [str(len(scored))]
-            cells += [percent(fmean(s.components[name] for _, s in scored)) for name in benchmarks]
-            cells += [percent(fmean(means), interval_over_seeds(means))]
-            cells += ["/".join(str(s.step) for _, s in scored)]
+            cells = [str(len(scored)), *(percent(fmean(s.components[name] for _, s in scored)) for name in benchmarks)]
+            cells += [percent(fmean(means), interval_over_seeds(means)), "/".join(str(s.step) for _, s in scored)]
             cells += [percent(fmean(s.last for _, s in scored)), percent(fmean(s.smoothed for _, s in scored))]
         else:
             cells = ["0", *[NOT_RUN] * (len(benchmarks) + 1), "", "", ""]
@@ -137,22 +118,13 @@ def compare_labels(groups: dict[str, Scored], benchmarks: Sequence[str], a: str,
     first, second = (_accuracies(groups[label]) for label in (a, b))
     for name in (*benchmarks, None) if len(benchmarks) > 1 else (None,):
         one, other = ({k: v for k, v in x.items() if name is None or k[0] == name} for x in (first, second))
-        result = compare(one, other)
-        where = name or "all problems"
-        if result is None:
-            print(f"{a} - {b}, {where}: no problem that both have answers to (trainer.validation_data_dir keeps them)")
-        else:
-            print(f"{a} - {b}, {where}: {comparison(result)}")
+        found = "no problem that both have answers to (trainer.validation_data_dir keeps them)"
+        if result := compare(one, other):
+            points, low, high = (100 * x for x in (result.difference, *result.interval))
+            found = f"{points:+.2f} points [{low:+.2f}, {high:+.2f}] over {result.problems} problems, "
+            found += f"p = {result.p_value:.3f}"
+        print(f"{a} - {b}, {name or 'all problems'}: {found}")
     return 0
-
-
-def comparison(result: Comparison) -> str:
-    """Return a comparison in words, in percentage points."""
-    low, high = result.interval
-    return (
-        f"{100 * result.difference:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] over {result.problems} problems, "
-        f"p = {result.p_value:.3f}"
-    )
 
 
 def _accuracies(scored: Scored) -> dict[tuple[str, str], float]:
@@ -205,10 +177,8 @@ def latex(header: list[str], rows: list[list[str]]) -> str:
         special = {c: "\\" + c for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "\\": r"\textbackslash{}"}
         return " & ".join("".join(special.get(c, c) for c in cell) for cell in cells) + r" \\"
 
-    begin = r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}"
-    return "\n".join(
-        [begin, r"\toprule", line(header), r"\midrule", *map(line, rows), r"\bottomrule", r"\end{tabular}"]
-    )
+    head = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule", line(header), r"\midrule"]
+    return "\n".join([*head, *map(line, rows), r"\bottomrule", r"\end{tabular}"])
 
 
 FORMATS = {"markdown": markdown, "csv": comma_separated, "latex": latex}

@@ -10,15 +10,13 @@ from cppo_verl.artifacts.stop_request import request_stop, start_over
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="trainer.default_local_dir of the run")
     parser.add_argument("--reason", default="cppo-verl stop", help="for the run's log (default: %(default)s)")
-    parser.add_argument(
-        "--clear", action="store_true", help="instead remove a request or an answer that an earlier run has left"
-    )
+    clear = "instead remove a request or an answer that an earlier run has left"
+    parser.add_argument("--clear", action="store_true", help=clear)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.clear:  # for scripts that start a trainer, whose folder the first time is not there yet
-        left_over = start_over(args.folder)
-        if left_over is not None:
+        if (left_over := start_over(args.folder)) is not None:
             print(f"removed a request to stop that no run has obeyed: {left_over}")
         return 0
     if not args.folder.is_dir():

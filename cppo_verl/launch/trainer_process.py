@@ -60,8 +60,7 @@ class Trainers:
 
     def __init__(self) -> None:
         self.running: list[Child] = []
-        self.received: int | None = None
-        """The last signal that has come."""
+        self.received: int | None = None  # the last signal that has come
         self._received_at = 0.0
         self._folders: list[Path] = []
         self._asked: list[Path] = []
@@ -103,10 +102,8 @@ class Trainers:
     ) -> subprocess.Popen:
         """Start ``python -m module`` with its output in ``log``.
 
-        Args:
-            checkpoints: the run's ``trainer.default_local_dir``, or None for a run that saves nothing.
-            job: kept in the `Child` for `ended`.
-            lock: a file that the trainer, and none of its own children, holds open as well.
+        ``checkpoints`` is the run's ``trainer.default_local_dir``, or None for a run that saves nothing. The `Child`
+        keeps ``job``. ``lock`` is a file that the trainer, and none of its own children, holds open as well.
         """
         if checkpoints is not None:
             if (left_over := stop_request.start_over(checkpoints)) is not None:
@@ -169,12 +166,9 @@ def _in_the_child() -> None:
 def trainer(
     arguments: Sequence[str], log: Path, environment: dict[str, str], checkpoints: Path | None = None
 ) -> Iterator[subprocess.Popen]:
-    """Start verl's trainer with its output in ``log``; at the end of the body wait for its end.
+    """Start verl's trainer as `Trainers.start` does; at the end of the body wait for its end.
 
-    `Trainers` says what signals do, and `Trainers.start` what the arguments are.
-
-    Raises:
-        Stopped: the run ended early, for a signal or for any other request.
+    Raises `Stopped` if the run ended early, for a signal (`Trainers` says which) or for any other request.
     """
     with Trainers() as trainers:
         process = trainers.start(arguments, log, environment, checkpoints)

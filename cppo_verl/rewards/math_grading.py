@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cppo_verl.rewards.sandbox import Grade, Sandbox
+from cppo_verl.rewards.sandbox import Sandbox
 
 ANSWER_CHARACTERS = 2_000  # only the end of a response is read
 TRUTH_CHARACTERS = 10_000  # longer ground truths are refused
@@ -35,37 +35,23 @@ logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
 
 
 def math_dapo(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: dict | None = None,
-    time_limit: float = 5.0,
-    **kwargs: Any,
+    data_source: str, solution_str: str, ground_truth: Any, extra_info=None, time_limit: float = 5.0, **kwargs: Any
 ) -> dict[str, float]:
     """Score a response by verl's ``math_dapo`` rule, +1 or -1.
 
     The rule reads the last 300 characters: the last "Answer:" line, compared after normalisation, or without one a
     ``\\boxed{}`` in the last 100, compared as it stands.
 
-    Args:
-        ground_truth: a string, a number, or a list of accepted strings, which may be JSON (``'["34"]'``).
-        time_limit: seconds of wall clock, without the child's start.
-
-    Raises:
-        ValueError: for a ground truth or a limit that cannot be used.
-        RuntimeError: if the child process does not start.
+    ``ground_truth`` is a string, a number, or a list of accepted strings, which may be JSON (``'["34"]'``).
+    ``time_limit`` is in seconds of wall clock, without the child's start. Raises ValueError for a ground truth or a
+    limit that cannot be used, and RuntimeError if the child process does not start.
     """
-    grade = _grade(_DAPO, data_source, solution_str, ground_truth, time_limit)
-    return {"score": 2.0 * grade.right - 1.0, **_metrics(grade)}
+    graded = _grade(_DAPO, data_source, solution_str, ground_truth, time_limit)
+    return {"score": 2.0 * graded["acc"] - 1.0, **graded}
 
 
 def math_verify(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: dict | None = None,
-    time_limit: float = 5.0,
-    **kwargs: Any,
+    data_source: str, solution_str: str, ground_truth: Any, extra_info=None, time_limit: float = 5.0, **kwargs: Any
 ) -> dict[str, float]:
     """Score a response by equality as mathematics, 1 or 0, with math-verify.
 
@@ -74,21 +60,17 @@ def math_verify(
     its work earns nothing. Arguments and errors are those of `math_dapo`; also raises ImportError if math-verify is
     missing.
     """
-    grade = _grade(_VERIFY, data_source, solution_str, ground_truth, time_limit)
-    return {"score": float(grade.right), **_metrics(grade)}
+    graded = _grade(_VERIFY, data_source, solution_str, ground_truth, time_limit)
+    return {"score": graded["acc"], **graded}
 
 
-def _metrics(grade: Grade) -> dict[str, float]:
-    return {"acc": float(grade.right), "timed_out": float(grade.timed_out), "crashed": float(grade.crashed)}
-
-
-def _grade(sandbox: Sandbox, data_source: str, response: str, ground_truth: Any, time_limit: float) -> Grade:
+def _grade(sandbox: Sandbox, data_source: str, response: str, ground_truth: Any, time_limit: float) -> dict[str, float]:
     answer = response[-ANSWER_CHARACTERS:]
     grade = sandbox.grade(answer, _accepted(ground_truth), time_limit)
     if grade.timed_out or grade.crashed:
         what = f"not graded within {time_limit} s" if grade.timed_out else "the verifier died or raised"
         logger.warning("%s answer counted as wrong, %s: ...%r", data_source, what, answer[-200:])
-    return grade
+    return {"acc": float(grade.right), "timed_out": float(grade.timed_out), "crashed": float(grade.crashed)}
 
 
 def _accepted(ground_truth: Any) -> list[str]:
@@ -107,11 +89,10 @@ def _accepted(ground_truth: Any) -> list[str]:
         raise ValueError(f"ground_truth must be a string, a number or a list of them, got {ground_truth!r:.200}")
     # pandas turns a column of integers with gaps into floats.
     values = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values]
-    if not all(value.strip() for value in values) or sum(map(len, values)) > TRUTH_CHARACTERS:
-        raise ValueError(
-            f"ground_truth must hold text, at most {TRUTH_CHARACTERS} characters, got {sum(map(len, values))}: "
-            f"{ground_truth!r:.200}"
-        )
+    length = sum(map(len, values))
+    if not all(value.strip() for value in values) or length > TRUTH_CHARACTERS:
+        wanted = f"ground_truth must hold text, at most {TRUTH_CHARACTERS} characters"
+        raise ValueError(f"{wanted}, got {length}: {ground_truth!r:.200}")
     return values
 
 

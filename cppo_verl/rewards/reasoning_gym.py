@@ -17,26 +17,19 @@ PREFIX = "reasoning_gym/"
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None, **kwargs: Any
 ) -> dict[str, float]:
-    """Score one decoded response; verl calls this.
+    """Return ``{"score": in [0, 1], "acc": 1.0 or 0.0}`` for one decoded response; verl calls this.
 
     The answer is what the last ``<answer>...</answer>`` holds, or the whole response if there is none. ``ground_truth``
-    is not used: many problems have more than one right answer, and the verifier knows them.
-
-    Returns:
-        ``{"score": in [0, 1], "acc": 1.0 or 0.0}``. Partial credit counts in ``score`` only, so that validation logs
-        the share of fully right answers.
-
-    Raises:
-        ValueError: for rows that `cppo_verl.data.reasoning_gym` did not write.
+    is not used: many problems have more than one right answer, and the verifier knows them. Partial credit counts in
+    ``score`` only, so that validation logs the share of fully right answers. Raises ValueError for rows that
+    `cppo_verl.data.reasoning_gym` did not write.
     """
     from reasoning_gym.utils import extract_answer
 
     extra_info = extra_info or {}
     if "entry" not in extra_info or "task_kwargs" not in extra_info:
-        raise ValueError(
-            "extra_info must hold 'entry' and 'task_kwargs', as `cppo-verl prepare reasoning-gym` writes them, got "
-            f"{sorted(extra_info)}"
-        )
+        expected = "'entry' and 'task_kwargs', as `cppo-verl prepare reasoning-gym` writes them"
+        raise ValueError(f"extra_info must hold {expected}, got {sorted(extra_info)}")
     dataset = load_task(data_source, extra_info["task_kwargs"])
     tagged = extract_answer(solution_str)
     answer = solution_str.strip() if tagged is None else tagged
@@ -51,13 +44,9 @@ def compute_score(
 
 @functools.cache
 def load_task(data_source: str, task_kwargs: str) -> Any:
-    """Return the reasoning-gym data set whose verifier scores ``data_source``.
+    """Return the reasoning-gym data set whose verifier scores ``data_source``; ``task_kwargs`` is a JSON object.
 
-    Args:
-        task_kwargs: the task's settings as a JSON object.
-
-    Raises:
-        ValueError: for a ``data_source`` that names no task.
+    Raises ValueError for a ``data_source`` that names no task.
     """
     import reasoning_gym
     from reasoning_gym.factory import DATASETS

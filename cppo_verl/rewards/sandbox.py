@@ -36,10 +36,8 @@ class Grade(NamedTuple):
 class Sandbox:
     """One verifier in a process of its own, started at the first answer and replaced after a loss.
 
-    Args:
-        file: a Python file.
-        loader: the name of a function in it that takes nothing and returns ``verify(answer, accepted) -> bool``. It
-            runs in the child and raises ImportError for a missing library.
+    ``loader`` names a function in the Python file ``file``. It takes nothing, returns ``verify(answer, accepted) ->
+    bool``, runs in the child and raises ImportError for a missing library.
     """
 
     def __init__(self, file: str, loader: str):
@@ -55,12 +53,9 @@ class Sandbox:
     def grade(self, answer: str, accepted: list[str], time_limit: float) -> Grade:
         """Compare ``answer`` with the ``accepted`` ones within ``time_limit`` seconds of wall clock.
 
-        Neither the child's start nor the wait for other threads counts towards the limit.
-
-        Raises:
-            ValueError: for a limit that is not a positive number of seconds.
-            ImportError: if the loader lacks a library.
-            RuntimeError: if the child does not start.
+        Neither the child's start nor the wait for other threads counts towards the limit. Raises ValueError for a limit
+        that is not a positive number, ImportError if the loader lacks a library, RuntimeError if the child does not
+        start.
         """
         if not 0 < time_limit < math.inf:
             raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}")

@@ -7,9 +7,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
-PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<assistant>' }}{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
@@ -27,16 +27,10 @@ def build_tokenizer(questions, answers):
     # ".0" stays with the text after it: the decimals of a whole number carry no information.
     piece = (re.escape(tail) + "|" if tail else "") + r"[0-9]|(?:\.0)?[^0-9]+"
     pieces = sorted({match for text in [*questions, *answers] for match in re.findall(piece, text)})
-    vocabulary = [PAD, EOS, USER, ASSISTANT, UNKNOWN, *pieces]
-    return word_tokenizer(
-        vocabulary,
-        piece,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    speakers = ["<user>", "<assistant>"]
+    vocabulary = ["<pad>", "<eos>", *speakers, "<unk>", *pieces]
+    return word_tokenizer(vocabulary, piece, additional_special_tokens=speakers, chat_template=CHAT_TEMPLATE, **special)
 
 
 def word_tokenizer(vocabulary, piece, *, unk_token, **settings):
@@ -87,17 +81,14 @@ def save(model, tokenizer, folder, marker, record):
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / marker).write_text(json.dumps(record, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary, folder.name)
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / marker).write_text(json.dumps(record, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        made.rename(folder)
 
 
 def share_of_digits(data_source, solution_str, ground_truth, extra_info=None, **kwargs):

@@ -64,17 +64,6 @@ def test_table_names_the_runs_that_cannot_be_scored_and_shows_the_rest(three_see
     assert "cppo,0,not run,not run,not run,not run,,,,34.58,30.00,28.75,31.11" in capsys.readouterr().out
 
 
-def test_a_table_is_not_overwritten_unasked(three_seeds, tmp_path, capsys):
-    target = tmp_path / "t" / "table.md"
-    assert main(["table", *three_seeds, "--output", str(target)]) == 0
-    target.write_text("mine")
-    assert main(["table", *three_seeds, "--output", str(target)]) == 1
-    assert target.read_text() == "mine"
-    assert "give --force" in capsys.readouterr().err
-    assert main(["table", *three_seeds, "--output", str(target), "--force"]) == 0
-    assert "| cppo" in target.read_text()
-
-
 def test_table_compares_two_methods_on_the_same_problems(tmp_path, capsys):
     for label, right in (("a", [3, 2, 4]), ("b", [1, 2, 2])):
         folder = tmp_path / label
