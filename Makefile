@@ -37,7 +37,7 @@ test: install lint $(BROWSER)/chromium
 	$(PYTEST)
 
 test-unit: install
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 lint: install
 	$(BIN)/ruff check .
