@@ -40,7 +40,6 @@ _STYLE: Any = {
     "grid.alpha": 0.15,
     "legend.frameon": False,
     "legend.fontsize": "small",
-    "lines.markersize": 4,
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,

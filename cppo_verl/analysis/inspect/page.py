@@ -133,16 +133,7 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
 
 def _texts(dump: ReplayableDump, shown: Sequence[dict], tokenizer_path: str | None) -> dict:
     """``texts``, {token id: text to show}, and ``special``, the ids of special tokens, of the tokens in the page."""
-    path, tokenizer = tokenizer_path or dump.header.get("tokenizer"), None
-    if path is None:
-        dump.notes.append("the dump names no tokenizer: tokens are shown as ids; give --tokenizer FOLDER")
-    else:
-        try:
-            tokenizer = token_text.load(path)
-        except ValueError as error:
-            dump.notes.append(
-                f"no tokenizer at {path} ({error}): tokens are shown as ids; give --tokenizer FOLDER for their text"
-            )
+    tokenizer = token_text.of_dump(dump.header, tokenizer_path, dump.notes)
     ids = {token for response in shown for token in [*response["prompt"], *response["ids"]]}
     special = ids.intersection(tokenizer.all_special_ids) if tokenizer else ()
     return {"texts": token_text.texts(tokenizer, sorted(ids)), "special": sorted(special)}
