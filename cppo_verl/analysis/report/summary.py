@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cppo_verl.analysis.report.config_differences import differences, method
 from cppo_verl.analysis.report.curves import logged, product, series
-from cppo_verl.analysis.report.runs import ReportedRun, shown
+from cppo_verl.analysis.report.runs import DELTA_B, ReportedRun, shown
 from cppo_verl.analysis.text import MISSING, Cell, Table, number
 from cppo_verl.artifacts.run_reader import Run
 from cppo_verl.evaluation.statistics import select
@@ -18,7 +18,7 @@ LAST = 10
 
 def effective_budget(values: dict[str, float]) -> float | None:
     """The logged effective budget, which is zero if there is no budget."""
-    return values.get("trust_region/effective_delta_b") or None
+    return values.get(DELTA_B) or None
 
 
 def benchmarks_of(runs: Sequence[ReportedRun]) -> list[str]:
