@@ -128,8 +128,11 @@ def overrides(method: str | None, results: Results) -> str:
     if method is None and setting.label == replay.run_setting(header).label:
         shared = all(header["trust_region"].get(name) == header["method"][name] for name in values)
     else:
-        tried = " ".join([setting.label, *(f"trust_region.{name}={value:g}" for name, value in values.items())])
-        rule = replay.setting(tried, header).actor.policy_loss
+        # As the run's values, not as overrides: a method that pins its own refuses these.
+        proposing = header | {"trust_region": header["trust_region"] | values}
+        asked = {f"trust_region.{name}" for name in values}
+        others = [text for text in setting.label.split() if text.partition("=")[0] not in asked]
+        rule = replay.setting(" ".join(others), proposing).actor.policy_loss
         shared = all(getattr(rule, name) == value for name, value in values.items())
     prefix = "trust_region" if shared else "actor_rollout_ref.actor.policy_loss"
     return " ".join(f"{prefix}.{name}={value:g}" for name, value in values.items())
