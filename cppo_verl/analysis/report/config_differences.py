@@ -22,7 +22,10 @@ def settings(run: Run) -> dict[str, str]:
     folder = _saved(run, "hydra.yaml", "hydra.runtime.output_dir")
     if not isinstance(config, DictConfig):
         return {}
-    config = OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
+    try:
+        config = OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
+    except OmegaConfBaseException:  # a resolver within a key, which cannot be left unresolved
+        return {}
     flat: dict[str, str] = {}
     _flatten(config, "", flat)
     root = run.path if run.path.is_dir() else run.path.parent
