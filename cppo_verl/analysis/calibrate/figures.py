@@ -41,12 +41,13 @@ def _masked_by_threshold(results: Results, name: str) -> Figure:
 def _mismatch_and_drift(results: Results) -> Figure:
     figure = Figure("mismatch_and_drift", "D_t: engine mismatch and policy drift")
     axes, drift = figure.axes, results.drift
-    smallest = min((part.values[part.values > 0].min() for part in drift if (part.values > 0).any()), default=1e-9)
-    largest = max(drift[-1].values.max(), results.proposed.delta)
+    everything = np.concatenate(list(drift.values()))
+    largest = max(list(drift.values())[-1].max(), results.proposed.delta)
+    smallest = everything[everything > 0].min(initial=largest)
     levels = np.geomspace(max(smallest, 1e-9), largest * 1.2, 300)
-    for part, color in zip(drift, (PURPLE, GREEN), strict=False):
-        above = 1 - np.searchsorted(np.sort(part.values), levels, side="right") / len(part.values)
-        axes.plot(levels, np.where(above > 0, above, np.nan), color=color, label=part.name)
+    for (when, values), color in zip(drift.items(), (PURPLE, GREEN), strict=False):
+        above = 1 - np.searchsorted(np.sort(values), levels, side="right") / len(values)
+        axes.plot(levels, np.where(above > 0, above, np.nan), color=color, label=when)
     for name, value in results.proposed.given.items():
         axes.axvline(value, color=GREY, ls="--", lw=1)
         axes.text(value, 0.98, f"{name} ", rotation=90, ha="right", va="top", fontsize="small", color=INK)

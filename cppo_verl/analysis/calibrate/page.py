@@ -4,11 +4,13 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from cppo_verl.analysis.calibrate.results import QUANTILES, Results, overrides, steps
+from cppo_verl.analysis.calibrate.results import Results, overrides
 from cppo_verl.analysis.calibrate.thresholds import Counts
 from cppo_verl.analysis.html.page import caption
 from cppo_verl.analysis.text import MISSING, Cell, Table, counted, listed, number, percent
 from cppo_verl.evaluation.statistics import Interval
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 
 
 def page_values(method: str | None, results: Results, notes: list[str]) -> dict:
@@ -18,7 +20,7 @@ def page_values(method: str | None, results: Results, notes: list[str]) -> dict:
         method: the method asked for; None for the run's own.
     """
     sample = results.sample
-    numbers = steps(sample)
+    numbers = np.unique(sample.steps).tolist()
     return {
         "results": results,
         "overrides": overrides(method, results),
@@ -28,15 +30,7 @@ def page_values(method: str | None, results: Results, notes: list[str]) -> dict:
             f"D_t is {sample.rule.divergence}, the budget {sample.rule.budget}"
         ),
         "promise": caption("promise", results=results),
-        "warnings": [
-            caption(name, results=results)
-            for name, applies in (
-                ("mismatch_masks", results.mismatch_masks_too_much),
-                ("mismatch_spends", results.mismatch_spends_too_much),
-                ("budget_is_idle", results.budget_is_idle),
-            )
-            if applies
-        ],
+        "warnings": [caption(name, results=results) for name in results.warnings],
         "tables": [
             _proposal(results),
             _alternatives(results),
@@ -90,7 +84,10 @@ def _by_group(name: str, title: str, group: str, results: Results, groups: np.nd
 
 def _drift(results: Results) -> Table:
     header = ["D_t", "mean", *("largest" if q == 1 else percent(q, 1 if q > 0.99 else 0) for q in QUANTILES)]
-    rows = [[d.name, *(number(x, 2) for x in (d.mean, *d.quantiles.values()))] for d in results.drift]
+    rows = [
+        [when, *(number(x, 2) for x in (divergence.mean(), *np.quantile(divergence, QUANTILES)))]
+        for when, divergence in results.drift.items()
+    ]
     return Table("drift", "Engine mismatch and policy drift", header, rows)
 
 

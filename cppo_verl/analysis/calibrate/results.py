@@ -1,6 +1,5 @@
 """What proposed thresholds would have masked of the sample, beside the run's own thresholds and the paper's."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +11,6 @@ from cppo_verl.evaluation.statistics import Interval
 
 PAPER = {"tv": Thresholds(0.15, 0.02), "kl": Thresholds(0.1, 0.002)}
 """The paper's thresholds for base models, and for the KL variant."""
-QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 NOTICEABLE = 0.1
 """Engine mismatch is warned of if it takes more than this part of the wanted share, or of delta_b."""
 
@@ -26,22 +24,6 @@ class Row:
     counts: Counts
     masked: Interval
     by_budget: Interval
-
-
-@dataclass(frozen=True)
-class Drift:
-    """D_t of all tokens of some updates."""
-
-    name: str
-    values: np.ndarray
-
-    @property
-    def mean(self) -> float:
-        return float(self.values.mean())
-
-    @property
-    def quantiles(self) -> dict[float, float]:
-        return dict(zip(QUANTILES, np.quantile(self.values, QUANTILES).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -78,16 +60,13 @@ class Results:
         }
 
     @cached_property
-    def drift(self) -> list[Drift]:
+    def drift(self) -> dict[str, np.ndarray]:
         """D_t at the first update, which is engine mismatch, and at later ones; without those that the dump lacks."""
-        decisions = self.sample.decisions(self.proposed)
-        found = []
-        for name, chosen in (("first update", self.sample.updates == 0), ("later updates", self.sample.updates > 0)):
-            if chosen.any():
-                parts = zip(self.sample.responses, decisions, chosen, strict=True)
-                values = np.concatenate([np.asarray(d.divergence)[r.mask] for r, d, is_chosen in parts if is_chosen])
-                found.append(Drift(name, values.astype(float)))
-        return found
+        found: dict[str, list[np.ndarray]] = {"first update": [], "later updates": []}
+        for response, decided in zip(self.sample.responses, self.sample.decisions(self.proposed), strict=True):
+            when = "later updates" if response.update else "first update"
+            found[when].append(np.asarray(decided.divergence, dtype=float)[response.mask])
+        return {when: np.concatenate(parts) for when, parts in found.items() if parts}
 
     @property
     def has_budget(self) -> bool:
@@ -104,26 +83,26 @@ class Results:
         return self.counts.of(self.sample.updates == 0)
 
     @property
-    def mismatch_masks_too_much(self) -> bool:
-        first = self.first_update
-        return first is not None and first.masked_share > NOTICEABLE * self.wanted.masked
+    def mismatch_spends(self) -> tuple[float, float]:
+        """Mean and P90 of D_t at the first update, as parts of the proposed delta_b; zeros without either."""
+        delta_b, first = self.proposed.delta_b, self.drift.get("first update")
+        if first is None or delta_b is None:
+            return 0.0, 0.0
+        return first.mean() / delta_b, np.quantile(first, 0.9) / delta_b
 
     @property
-    def mismatch_spends(self) -> float:
-        """Mean D_t at the first update, as a part of the proposed delta_b; 0 without either."""
-        delta_b = self.proposed.delta_b
-        return 0.0 if self.first_update is None or delta_b is None else self.drift[0].mean / delta_b
-
-    @property
-    def mismatch_spends_too_much(self) -> bool:
-        """Whether engine mismatch, though it masks little, uses up much of the budget."""
-        return not self.mismatch_masks_too_much and self.mismatch_spends > NOTICEABLE
-
-    @property
-    def budget_is_idle(self) -> bool:
-        """Whether delta alone already bounds what the prefix budget would."""
-        delta, delta_b = self.proposed
-        return delta_b is not None and delta_b >= delta * self.sample.rule.w_min
+    def warnings(self) -> list[str]:
+        """Names of the captions that warn of the proposal."""
+        first, (delta, delta_b) = self.first_update, self.proposed
+        masks = first is not None and first.masked_share > NOTICEABLE * self.wanted.masked
+        apply = {
+            "mismatch_masks": masks,
+            # Engine mismatch may mask little and still use up much of the budget.
+            "mismatch_spends": not masks and self.mismatch_spends[0] > NOTICEABLE,
+            # delta alone already bounds what the prefix budget would.
+            "budget_is_idle": delta_b is not None and delta_b >= delta * self.sample.rule.w_min,
+        }
+        return [name for name, applies in apply.items() if applies]
 
     def by(self, groups: np.ndarray) -> dict[int, Counts]:
         """{group: what the proposal masks in it}."""
@@ -149,12 +128,11 @@ def overrides(method: str | None, results: Results) -> str:
     if method is None and setting.label == replay.run_setting(header).label:
         shared = all(header["trust_region"].get(name) == header["method"][name] for name in values)
     else:
-        tried = " ".join([setting.label, *(f"trust_region.{name}={value:g}" for name, value in values.items())])
-        rule = replay.setting(tried, header).actor.policy_loss
+        # As the run's values, not as overrides: a method that pins its own refuses these.
+        proposing = header | {"trust_region": header["trust_region"] | values}
+        asked = {f"trust_region.{name}" for name in values}
+        others = [text for text in setting.label.split() if text.partition("=")[0] not in asked]
+        rule = replay.setting(" ".join(others), proposing).actor.policy_loss
         shared = all(getattr(rule, name) == value for name, value in values.items())
     prefix = "trust_region" if shared else "actor_rollout_ref.actor.policy_loss"
     return " ".join(f"{prefix}.{name}={value:g}" for name, value in values.items())
-
-
-def steps(sample: Sample) -> Sequence[int]:
-    return sorted(set(sample.steps.tolist()))

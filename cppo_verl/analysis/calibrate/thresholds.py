@@ -6,7 +6,7 @@ three digits.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -205,54 +205,39 @@ def propose(sample: Sample, wanted: Wanted) -> Thresholds:
         Unreachable: there are none; the message says what can be reached.
     """
     values = [value for value in DIGITS if value <= sample.rule.largest_divergence]
-    has_budget = wanted.by_budget is not None
     by_token = wanted.masked * (1 - (wanted.by_budget or 0.0))
+    found = Thresholds(values[-1], None if wanted.by_budget is None else values[-1])
 
-    def masked_by_token(delta: float) -> float:
-        return sample.at(Thresholds(delta, values[-1] if has_budget else None)).token_masked_share
+    def smallest(name: str, most: float, share: Callable[[Counts], float]) -> tuple[Thresholds, Thresholds]:
+        """``found`` with the smallest value of one threshold that masks ``most`` or less, and with the one before."""
+        place = bisect_left(values, -most, key=lambda value: -share(sample.at(found._replace(**{name: value}))))
+        at, before = values[place], values[max(0, place - 1)]
+        return found._replace(**{name: at}), found._replace(**{name: before})
 
-    most = masked_by_token(values[0])
+    most = sample.at(found._replace(delta=values[0])).token_masked_share
     if most < by_token:
         raise Unreachable(
             f"{percent(by_token, 2)} of the tokens are to be masked by delta, but only {percent(most, 2)} move away "
             "from one at all: ask for a smaller --masked-share, or dump later steps"
         )
-    delta = values[bisect_left(values, -by_token, key=lambda value: -masked_by_token(value))]
-    if not has_budget:
-        found, low = Thresholds(delta, None), _before(values, delta)
-        _met(sample, wanted, found, Thresholds(low, None))
-        return found
-
-    def masked(delta_b: float) -> float:
-        return sample.at(Thresholds(delta, delta_b)).masked_share
-
-    most = masked(values[0])
-    if most < wanted.masked:
-        raise Unreachable(
-            f"{percent(wanted.masked, 2)} of the tokens are to be masked, {percent(wanted.by_budget, 0)} of them by "
-            f"the prefix budget; with delta={delta:g} for the others, delta_b=0 would still mask only "
-            f"{percent(most, 2)}: ask for a smaller --budget-share or --masked-share"
-        )
-    delta_b = values[bisect_left(values, -wanted.masked, key=lambda value: -masked(value))]
-    found = Thresholds(delta, delta_b)
-    _met(sample, wanted, found, Thresholds(delta, _before(values, delta_b)))
-    return found
-
-
-def _before(values: list[float], value: float) -> float:
-    return values[max(0, bisect_left(values, value) - 1)]
-
-
-def _met(sample: Sample, wanted: Wanted, found: Thresholds, next_lower: Thresholds) -> None:
-    """Raise if one digit of a threshold steps over the wanted share."""
+    found, next_lower = smallest("delta", by_token, lambda counts: counts.token_masked_share)
+    if wanted.by_budget is not None:
+        most = sample.at(found._replace(delta_b=values[0])).masked_share
+        if most < wanted.masked:
+            raise Unreachable(
+                f"{percent(wanted.masked, 2)} of the tokens are to be masked, {percent(wanted.by_budget, 0)} of them "
+                f"by the prefix budget; with delta={found.delta:g} for the others, delta_b=0 would still mask only "
+                f"{percent(most, 2)}: ask for a smaller --budget-share or --masked-share"
+            )
+        found, next_lower = smallest("delta_b", wanted.masked, lambda counts: counts.masked_share)
     below, above = sample.at(found), sample.at(next_lower)
-    missing = wanted.masked - below.masked_share
-    if missing > max(GAP * wanted.masked, 1 / below.tokens.sum()):
-        raise Unreachable(
+    if wanted.masked - below.masked_share > max(GAP * wanted.masked, 1 / below.tokens.sum()):
+        raise Unreachable(  # one digit of a threshold steps over the wanted share
             f"no thresholds with three digits mask between {percent(below.masked_share, 2)} and "
             f"{percent(above.masked_share, 2)} of these {below.tokens.sum():,.0f} tokens, {percent(wanted.masked, 2)} "
             "are wanted: ask for one of these shares, or dump more responses (trust_region.dump.responses)"
         )
+    return found
 
 
 # --- what the proposal is worth --------------------------------------------------------------------------------

@@ -14,17 +14,9 @@ from matplotlib.figure import Figure as Canvas
 
 from cppo_verl.analysis.html.page import caption
 
-BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, TEAL, GREY = SERIES = (
-    "#3b7fc4",
-    "#d9822b",
-    "#3a9d6c",
-    "#a864b8",
-    "#cf5b56",
-    "#8f7355",
-    "#2f9fae",
-    "#878d97",
-)
+SERIES = ("#3b7fc4", "#d9822b", "#3a9d6c", "#a864b8", "#cf5b56", "#8f7355", "#2f9fae", "#878d97")
 """Legible on white and on near black."""
+BLUE, ORANGE, GREEN, PURPLE, RED, _, _, GREY = SERIES
 # The page replaces this colour by that of its text; no series has it.
 INK = "#010203"
 _STYLE: Any = {
@@ -40,7 +32,6 @@ _STYLE: Any = {
     "grid.alpha": 0.15,
     "legend.frameon": False,
     "legend.fontsize": "small",
-    "lines.markersize": 4,
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,

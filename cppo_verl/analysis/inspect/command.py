@@ -42,14 +42,14 @@ def run(args: argparse.Namespace) -> int:
         2 if there is nothing to read or an argument is wrong, 1 if no method can be replayed, else 0.
     """
     from cppo_verl.analysis.html.page import caption, refuse_foreign, write_page
-    from cppo_verl.analysis.inspect import dump, methods, page
+    from cppo_verl.analysis.inspect import methods, page
     from cppo_verl.analysis.text import print_notes
 
     try:
         if args.responses < 1:
             raise ValueError(f"--responses {args.responses}: at least 1")
         refuse_foreign(args.output, "inspect")
-        read = dump.read(args.dump, args.step)
+        read = methods.read(args.dump, args.step)
         chosen = methods.choose(read, args.method)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,6 @@
 """What several methods mask of the same tokens, counted: by reason, sign, position and update, and their overlap."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,19 +32,15 @@ class Masks:
             decisions: for each method, one entry per response.
         """
 
-        def per_token(value: Callable[[Decisions], np.ndarray], decided: Sequence[Decisions]) -> np.ndarray:
-            return np.concatenate([value(d)[r.mask] for d, r in zip(decided, responses, strict=True)])
-
-        def reason(decided: Decisions) -> np.ndarray:
-            assert decided.reason is not None
-            return decided.reason
+        def per_token(arrays: Iterable[np.ndarray]) -> np.ndarray:
+            return np.concatenate([array[r.mask] for array, r in zip(arrays, responses, strict=True)])
 
         return cls(
-            rejected=np.stack([per_token(lambda d: d.rejected, of_method) for of_method in decisions]),
-            reason=np.stack([per_token(reason, of_method) for of_method in decisions]),
-            sign=np.concatenate([np.sign(r.advantage[r.mask]) for r in responses]).astype(np.int8),
+            rejected=np.stack([per_token(d.rejected for d in of_method) for of_method in decisions]),
+            reason=np.stack([per_token(np.asarray(d.reason) for d in of_method) for of_method in decisions]),
+            sign=np.sign(per_token(r.advantage for r in responses)).astype(np.int8),
             bin=np.concatenate([position_bins(r) for r in responses]),
-            update=np.concatenate([np.full(r.mask.sum(), r.update) for r in responses]),
+            update=np.repeat([r.update for r in responses], [r.mask.sum() for r in responses]),
         )
 
     def share(self) -> list[float]:
@@ -75,10 +71,6 @@ class Masks:
         """
         table: list[list[float | None]] = []
         for row in self.rejected:
-            where = row > 0
-            if not where.any():
-                table.append([None] * len(self.rejected))
-                continue
-            both = np.minimum(self.rejected[:, where], row[where]).sum(1, dtype=np.float64)
-            table.append((both / row.sum(dtype=np.float64)).tolist())
+            both = np.minimum(self.rejected, row).sum(1, dtype=np.float64)
+            table.append((both / row.sum(dtype=np.float64)).tolist() if row.any() else [None] * len(both))
         return table

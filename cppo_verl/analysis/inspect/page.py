@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cppo_verl.analysis.inspect import token_text
-from cppo_verl.analysis.inspect.dump import ReplayableDump
 from cppo_verl.analysis.inspect.masks import Masks
-from cppo_verl.analysis.inspect.methods import Method
+from cppo_verl.analysis.inspect.methods import Method, ReplayableDump
 from cppo_verl.analysis.inspect.tables import tables
 from cppo_verl.analysis.text import counted
 from cppo_verl.artifacts.token_dump import DECISION_COLUMNS, REASONS, REJECTING, Decisions, Response
@@ -75,11 +74,10 @@ def most_masked(responses: Sequence[Response], decisions: Sequence[Decisions], l
     groups = defaultdict(list)
     for row, response in enumerate(responses):
         groups[response.step, response.update].append(row)
-    ranked = [sorted(rows, key=masked_share, reverse=True) for rows in groups.values()]
-    chosen = []
-    for place in range(max(map(len, ranked))):
-        chosen += sorted((rows[place] for rows in ranked if place < len(rows)), key=masked_share, reverse=True)
-    return chosen[:limit]
+    place: dict[int, int] = {}
+    for rows in groups.values():
+        place |= {row: n for n, row in enumerate(sorted(rows, key=masked_share, reverse=True))}
+    return sorted(sorted(place, key=masked_share, reverse=True), key=place.__getitem__)[:limit]
 
 
 def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence[float | None]) -> dict:
@@ -104,12 +102,11 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
         columns = {name: getattr(decided, name) for name in _ARRAYS}
         if decided.divergence is None:
             columns["divergence"] = response.divergence
-        hard = decided.rejected == decided.has_reason(*REJECTING)
-        if hard[response.mask].all():
+        if (decided.rejected == decided.has_reason(*REJECTING))[response.mask].all():
             columns["update_mask"] = None  # the reasons tell it
         return {
             "share": float(decided.rejected[response.mask].mean()),
-            "reason": "".join(map(str, np.asarray(decided.reason).tolist())),
+            "reason": "".join(map(str, np.asarray(decided.reason))),
             "delta": delta,
             "delta_b": decided.delta_b,
         } | {name: put(values) for name, values in columns.items()}
@@ -133,16 +130,7 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
 
 def _texts(dump: ReplayableDump, shown: Sequence[dict], tokenizer_path: str | None) -> dict:
     """``texts``, {token id: text to show}, and ``special``, the ids of special tokens, of the tokens in the page."""
-    path, tokenizer = tokenizer_path or dump.header.get("tokenizer"), None
-    if path is None:
-        dump.notes.append("the dump names no tokenizer: tokens are shown as ids; give --tokenizer FOLDER")
-    else:
-        try:
-            tokenizer = token_text.load(path)
-        except ValueError as error:
-            dump.notes.append(
-                f"no tokenizer at {path} ({error}): tokens are shown as ids; give --tokenizer FOLDER for their text"
-            )
+    tokenizer = token_text.of_dump(dump.header, tokenizer_path, dump.notes)
     ids = {token for response in shown for token in [*response["prompt"], *response["ids"]]}
     special = ids.intersection(tokenizer.all_special_ids) if tokenizer else ()
     return {"texts": token_text.texts(tokenizer, sorted(ids)), "special": sorted(special)}

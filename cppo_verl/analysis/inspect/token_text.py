@@ -2,12 +2,14 @@
 
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 _SHOWN = {" ": "·", "\n": "¶", "\t": "\\t", "\r": "\\r"}
 
 
+@cache
 def load(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer at ``path``, or of that name in the local cache, without network and without running its code.
 
@@ -19,6 +21,19 @@ def load(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # a damaged file may raise anything
         lines = str(error).splitlines()
         raise ValueError(lines[0] if lines else type(error).__name__) from error
+
+
+def of_dump(header: dict, folder: str | None, notes: list[str]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in ``folder``, by default the one that the dump's header names; None, with a note, without any."""
+    path = folder or header.get("tokenizer")
+    if not isinstance(path, str):
+        notes.append("the dump names no tokenizer: tokens are shown without text; give --tokenizer FOLDER")
+        return None
+    try:
+        return load(path)
+    except ValueError as error:
+        notes.append(f"no tokenizer at {path} ({error}): tokens are shown without text; give --tokenizer FOLDER")
+        return None
 
 
 def texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -> dict[int, str]:

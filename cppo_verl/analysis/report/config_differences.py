@@ -18,16 +18,13 @@ _RESOLVER = re.compile(r"\$\{(?!oc\.select:)[\w.]+:")
 
 def settings(run: Run) -> dict[str, str]:
     """{key: resolved value}, with the run's own folder shortened to `OWN_FOLDER`; empty without a readable config."""
-    if run.config is None:
+    config = _saved(run, "config.yaml")
+    folder = _saved(run, "hydra.yaml", "hydra.runtime.output_dir")
+    if not isinstance(config, DictConfig):
         return {}
     try:
-        config = OmegaConf.to_container(OmegaConf.load(run.config), resolve=False)
-        config = OmegaConf.create(_unresolved(config))
-        saved = OmegaConf.load(run.config.with_name("hydra.yaml"))
-        folder = OmegaConf.select(saved, "hydra.runtime.output_dir")
-    except Exception:  # a file cut off in the middle, which `read_run` has noted
-        return {}
-    if not isinstance(config, DictConfig):
+        config = OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
+    except OmegaConfBaseException:  # a resolver within a key, which cannot be left unresolved
         return {}
     flat: dict[str, str] = {}
     _flatten(config, "", flat)
@@ -42,22 +39,23 @@ def settings(run: Run) -> dict[str, str]:
 
 def method(run: Run) -> str:
     """The shipped method that the run was started with."""
-    if run.config is None:
-        return MISSING
-    try:
-        return str(OmegaConf.load(run.config.with_name("hydra.yaml")).hydra.runtime.choices.get("method", MISSING))
-    except Exception:  # as above
-        return MISSING
+    return str(_saved(run, "hydra.yaml", "hydra.runtime.choices.method") or MISSING)
 
 
 def overrides(run: Run) -> list[str]:
     """The overrides of the command that started the run."""
+    return list(map(str, _saved(run, "overrides.yaml") or []))
+
+
+def _saved(run: Run, name: str, key: str | None = None):
+    """What hydra saved with the run in a file, or one value of it; None if the file is not readable."""
     if run.config is None:
-        return []
+        return None
     try:
-        return [str(text) for text in OmegaConf.load(run.config.with_name("overrides.yaml"))]
-    except Exception:  # as above
-        return []
+        saved = OmegaConf.load(run.config.with_name(name))
+        return OmegaConf.select(saved, key) if key else saved
+    except Exception:  # a file cut off in the middle, which `read_run` has noted
+        return None
 
 
 def differences(runs: Sequence[dict[str, str]]) -> dict[str, list[str]]:

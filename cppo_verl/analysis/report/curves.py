@@ -1,10 +1,11 @@
-"""Panels from what runs logged: one line per run, or a mean and its band for the seeds of one setting."""
+"""Panels of lines: one line per run, or a mean and its band for the seeds of one setting."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
+import pandas as pd
 
 from cppo_verl.analysis.positions import BIN_CENTRES
 from cppo_verl.analysis.report.panels import Band, LinePanel, Missing, PhasePanel, Trace, Values
@@ -20,6 +21,8 @@ POINTS = 500
 """Most points of a drawn line."""
 INTERVALS = 12
 """Most validations per run whose saved answers are read, because files of long answers are large."""
+TOP = 0.1
+MARKER_SIZE = 6
 
 Metric = Callable[[dict[str, float]], float | None]
 """Takes a step's logged metrics and returns the value to draw; None if the step has none."""
@@ -35,39 +38,37 @@ def product(share: str, part: str) -> Metric:
     return lambda values: values[share] * values.get(part, 0.0) if share in values else None
 
 
-def series(run: Run, metric: Metric) -> tuple[list[int], list[float]]:
-    """The steps that have the metric, and its values."""
-    points = {step: value for step, values in run.steps.items() if (value := metric(values)) is not None}
-    return list(points), list(points.values())
+def series(run: Run, metric: Metric) -> pd.Series:
+    """The metric at the steps that have it."""
+    found = {step: metric(values) for step, values in run.steps.items()}
+    return pd.Series({step: value for step, value in found.items() if value is not None}, dtype=float)
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last ``window`` values at each point."""
-    return [fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+def thinned(lines: pd.DataFrame) -> pd.DataFrame:
+    """The same lines with at most about `POINTS` points: the lowest and highest of the first column per stretch."""
+    if len(lines) <= POINTS:
+        return lines
+    first = lines.iloc[:, 0].to_numpy()
+    parts = np.array_split(np.arange(len(lines)), POINTS // 2)
+    extremes = {int(part[pick(first[part])]) for part in parts for pick in (np.argmin, np.argmax)}
+    return lines.iloc[sorted(extremes | {0, len(lines) - 1})]
 
 
-def thinned(x: Sequence[float], *columns: Sequence[float], points: int = POINTS) -> list[np.ndarray]:
-    """The same lines with at most about ``points`` points: the lowest and highest of the first column per stretch.
-
-    Returns:
-        x and the columns at the kept points; all points if there are no more.
-    """
-    arrays = [np.asarray(values, dtype=float) for values in (x, *columns)]
-    if len(x) > points:
-        parts = np.array_split(np.arange(len(x)), points // 2)
-        extremes = {int(part[pick(arrays[1][part])]) for part in parts for pick in (np.argmin, np.argmax)}
-        kept = sorted(extremes | {0, len(x) - 1})
-        arrays = [array[kept] for array in arrays]
-    return arrays
+def _complete(lines: Sequence[Line], quantity: Callable[[ReportedRun], pd.Series]) -> dict[Line, list[pd.Series]]:
+    """{line: the quantity by step in each of its runs}, of the lines whose runs all have it."""
+    found = {line: [quantity(item) for item in line.runs] for line in lines}
+    return {line: parts for line, parts in found.items() if all(map(len, parts))}
 
 
-def trace(line: Line, x: Values, y: Values, marker: str = "", marker_size: float | None = None) -> Trace:
-    return Trace(line.label, line.color, line.style, x, y, marker=marker, marker_size=marker_size)
+def _over_runs(parts: Sequence[pd.Series]) -> pd.DataFrame:
+    """Mean, lowest and highest of the runs' values, at the steps that all of them have."""
+    common = pd.concat(parts, axis=1, join="inner")
+    return pd.DataFrame({"mean": common.mean(axis=1), "low": common.min(axis=1), "high": common.max(axis=1)})
 
 
-def left_out(labels: Sequence[str], without: str) -> dict[str, object]:
+def _left_out(lines: Sequence[Line], drawn: Mapping[Line, object], without: str) -> dict[str, object]:
     """Facts for a caption: the lines that are not drawn, and why."""
-    return {"left_out": list(labels), "without": without}
+    return {"left_out": [line.label for line in lines if line not in drawn], "without": without}
 
 
 def curve(
@@ -75,94 +76,86 @@ def curve(
     title: str,
     lines: Sequence[Line],
     metric: Metric,
-    *,
     without: str,
-    caption: str = "",
-    facts: Mapping[str, object] | None = None,
-    log: bool = False,
-    percent: bool = False,
+    *,
+    facts: Mapping | None = None,
+    **kwargs,
 ) -> LinePanel | Missing:
     """A metric over the steps, smoothed by a running mean.
 
     Args:
         without: why a run may lack the metric.
+        kwargs: further fields of the panel.
 
     Returns:
         `Missing` if no run has it.
     """
-    found = {line: [series(item.run, metric) for item in line.runs] for line in lines}
-    complete = {line: parts for line, parts in found.items() if all(x for x, _ in parts)}
+    complete = _complete(lines, lambda item: series(item.run, metric))
     if not complete:
         return Missing(title, without)
-    window = max(WINDOW, max(len(x) for parts in complete.values() for x, _ in parts) // STRETCHES)
+    window = max(WINDOW, max(len(part) for parts in complete.values() for part in parts) // STRETCHES)
     several = any(len(parts) > 1 for parts in complete.values())
     faint = len(complete) <= 4 and not several
     traces, bands = [], []
     for line, parts in complete.items():
         if faint:
-            each_x, each_y = thinned(*parts[0])
-            traces.append(Trace("", line.color, "-", each_x, each_y, role="each step"))
-        common, over_runs = _over_runs(parts, window)
-        x, mean, low, high = thinned(common, *over_runs)
-        traces.append(trace(line, x, mean, "o" if len(x) == 1 else ""))
+            each = thinned(parts[0].to_frame("each"))
+            traces.append(Trace(line, each.index, each["each"], "each step"))
+        drawn = thinned(_over_runs([part.rolling(window, min_periods=1).mean() for part in parts]))
+        traces.append(Trace(line, drawn.index, drawn["mean"], marker_size=MARKER_SIZE if len(drawn) == 1 else 0))
         if len(parts) > 1:
-            bands.append(Band(line.color, x, low, high))
+            bands.append(Band(line, drawn.index, drawn["low"], drawn["high"]))
     reading = {"window": window, "faint": faint, "several": several}
-    missing = left_out([line.label for line in lines if line not in complete], without)
-    return LinePanel(
-        name=name,
-        title=title,
-        caption=caption,
-        facts={**(facts or {}), **reading, **missing},
-        traces=traces,
-        bands=bands,
-        log=log,
-        percent=percent,
+    facts = {**(facts or {}), **reading, **_left_out(lines, complete, without)}
+    return LinePanel(name=name, title=title, facts=facts, traces=traces, bands=bands, **kwargs)
+
+
+def dumped(
+    name: str, title: str, lines: Sequence[Line], quantity: str, without: str, log: bool = False
+) -> LinePanel | Missing:
+    """A quantity of `DumpSummary` over the steps that were dumped."""
+    complete = _complete(
+        lines, lambda item: pd.Series(getattr(item.dumped, quantity) if item.dumped else {}, dtype=float)
     )
-
-
-def _over_runs(parts: Sequence[tuple[list[int], list[float]]], window: int) -> tuple[list[int], list[list[float]]]:
-    """Mean, lowest and highest of the runs' smoothed values, at the steps that all of them have."""
-    at = [dict(zip(x, running_mean(y, window), strict=True)) for x, y in parts]
-    common = [step for step in parts[0][0] if all(step in values for values in at)]
-    columns = [[values[step] for values in at] for step in common]
-    return common, [[reduce(column) for column in columns] for reduce in (fmean, min, max)]
+    if not complete:
+        return Missing(title, without)
+    traces, bands = [], []
+    for line, parts in complete.items():
+        drawn = _over_runs(parts)
+        traces.append(Trace(line, drawn.index, drawn["mean"], marker_size=MARKER_SIZE if len(drawn) <= 60 else 0))
+        if len(parts) > 1:
+            bands.append(Band(line, drawn.index, drawn["low"], drawn["high"]))
+    facts = _left_out(lines, complete, without)
+    return LinePanel(name=name, title=title, facts=facts, traces=traces, bands=bands, log=log)
 
 
 def validation(lines: Sequence[Line], benchmarks: Sequence[str], name: str, title: str) -> LinePanel | Missing:
     """The unweighted mean accuracy on ``benchmarks``; for one benchmark, with intervals over its problems."""
-    found = {line: [_accuracy(item.run, benchmarks) for item in line.runs] for line in lines}
-    complete = {line: curves for line, curves in found.items() if all(curves)}
+    complete = _complete(lines, lambda item: _accuracy(item.run, benchmarks))
     if not complete:
         return Missing(title, "no run validated on it")
-    traces, bands, unread, notes = [], [], [], []
-    for line, curves in complete.items():
-        common = [step for step in curves[0] if all(step in values for values in curves)]
-        x, mean = thinned(common, [fmean(values[step] for values in curves) for step in common])
-        traces.append(trace(line, x, mean, "o" if len(x) <= 40 else "", 3))
+    over_seeds = any(len(parts) > 1 for parts in complete.values())
+    over_problems, traces, bands, unread, notes = False, [], [], [], []
+    for line, parts in complete.items():
+        common = pd.concat(parts, axis=1, join="inner")
+        mean = thinned(common.mean(axis=1).to_frame("mean"))["mean"]
+        traces.append(Trace(line, mean.index, mean, marker_size=3 if len(mean) <= 40 else 0))
         intervals: dict[int, Interval] = {}
-        if len(curves) > 1:
-            intervals = {step: interval_over_seeds([values[step] for values in curves]) for step in common}
+        if len(parts) > 1:
+            intervals = {step: interval_over_seeds(values) for step, values in common.T.items()}
         elif len(benchmarks) == 1:
-            intervals, skipped = _intervals(line.runs[0], benchmarks[0], common)
+            intervals, skipped = _intervals(line.runs[0], benchmarks[0], common.index)
             notes += skipped
+            over_problems |= bool(intervals)
             unread += [] if intervals else [line.label]
         if intervals:
-            low, high = zip(*intervals.values(), strict=True)
-            bands.append(Band(line.color, list(intervals), low, high))
-    facts = {
-        "over_problems": len(benchmarks) == 1
-        and any(len(line.runs) == 1 and line.label not in unread for line in complete),
-        "most_read": INTERVALS,
-        "over_seeds": any(len(line.runs) > 1 for line in complete),
-        "unread": unread,
-    }
-    missing = left_out([line.label for line in lines if line not in complete], "no validation")
+            bands.append(Band(line, list(intervals), *zip(*intervals.values(), strict=True)))
+    facts = {"over_problems": over_problems, "most_read": INTERVALS, "over_seeds": over_seeds, "unread": unread}
     return LinePanel(
         name=name,
         title=title,
         caption="validation",
-        facts={**facts, **missing},
+        facts=facts | _left_out(lines, complete, "no validation"),
         notes=notes,
         traces=traces,
         bands=bands,
@@ -170,15 +163,12 @@ def validation(lines: Sequence[Line], benchmarks: Sequence[str], name: str, titl
     )
 
 
-def _accuracy(run: Run, benchmarks: Sequence[str]) -> dict[int, float]:
-    return {
-        step: fmean(values[name] for name in benchmarks)
-        for step, values in run.accuracies().items()
-        if all(name in values for name in benchmarks)
-    }
+def _accuracy(run: Run, benchmarks: Sequence[str]) -> pd.Series:
+    accuracies = pd.DataFrame.from_dict(run.accuracies(), orient="index")
+    return accuracies.reindex(columns=benchmarks).dropna().mean(axis=1)
 
 
-def _intervals(item: ReportedRun, benchmark: str, steps: Sequence[int]) -> tuple[dict[int, Interval], list[str]]:
+def _intervals(item: ReportedRun, benchmark: str, steps: pd.Index) -> tuple[dict[int, Interval], list[str]]:
     """{step: interval over problems} of some of the steps, from the first to the last; and what was skipped."""
     folder = item.run.generations
     if folder is None:
@@ -198,53 +188,51 @@ def _intervals(item: ReportedRun, benchmark: str, steps: Sequence[int]) -> tuple
 
 def drift_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
     """Mean D_t of the later updates by t / T, from the log or else from the token dump, with delta / w_t beside it."""
-    title = "Mean D_t by position, later updates"
     names = [f"trust_region/later_updates/divergence/position_{b}" for b in range(POSITION_BINS)]
     found, from_dump = {}, []
     for line in lines:
         rows = []
         for item in line.runs:
-            bins: Sequence[Values] = [series(item.run, logged(name))[1] for name in names]
-            if not all(bins) and item.dumped and item.dumped.by_position:
+            bins: Sequence[Values] = [series(item.run, logged(name)) for name in names]
+            if not all(map(len, bins)) and item.dumped and item.dumped.by_position:
                 bins = item.dumped.by_position
                 from_dump.append(line.label)
             if all(map(len, bins)):
-                rows.append([float(np.mean(values, dtype=float)) for values in bins])
+                rows.append([float(np.asarray(values, dtype=float).mean()) for values in bins])
         if len(rows) == len(line.runs):
             found[line] = np.mean(rows, axis=0)
-    facts = {"from_dump": list(dict.fromkeys(from_dump))}
     without = "neither logged nor dumped, as with one update per batch"
-    return by_position("divergence_by_position", title, lines, found, without, facts)
+    title, facts = "Mean D_t by position, later updates", {"from_dump": list(dict.fromkeys(from_dump))}
+    return _by_position("divergence_by_position", title, lines, found, without, facts)
 
 
-def by_position(
-    name: str,
-    title: str,
-    lines: Sequence[Line],
-    found: Mapping[Line, Values],
-    without: str,
-    facts: Mapping[str, object] | None = None,
+def largest_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
+    """Mean of the largest tenth of D_t in each bin of positions."""
+    found = {}
+    for line in lines:
+        parts = [item.dumped.by_position for item in line.runs if item.dumped and item.dumped.by_position]
+        bins = [np.concatenate(values) for values in zip(*parts, strict=True)]
+        if bins and all(map(len, bins)):
+            found[line] = np.array([np.sort(x)[-max(1, round(TOP * len(x))) :].mean() for x in bins])
+    title = "The largest tenth of D_t by position"
+    return _by_position("largest_by_position", title, lines, found, "no dumped tokens of later updates", {})
+
+
+def _by_position(
+    name: str, title: str, lines: Sequence[Line], found: Mapping[Line, Values], without: str, facts: Mapping
 ) -> LinePanel | Missing:
     """A quantity in each bin of positions, with the threshold delta / w_t of each drawn run."""
     if not found:
         return Missing(title, without)
-    traces = [trace(line, BIN_CENTRES, values, "o") for line, values in found.items()]
-    colors: dict[tuple[float, float], str] = {}  # each threshold once
+    traces = [Trace(line, BIN_CENTRES, values, marker_size=MARKER_SIZE) for line, values in found.items()]
+    first: dict[tuple[float, float], Line] = {}  # each threshold once
     for line in found:
         if line.runs[0].thresholds:
-            colors.setdefault(line.runs[0].thresholds, line.color)
+            first.setdefault(line.runs[0].thresholds, line)
     x = np.linspace(0, 1, 33)
-    for (delta, w_min), color in colors.items():
-        traces.append(Trace("", color, "--", x.tolist(), delta / (1 - (1 - w_min) * x), role="delta / w_t"))
-    missing = left_out([line.label for line in lines if line not in found], without)
-    return LinePanel(
-        name=name,
-        title=title,
-        facts={**(facts or {}), "thresholds": bool(colors), **missing},
-        traces=traces,
-        log=True,
-        over_positions=True,
-    )
+    traces += [Trace(line, x, delta / (1 - (1 - w_min) * x), "delta / w_t") for (delta, w_min), line in first.items()]
+    facts = {**facts, "thresholds": bool(first), **_left_out(lines, found, without)}
+    return LinePanel(name=name, title=title, facts=facts, traces=traces, log=True, over_positions=True)
 
 
 PHASES = (
@@ -270,10 +258,10 @@ def stacked_phases(lines: Sequence[Line]) -> PhasePanel | Missing:
     for line in lines:
         runs = [phases(item.run) for item in line.runs]
         if any(runs):
-            bars[line.label] = {p: fmean(seconds.get(p, 0.0) for seconds in runs) for p in (*PHASES, "rest")}
+            bars[line.label] = pd.DataFrame(runs, columns=[*PHASES, "rest"]).fillna(0.0).mean()
     if not bars:
         return Missing(title, "no run logged timing_s/step")
-    return PhasePanel(name="phases", title=title, bars=bars)
+    return PhasePanel(name="phases", title=title, bars=pd.DataFrame(bars).T)
 
 
 def phases(run: Run) -> dict[str, float]:
@@ -281,11 +269,11 @@ def phases(run: Run) -> dict[str, float]:
     timed = [values for values in run.steps.values() if "timing_s/step" in values]
     if not timed:
         return {}
-    total = {name: sum(values.get(f"timing_s/{name}", 0.0) for values in timed) for name in PHASES}
-    total["update_actor"] = max(0.0, total["update_actor"] - total["dump_tokens"])
-    step = sum(values["timing_s/step"] for values in timed)
-    total["rest"] = max(0.0, step - sum(seconds for name, seconds in total.items() if name != "testing"))
-    return {name: seconds / len(timed) for name, seconds in total.items()}
+    mean = {name: fmean(values.get(f"timing_s/{name}", 0.0) for values in timed) for name in ("step", *PHASES)}
+    mean["update_actor"] = max(0.0, mean["update_actor"] - mean["dump_tokens"])
+    step = mean.pop("step")
+    mean["rest"] = max(0.0, step - sum(seconds for name, seconds in mean.items() if name != "testing"))
+    return mean
 
 
 MEASURES = {
@@ -304,5 +292,5 @@ def memory(lines: Sequence[Line]) -> list[LinePanel | Missing]:
         if measure in MEASURES and "perf" in key.split("/"):
             title = f"{MEASURES[measure]}, {' '.join(who) or 'trainer'} (GB)"
             name, without = "memory_" + "_".join((*who, measure)), f"{key} is not logged"
-            panels.append(curve(name, title, lines, logged(key), without=without, caption="memory", facts={"key": key}))
+            panels.append(curve(name, title, lines, logged(key), without, caption="memory", facts={"key": key}))
     return panels or [Missing("Memory", "no run logged perf/max_memory_allocated_gb or the like")]

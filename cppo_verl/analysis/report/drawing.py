@@ -15,9 +15,8 @@ NAMED_TOKENS = 32
 """Up to this length of a response, its tokens are written below the bars."""
 OUTSIDE = "outside lower center"
 _LINES: dict = {
-    "mean": {"linewidth": 1.5},
-    "each step": {"linewidth": 0.8, "alpha": 0.3},
-    "delta / w_t": {"linewidth": 1},
+    "each step": {"linestyle": "-", "linewidth": 0.8, "alpha": 0.3},
+    "delta / w_t": {"linestyle": "--", "linewidth": 1},
 }
 _BARS = {
     "kept": (GREY, "within the region"),
@@ -41,23 +40,22 @@ def _figure(panel: Panel, height: float) -> Figure:
 
 
 def _lines(panel: LinePanel) -> Figure:
-    labels = [trace.label for trace in panel.traces if trace.label]
+    labels = [trace.line.label for trace in panel.traces if trace.role == "mean"]
     figure = _figure(panel, 2.9 + 0.2 * (math.ceil(len(labels) / 2) if len(labels) > 1 else 0))
     axes = figure.axes
     for band in panel.bands:
-        axes.fill_between(band.x, band.low, band.high, color=band.color, alpha=0.15, linewidth=0)
+        axes.fill_between(band.x, band.low, band.high, color=band.line.color, alpha=0.15, linewidth=0)
     for trace in panel.traces:
-        axes.plot(
-            trace.x,
-            trace.y,
-            color=trace.color,
-            linestyle=trace.style,
-            marker=trace.marker,
-            markersize=trace.marker_size,
-            label=plain(trace.label) or None,
-            gid=None if trace.role == "mean" else trace.role,
-            **_LINES[trace.role],
-        )
+        look: dict = {
+            "color": trace.line.color,
+            "markersize": trace.marker_size,
+            "marker": "o" if trace.marker_size else "",
+        }
+        if trace.role == "mean":
+            look |= {"linestyle": trace.line.style, "linewidth": 1.5, "label": plain(trace.line.label)}
+        else:
+            look |= {"gid": trace.role, **_LINES[trace.role]}
+        axes.plot(trace.x, trace.y, **look)
     if panel.log and any((np.asarray(trace.y) > 0).any() for trace in panel.traces):
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
@@ -77,16 +75,14 @@ def _lines(panel: LinePanel) -> Figure:
 def _phases(panel: PhasePanel) -> Figure:
     figure = _figure(panel, 1.7 + 0.3 * len(panel.bars))
     axes, rows = figure.axes, range(len(panel.bars))
-    longest = max(sum(seconds.values()) for seconds in panel.bars.values())
-    left = np.zeros(len(panel.bars))
-    for number, phase in enumerate(next(iter(panel.bars.values()))):
-        width = np.array([seconds[phase] for seconds in panel.bars.values()])
+    longest, left = panel.bars.sum(axis=1).max(), np.zeros(len(panel.bars))
+    for number, (phase, width) in enumerate(panel.bars.items()):
         if width.max() > 0:
             label = phase if width.max() > 0.005 * longest else None
             axes.barh(rows, width, left=left, color=SERIES[number % len(SERIES)], label=label, height=0.7)
-        left += width
+        left += width.to_numpy()
     axes.set_axisbelow(True)
-    axes.set_yticks(rows, [plain(name) for name in panel.bars])
+    axes.set_yticks(rows, [plain(name) for name in panel.bars.index])
     axes.set_ylim(len(panel.bars) - 0.4, -0.6)
     axes.set_xlabel("seconds")
     axes.grid(visible=False, axis="y")

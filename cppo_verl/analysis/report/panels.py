@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 
+from cppo_verl.analysis.report.runs import Line
 from cppo_verl.artifacts.token_dump import Response
 
 Values = Sequence[float] | np.ndarray
@@ -35,26 +37,22 @@ class Panel:
 
 @dataclass(frozen=True)
 class Trace:
-    """A line."""
+    """A line through points; it looks as ``line`` does in all figures."""
 
-    label: str
-    """In the legend; empty for none."""
-    color: str
-    style: object
+    line: Line
     x: Values
     y: Values
     role: str = "mean"
-    """What the line shows: "mean", "each step" or "delta / w_t"."""
-    marker: str = ""
-    marker_size: float | None = None
-    """None for the usual size."""
+    """What it shows: "mean", "each step" or "delta / w_t"."""
+    marker_size: float = 0
+    """Of the points; 0 for none."""
 
 
 @dataclass(frozen=True)
 class Band:
     """The area between two lines."""
 
-    color: str
+    line: Line
     x: Values
     low: Values
     high: Values
@@ -74,8 +72,8 @@ class LinePanel(Panel):
 class PhasePanel(Panel):
     """Stacked bars: seconds per step of each phase, one bar per line."""
 
-    bars: dict[str, dict[str, float]]
-    """{line: {phase: seconds}}, with the same phases for all lines."""
+    bars: pd.DataFrame
+    """Seconds [lines, phases]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ LEGEND_LENGTH = 26
 """Most characters of a name in a legend."""
 NO_DUMP = "no token dump; trust_region.dump.every=10 writes one"
 LOSS = "actor_rollout_ref.actor.policy_loss"
-RENAMED = {"trust_region/delta_b": ("trust_region/effective_delta_b", "the figure and the summary of δ_b lack it")}
-"""{metric as older versions logged it: (its name now, what a report lacks without it)}."""
+OLD_DELTA_B, DELTA_B = "trust_region/delta_b", "trust_region/effective_delta_b"
+"""The metric's name in older versions, and now."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +74,11 @@ def reported(runs: Sequence[Run]) -> list[ReportedRun]:
 def _reported(run: Run, name: str) -> ReportedRun:
     notes, dumped = list(run.notes), None
     logged = set().union(*run.steps.values())
-    for old, (new, lacking) in RENAMED.items():
-        if old in logged and new not in logged:
-            notes.append(f"an older version logged this run, with {old} in the place of {new}: {lacking}")
+    if OLD_DELTA_B in logged and DELTA_B not in logged:
+        notes.append(
+            f"an older version logged this run, with {OLD_DELTA_B} in the place of {DELTA_B}: the figure and the "
+            "summary of δ_b lack it"
+        )
     if run.path.is_dir():
         try:
             dump = read_tokens(run.path)

@@ -1,19 +1,29 @@
 """The tables of a report: a summary of each run, and the settings in which the runs differ."""
 
-import math
 from collections.abc import Sequence
-from statistics import fmean, median
 
 from cppo_verl.analysis.report.config_differences import differences, method
 from cppo_verl.analysis.report.curves import logged, product, series
-from cppo_verl.analysis.report.runs import ReportedRun, shown
-from cppo_verl.analysis.report.sections import MASKED, SHARE, STEP_SECONDS, benchmarks_of, effective_budget
+from cppo_verl.analysis.report.runs import DELTA_B, ReportedRun, shown
 from cppo_verl.analysis.text import MISSING, Cell, Table, number
 from cppo_verl.artifacts.run_reader import Run
 from cppo_verl.evaluation.statistics import select
 
+SHARE = "trust_region/masked_share"
+MASKED = logged(SHARE, "actor/pg_clipfrac")
+STEP_SECONDS = logged("timing_s/step", "perf/time_per_step")
 LAST = 10
 """Number of last steps averaged in the summary's reward."""
+
+
+def effective_budget(values: dict[str, float]) -> float | None:
+    """The logged effective budget, which is zero if there is no budget."""
+    return values.get(DELTA_B) or None
+
+
+def benchmarks_of(runs: Sequence[ReportedRun]) -> list[str]:
+    """Everything that any run validated on."""
+    return sorted({name for item in runs for values in item.run.accuracies().values() for name in values})
 
 
 def summary(runs: Sequence[ReportedRun]) -> Table:
@@ -27,16 +37,8 @@ def _row(item: ReportedRun, benchmarks: Sequence[str]) -> dict[str, Cell]:
     run = item.run
     last_step = max(run.steps, default=0)
     score = select(run.accuracies(), benchmarks, run.t_stop) if benchmarks else None
-    reward, masked, delta_b, time, testing = (
-        series(run, metric)[1]
-        for metric in (
-            logged("critic/score/mean"),
-            MASKED,
-            effective_budget,
-            STEP_SECONDS,
-            logged("timing_s/testing"),
-        )
-    )
+    reward, masked = series(run, logged("critic/score/mean")), series(run, MASKED)
+    delta_b, time = series(run, effective_budget), series(run, STEP_SECONDS)
     return {
         "run": item.name,
         "method": shown(method(run)),
@@ -46,20 +48,20 @@ def _row(item: ReportedRun, benchmarks: Sequence[str]) -> dict[str, Cell]:
         "at step": MISSING if score is None else str(score.step),
         "last": score and score.last,
         "smoothed": score and score.smoothed,
-        f"reward, last {LAST}": f"{fmean(reward[-LAST:]):.3f}" if reward else MISSING,
-        "masked": fmean(masked) if masked else None,
+        f"reward, last {LAST}": f"{reward.tail(LAST).mean():.3f}" if len(reward) else MISSING,
+        "masked": float(masked.mean()) if len(masked) else None,
         "of it by budget": by_budget_share(run) if item.has_two_constraints else None,
-        "δ_b": number(fmean(delta_b), 3) if delta_b else MISSING,
-        "time per step": duration(median(time)) if time else MISSING,
-        "total": duration(math.fsum(time) + math.fsum(testing)) if time else MISSING,
+        "δ_b": number(delta_b.mean(), 3) if len(delta_b) else MISSING,
+        "time per step": duration(time.median()) if len(time) else MISSING,
+        "total": duration(time.sum() + series(run, logged("timing_s/testing")).sum()) if len(time) else MISSING,
     }
 
 
 def by_budget_share(run: Run) -> float | None:
     """Of all tokens that the run masked, the share that the budget rejected; None if it masked nothing."""
-    masked = math.fsum(series(run, logged(SHARE))[1])
-    rejected = series(run, product(SHARE, "trust_region/budget_rejected_share"))[1]
-    return math.fsum(rejected) / masked if masked > 0 else None
+    masked = series(run, logged(SHARE)).sum()
+    rejected = series(run, product(SHARE, "trust_region/budget_rejected_share")).sum()
+    return rejected / masked if masked > 0 else None
 
 
 def duration(seconds: float) -> str:

@@ -1,56 +1,17 @@
-"""Panels from the token dumps of the runs."""
+"""Panels of single responses from the token dumps of the runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from cppo_verl.analysis.report.curves import by_position, left_out, trace
-from cppo_verl.analysis.report.dump_summary import KINDS, ChosenResponse, DumpSummary, token_threshold
-from cppo_verl.analysis.report.panels import Band, LinePanel, Missing, TokenPanel
-from cppo_verl.analysis.report.runs import Line
+from cppo_verl.analysis.report.dump_summary import KINDS, ChosenResponse, token_threshold
+from cppo_verl.analysis.report.panels import TokenPanel
 from cppo_verl.artifacts.token_dump import CODE
 
 BARS = 300
 """Most tokens drawn of one response."""
-TOP = 0.1
 EXCERPT = 160
 """Characters of a response in its caption."""
-
-
-def over_steps(
-    name: str,
-    title: str,
-    lines: Sequence[Line],
-    quantity: Callable[[DumpSummary], dict[int, float]],
-    without: str,
-    log: bool = False,
-) -> LinePanel | Missing:
-    """A quantity of the dumps, {step: value}, over the steps that were dumped."""
-    found = {line: [quantity(item.dumped) if item.dumped else {} for item in line.runs] for line in lines}
-    complete = {line: parts for line, parts in found.items() if all(parts)}
-    if not complete:
-        return Missing(title, without)
-    traces, bands = [], []
-    for line, parts in complete.items():
-        common = sorted(set.intersection(*map(set, parts)))
-        columns = [[part[step] for part in parts] for step in common]
-        traces.append(trace(line, common, np.mean(columns, axis=1), "o" if len(common) <= 60 else ""))
-        if len(parts) > 1:
-            bands.append(Band(line.color, common, np.min(columns, axis=1), np.max(columns, axis=1)))
-    missing = left_out([line.label for line in lines if line not in complete], without)
-    return LinePanel(name=name, title=title, facts=missing, traces=traces, bands=bands, log=log)
-
-
-def largest_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
-    """Mean of the largest tenth of D_t in each bin of positions."""
-    found = {}
-    for line in lines:
-        parts = [item.dumped.by_position for item in line.runs if item.dumped and item.dumped.by_position]
-        bins = [np.concatenate(values) for values in zip(*parts, strict=True)]
-        if bins and all(map(len, bins)):
-            found[line] = [float(np.sort(x)[-max(1, round(TOP * len(x))) :].mean()) for x in bins]
-    title = "The largest tenth of D_t by position"
-    return by_position("largest_by_position", title, lines, found, "no dumped tokens of later updates")
 
 
 def response_panel(name: str, run: str, chosen: ChosenResponse, texts: Sequence[str]) -> TokenPanel:

@@ -4,6 +4,7 @@ import json
 from statistics import fmean
 
 import numpy as np
+import pandas as pd
 import pytest
 from report_runs import ACCURACY, SHARE, data_of, drawn, make, means_of_ten, read
 
@@ -64,14 +65,13 @@ def test_shaded_is_the_interval_over_problems(tmp_path):
 
 def test_a_long_line_keeps_its_extremes_and_true_values():
     g = np.random.default_rng(0)
-    x, y = np.arange(1000), g.normal(size=1000)
-    y[[123, 777]] = 50, -50
-    thin_x, thin_y = curves.thinned(x, y)
-    assert len(thin_x) <= 502 and {50, -50} < set(thin_y)
-    assert (thin_x[0], thin_x[-1]) == (0, 999) and (np.diff(thin_x) > 0).all()
-    np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
-    short = curves.thinned(x[:500], y[:500])
-    np.testing.assert_array_equal(short[1], y[:500])
+    line = pd.DataFrame({"y": g.normal(size=1000)})
+    line.loc[[123, 777], "y"] = 50, -50
+    thin = curves.thinned(line)
+    assert len(thin) <= 502 and {50, -50} < set(thin["y"])
+    assert (thin.index[0], thin.index[-1]) == (0, 999) and (np.diff(thin.index) > 0).all()
+    pd.testing.assert_frame_equal(thin, line.loc[thin.index])
+    pd.testing.assert_frame_equal(curves.thinned(line[:500]), line[:500])
 
 
 def test_phases_add_up_to_the_step(tmp_path):

@@ -12,14 +12,14 @@ from scipy import stats
 
 from cppo_verl.analysis.report.drawing import draw
 from cppo_verl.analysis.report.page import report
-from cppo_verl.analysis.report.runs import NO_DUMP, legend_labels, unique_names
+from cppo_verl.analysis.report.runs import NO_DUMP, legend_labels, lines, unique_names
 
 
 def test_seeds_of_one_setting_are_one_line_with_a_band(tmp_path):
     folders = [make(tmp_path / str(seed), seed=seed, steps=10 + seed) for seed in (1, 2, 3)]
     other = make(tmp_path / "other", seed=1, config="lr: 1.0")
     made = report(read(*folders, other))
-    assert [line.name for line in made.lines] == ["cppo (1) (3 runs)", "cppo (other)"]
+    assert [line.name for line in lines(made.runs)] == ["cppo (1) (3 runs)", "cppo (other)"]
     figures = drawn(made)
     logs = [[json.loads(t) for t in (f / "logs" / "metrics-0.jsonl").read_text().splitlines()] for f in folders]
     smoothed = [means_of_ten([[r["step"], r["data"]["critic/score/mean"]] for r in log]) for log in logs]
@@ -41,12 +41,12 @@ def test_seeds_of_one_setting_are_one_line_with_a_band(tmp_path):
 def test_a_run_keeps_its_colour_and_more_than_eight_their_style(tmp_path):
     folders = [make(tmp_path / f"run{i}", f"method{i}", answers=False) for i in range(10)]
     made = report(read(*folders))
-    styles = [(line.color, str(line.style)) for line in made.lines]
+    styles = [(line.color, str(line.style)) for line in lines(made.runs)]
     assert len(set(styles)) == 10 and styles[0][0] == styles[8][0]
     for name in ("reward", "masked", "validation", "divergence_by_position"):
-        lines = drawn(made)[name].axes.lines
-        assert {line.get_label(): to_hex(line.get_color()) for line in lines if line.get_gid() is None} == {
-            line.label: line.color for line in made.lines
+        shown = [line for line in drawn(made)[name].axes.lines if line.get_gid() is None]
+        assert {line.get_label(): to_hex(line.get_color()) for line in shown} == {
+            line.label: line.color for line in lines(made.runs)
         }
 
 
