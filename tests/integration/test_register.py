@@ -44,7 +44,7 @@ def test_importing_the_package_needs_torch_only():
 
 @pytest.mark.parametrize("module", ["cppo_verl.cpu.platform", "cppo_verl.register", "cppo_verl.plugin.trainer"])
 def test_any_module_may_be_the_first_import_of_a_process(module):
-    check = "; from cppo_verl.doctor.registrations import registered; print(all(registered().values()))"
+    check = "; from cppo_verl.doctor.registrations import registrations; print(all(registrations().values()))"
     result = run_python(f"import {module}{check}", VERL_PLATFORM="cpu")
     assert result.stdout.split()[-1:] == ["True"], result.stderr
     assert "failed to load" not in result.stderr

@@ -55,10 +55,10 @@ def test_a_recipe_shrinks_in_size_and_changes_platform_and_nothing_else(shrink, 
     overrides = [f"scale={scale}", f"method={method}", "output=/runs/a"]
     recipe, shrunk = shrink.compose(overrides), shrink.compose([*overrides, "+shrink=tiny"])
     shrunk.merge_with_dotlist([shrink.prompts(recipe, shrunk)])
+    before, after = leaves(recipe), leaves(shrunk)  # hydra resolves what it instantiates, in place
     validate_config(shrunk, use_reference_policy=need_reference_policy(shrunk), use_critic=need_critic(shrunk))
     for part in ("actor", "rollout"):
         omega_conf_to_dataclass(shrunk.actor_rollout_ref[part])
-    before, after = leaves(recipe), leaves(shrunk)
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert SIZES <= changed <= SIZES | leaves(OmegaConf.load(PLATFORM)).keys()
     updates = [c.data.train_batch_size / c.actor_rollout_ref.actor.ppo_mini_batch_size for c in (recipe, shrunk)]
