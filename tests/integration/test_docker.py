@@ -126,16 +126,8 @@ def test_the_plug_in_installs_from_a_builds_context_alone(tmp_path):
     config = yaml.safe_load(subprocess.check_output(command, cwd=tmp_path, env=environment, text=True))
     assert config["actor_rollout_ref"]["actor"]["policy_loss"]["loss_mode"] == "cppo"
     assert config["trainer"]["device"] == "cpu"
-    look = [
-        sys.executable,
-        "-m",
-        "cppo_verl",
-        "inspect",
-        str(ROOT / "examples" / "analysis" / "run"),
-        "--method",
-        "run",
-    ]
-    subprocess.run(look, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "cppo_verl", "inspect", str(ROOT / "examples/analysis/run"), "--method", "run"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert "<select" in (tmp_path / "inspect.html").read_text()
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from run_folders import answer, validation, write
+from run_folders import validation, write, write_damaged_answers
 
 from cppo_verl.artifacts.run_reader import OLD_RECORD, read_generations, read_run, read_runs
 
@@ -88,16 +88,7 @@ def test_label_seed_and_last_step_come_from_hydras_files(tmp_path):
 
 
 def test_generations_are_grouped_by_problem_and_benchmark(tmp_path):
-    write(
-        tmp_path / "5.jsonl",
-        *[answer("u1", i, "p", acc) for i, acc in enumerate([1.0, 0.0])],
-        answer("u1", 2, "p", 0.0),
-        answer("u1", 2, "p", 1.0, output=1),  # the second output of the same sample
-        answer("u2", 0, "q", 0.0),
-        json.dumps({"input": "r", "acc": None, "uid": "u3_0_0"}),
-        '{"input": "cut',
-    )
-    (tmp_path / "5.sources.json").write_text(json.dumps({"u1": "aime24", "u2": "aime25"}))
+    write_damaged_answers(tmp_path)
     answers = read_generations(tmp_path, 5)
     assert answers.accuracy() == {("aime24", "p"): pytest.approx(2 / 3), ("aime25", "q"): 0.0}
     assert answers.accuracy("aime25") == {("aime25", "q"): 0.0}
