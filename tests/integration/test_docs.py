@@ -163,6 +163,14 @@ def test_the_table_of_metrics_is_what_a_step_logs():
     assert set(documented) == hooks().metric_names()
 
 
+def test_every_logger_of_the_page_is_verls(compose):
+    from verl.utils.tracking import Tracking
+
+    (loggers,) = (table for section, table in rows("metrics.md", "logger").items() if section == "Loggers")
+    for override, _ in loggers.values():
+        assert set(compose("+method=cppo", override.strip("`")).trainer.logger) <= set(Tracking.supported_backend)
+
+
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
