@@ -82,7 +82,7 @@ def read(*folders):
 
 
 def drawn(made):
-    return {panel.name: draw(panel) for section in made.sections for panel in section.panels}
+    return {panel.name: draw(panel) for section in made["sections"] for panel in section.panels}
 
 
 def data_of(figure, label):

@@ -49,19 +49,19 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
     from cppo_verl.analysis.report.drawing import draw
-    from cppo_verl.analysis.report.page import report
+    from cppo_verl.analysis.report.page import page_values
     from cppo_verl.analysis.text import counted, print_notes
 
     with warnings.catch_warnings():
         # The font of the PNG files lacks some characters; readers of the page have other fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        result = report(runs, notes, args.tokenizer)
-        figures = {section.id: [draw(panel) for panel in section.panels] for section in result.sections}
-        write_page(args.output, "report", report=result, figures=figures)
+        values = page_values(runs, notes, args.tokenizer)
+        figures = {section.id: [draw(panel) for panel in section.panels] for section in values["sections"]}
+        write_page(args.output, "report", figures=figures, **values)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
         for figure in chain.from_iterable(figures.values()):
             figure.save(folder)
-    print_notes(result.notes)
+    print_notes(values["notes"])
     count = sum(map(len, figures.values()))
     print(f"{args.output}: {counted(len(runs), 'run')}, {counted(count, 'figure')}, each as PNG and SVG in {folder}")
     return 0

@@ -65,11 +65,6 @@ def differences(runs: Sequence[dict[str, str]]) -> dict[str, list[str]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def same_but_for_seeds(first: dict[str, str], second: dict[str, str]) -> bool:
-    changed = differences([first, second])
-    return all(key.rsplit(".", 1)[-1] in ("seed", "experiment_name") for key in changed)
-
-
 def _flatten(config: DictConfig, prefix: str, flat: dict[str, str]) -> None:
     for key in map(str, config):
         text = OmegaConf.to_container(config, resolve=False)[key]  # type: ignore[index, call-overload]  # a dict

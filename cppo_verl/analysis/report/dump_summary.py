@@ -1,13 +1,12 @@
 """What a report takes from a run's token dump: sums by step and position, and a few responses to draw."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from cppo_verl.analysis.positions import position_bins
 from cppo_verl.artifacts.token_dump import CODE, Response, TokenDump
-from cppo_verl.core.metrics import POSITION_BINS
 
 KINDS = {"budget": "masked by the budget", "token": "masked by the token threshold", "kept": "not masked at all"}
 """Why a response is drawn."""
@@ -22,41 +21,36 @@ class ChosenResponse:
     """Of its file."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class DumpSummary:
     """Summary of one run's dump."""
 
-    relative_error: dict[int, float] = field(default_factory=dict)
-    """{step: sum of |log pi - log mu| over sum of |log mu|}, over the tokens of the batch's first update."""
-    entropy: dict[int, float] = field(default_factory=dict)
-    """{step: mean of -log mu}, an unbiased estimate of mu's entropy."""
-    by_position: list[np.ndarray] = field(default_factory=list)
-    """D_t of the later updates' tokens in each of `POSITION_BINS`; empty if there are none."""
-    chosen: list[ChosenResponse] = field(default_factory=list)
+    relative_error: pd.Series
+    """By step: sum of |log pi - log mu| over sum of |log mu|, over the tokens of the batch's first update."""
+    entropy: pd.Series
+    """By step: mean of -log mu, an unbiased estimate of mu's entropy."""
+    by_position: pd.Series
+    """D_t of the later updates' tokens, indexed by the bin of their position."""
+    chosen: list[ChosenResponse]
 
 
 def summarise(dump: TokenDump) -> DumpSummary:
-    summary = DumpSummary(chosen=_chosen(dump))
-    sums: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(4))
-    bins: list[list[np.ndarray]] = [[] for _ in range(POSITION_BINS)]
+    sums, divergences, bins = [], [np.empty(0)], [np.empty(0, dtype=int)]
     for response in dump.responses:
-        mask = response.mask
+        mask, first = response.mask, response.update == 0
         log_mu, log_pi = response.log_mu[mask].astype(float), response.log_pi[mask].astype(float)
-        first = response.update == 0
-        error = np.abs(log_pi - log_mu).sum() if first else 0.0
-        sums[response.step] += (error, np.abs(log_mu).sum() if first else 0.0, -log_mu.sum(), len(log_mu))
+        error = (np.abs(log_pi - log_mu).sum(), np.abs(log_mu).sum()) if first else (0.0, 0.0)
+        sums.append((response.step, *error, -log_mu.sum(), len(log_mu)))
         if not first:
-            places = position_bins(response)
-            for b in range(POSITION_BINS):
-                bins[b].append(response.divergence[mask][places == b])
-    for step, (error, size, surprise, tokens) in sorted(sums.items()):
-        if size > 0:
-            summary.relative_error[step] = error / size
-        if tokens > 0:
-            summary.entropy[step] = surprise / tokens
-    if any(map(len, bins)):
-        summary.by_position = [np.concatenate(values) for values in bins]
-    return summary
+            divergences.append(response.divergence[mask])
+            bins.append(position_bins(response))
+    by_step = pd.DataFrame(sums, columns=["step", "error", "size", "surprise", "tokens"]).groupby("step").sum()
+    return DumpSummary(
+        relative_error=(by_step["error"] / by_step["size"]).dropna(),
+        entropy=(by_step["surprise"] / by_step["tokens"]).dropna(),
+        by_position=pd.Series(np.concatenate(divergences), index=np.concatenate(bins)),
+        chosen=_chosen(dump),
+    )
 
 
 def _chosen(dump: TokenDump) -> list[ChosenResponse]:
@@ -68,18 +62,16 @@ def _chosen(dump: TokenDump) -> list[ChosenResponse]:
             continue
         if token_threshold(dump.headers[response.step]) is None:
             continue
-        counts: dict[str, float] = {kind: int((reason == CODE[kind]).sum()) for kind in ("budget", "token")}
-        if not any(counts.values()):
-            counts = {"kept": float((weighted - threshold)[response.mask].max())}
-        for kind, count in counts.items():
-            if (kind == "kept" or count > 0) and (kind not in best or count > best[kind][0]):
+        counts: dict[str, float] = {kind: n for kind in ("budget", "token") if (n := int((reason == CODE[kind]).sum()))}
+        for kind, count in (counts or {"kept": float((weighted - threshold)[response.mask].max())}).items():
+            if kind not in best or count > best[kind][0]:
                 best[kind] = (count, response)
-    chosen: list[ChosenResponse] = []
+    chosen: dict[int, ChosenResponse] = {}  # one response may be the first of two kinds
     for kind in KINDS:
-        if kind in best and all(best[kind][1] is not other.response for other in chosen):
+        if kind in best:
             response = best[kind][1]
-            chosen.append(ChosenResponse(kind, response, dump.headers[response.step]))
-    return chosen
+            chosen.setdefault(id(response), ChosenResponse(kind, response, dump.headers[response.step]))
+    return list(chosen.values())
 
 
 def token_threshold(header: dict) -> float | None:

@@ -9,12 +9,13 @@ import pytest
 from report_runs import ACCURACY, SHARE, data_of, drawn, make, means_of_ten, read
 
 from cppo_verl.analysis.report import curves
-from cppo_verl.analysis.report.page import report
+from cppo_verl.analysis.report.page import page_values
+from cppo_verl.analysis.report.runs import reported
 
 
 def test_curves_are_the_logged_numbers(tmp_path):
     runs = [make(tmp_path / "a", "cppo", 1), make(tmp_path / "b", "dppo", 2, steps=30, budget=False)]
-    figures = drawn(report(read(*runs)))
+    figures = drawn(page_values(read(*runs)))
     for folder, label in zip(runs, ("cppo", "dppo"), strict=True):
         log = [json.loads(text) for text in (folder / "logs" / "metrics-0.jsonl").read_text().splitlines()]
         for name, key in (
@@ -51,7 +52,7 @@ def test_curves_are_the_logged_numbers(tmp_path):
 
 def test_shaded_is_the_interval_over_problems(tmp_path):
     (run,) = read(make(tmp_path / "a"))
-    figure = drawn(report([run]))["validation"]
+    figure = drawn(page_values([run]))["validation"]
     (band,) = figure.axes.collections
     corners = band.get_paths()[0].vertices
     for step in (0, 5, 10):
@@ -76,11 +77,11 @@ def test_a_long_line_keeps_its_extremes_and_true_values():
 
 def test_phases_add_up_to_the_step(tmp_path):
     (run,) = read(make(tmp_path / "a"))
-    seconds = curves.phases(run)
+    seconds = curves.phases(*reported([run])).to_dict()
     rows = list(run.steps.values())
     assert seconds["gen"] == pytest.approx(fmean(r["timing_s/gen"] for r in rows))
     assert sum(seconds.values()) - seconds["testing"] == pytest.approx(fmean(r["timing_s/step"] for r in rows))
     assert seconds["testing"] == pytest.approx(3 * 2.0 / 13)
-    figure = drawn(report([run]))["phases"]
+    figure = drawn(page_values([run]))["phases"]
     widths = {bars.get_label(): bars[0].get_width() for bars in figure.axes.containers}
     assert widths == pytest.approx({name: value for name, value in seconds.items() if value > 0})
