@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from cppo_verl.analysis.calibrate import figures
     from cppo_verl.analysis.calibrate.page import page_values
     from cppo_verl.analysis.calibrate.results import Results
-    from cppo_verl.analysis.calibrate.thresholds import Unreachable, Wanted, insufficient, propose, sample_of
+    from cppo_verl.analysis.calibrate.thresholds import Unreachable, Wanted, propose, sample_of
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
     from cppo_verl.analysis.text import listed, print_notes
     from cppo_verl.artifacts.token_dump import read_tokens
@@ -79,19 +79,16 @@ def run(args: argparse.Namespace) -> int:
             has = f"it has steps {listed(present)}" if present else "see the notes"
             raise ValueError(f"no response to read in {args.dump} from step {args.from_step} on: {has}")
         sample = sample_of(args.method, responses, dump.headers, notes)
-        if sample.rule.budget == "none" and args.budget_share is not None:
+        budget = sample.rule.budget != "none"
+        if not budget and args.budget_share is not None:
             raise ValueError(f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget")
+        wanted = Wanted(args.masked_share, args.budget_share or BUDGET_SHARE if budget else None)
+        results = Results(sample, wanted, propose(sample, wanted), dump.headers)
     except (FileNotFoundError, ValueError) as error:
         print_notes(notes)
-        return _refuse(error, 2)
+        print(error, file=sys.stderr)
+        return 1 if isinstance(error, Unreachable) else 2
     print_notes(notes)
-    wanted = Wanted(args.masked_share, None if sample.rule.budget == "none" else args.budget_share or BUDGET_SHARE)
-    if missing := insufficient(responses):
-        return _refuse(f"{args.dump}: {missing}", 1)
-    try:
-        results = Results(sample, wanted, propose(sample, wanted), dump.headers)
-    except Unreachable as error:
-        return _refuse(error, 1)
     values = page_values(args.method, results, notes)
     _print(values)
     drawn = figures.draw(results)
@@ -101,11 +98,6 @@ def run(args: argparse.Namespace) -> int:
     write_page(args.output, "calibrate", figures=drawn, **values)
     print(f"\npage      {args.output}\npictures  {folder}")
     return 0
-
-
-def _refuse(message: object, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code
 
 
 def _print(values: dict) -> None:

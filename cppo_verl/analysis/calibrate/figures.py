@@ -25,8 +25,7 @@ def _masked_by_threshold(results: Results, name: str) -> Figure:
     figure = Figure(f"masked_by_{name}", f"Masked share against {name}{fixed}")
     points, axes = results.curves[name], figure.axes
     x = [getattr(row.thresholds, name) for row in points]
-    total = np.array([row.counts.masked_share for row in points])
-    by_token = np.array([row.counts.token_masked_share for row in points])
+    total, by_token = np.array([(row.shares.masked, row.shares.by_token) for row in points]).T
     axes.fill_between(x, 0, by_token, alpha=0.45, lw=0, **BY_TOKEN)
     if results.has_budget:
         axes.fill_between(x, by_token, total, alpha=0.45, lw=0, **BY_BUDGET)
@@ -57,9 +56,8 @@ def _mismatch_and_drift(results: Results) -> Figure:
 
 def _masked_by_update(results: Results) -> Figure:
     figure = Figure("masked_by_update", "Masked share by update of a batch")
-    parts, axes = results.by(results.sample.updates), figure.axes
-    by_token = np.array([counts.token_masked_share for counts in parts.values()])
-    total = np.array([counts.masked_share for counts in parts.values()])
+    parts, axes = results.by("update"), figure.axes
+    total, by_token = np.array([(x.masked, x.by_token) for x in parts.values()]).T
     axes.bar(list(parts), by_token, **BY_TOKEN)
     if results.has_budget:
         axes.bar(list(parts), total - by_token, bottom=by_token, **BY_BUDGET)

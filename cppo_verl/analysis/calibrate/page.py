@@ -5,7 +5,6 @@ from itertools import chain, zip_longest
 import numpy as np
 
 from cppo_verl.analysis.calibrate.results import Results, overrides
-from cppo_verl.analysis.calibrate.thresholds import Counts
 from cppo_verl.analysis.html.page import caption
 from cppo_verl.analysis.text import MISSING, Cell, Table, counted, listed, number, percent
 from cppo_verl.evaluation.statistics import Interval
@@ -19,14 +18,14 @@ def page_values(method: str | None, results: Results, notes: list[str]) -> dict:
     Args:
         method: the method asked for; None for the run's own.
     """
-    sample = results.sample
-    numbers = np.unique(sample.steps).tolist()
+    sample, proposed = results.sample, results.rows[0]
+    steps = list(results.by("step"))
     return {
         "results": results,
         "overrides": overrides(method, results),
         "summary": (
-            f"{counted(len(sample.responses), 'response')} to {counted(len(set(sample.prompts)), 'prompt')}, "
-            f"{results.counts.tokens.sum():,.0f} tokens, of step{'s' * (len(numbers) > 1)} {listed(numbers)}; "
+            f"{counted(len(sample.responses), 'response')} to {counted(sample.prompts, 'prompt')}, "
+            f"{proposed.shares.tokens:,.0f} tokens, of step{'s' * (len(steps) > 1)} {listed(steps)}; "
             f"D_t is {sample.rule.divergence}, the budget {sample.rule.budget}"
         ),
         "promise": caption("promise", results=results),
@@ -34,8 +33,8 @@ def page_values(method: str | None, results: Results, notes: list[str]) -> dict:
         "tables": [
             _proposal(results),
             _alternatives(results),
-            _by_group("by_update", "By update of a batch, as proposed", "update", results, sample.updates),
-            _by_group("by_step", "By step, as proposed", "step", results, sample.steps),
+            _by_group("by_update", "By update of a batch, as proposed", "update", results),
+            _by_group("by_step", "By step, as proposed", "step", results),
             _drift(results),
         ],
         "notes": notes,
@@ -48,9 +47,9 @@ def _proposal(results: Results) -> Table:
         [
             row.name,
             *map(number, row.thresholds),
-            _between(row.counts.masked_share, row.masked),
-            MISSING if row.thresholds.delta_b is None else _between(row.counts.budget_share, row.by_budget),
-            row.counts.violating_share,
+            _between(row.shares.masked, row.masked),
+            MISSING if row.thresholds.delta_b is None else _between(row.shares.by_budget, row.by_budget),
+            row.shares.violating,
         ]
         for row in results.rows
     ]
@@ -60,26 +59,21 @@ def _proposal(results: Results) -> Table:
 def _alternatives(results: Results) -> Table:
     """One threshold beside the other, each with what it masks."""
     width = 3 if results.has_budget else 2
-    header: list[str] = []
-    columns: list[list[list[Cell]]] = []
-    for name, points in results.curves.items():
-        header += [name, "masked", *(["by the budget"] if results.has_budget else [])]
-        cells: list[list[Cell]] = [
-            [number(getattr(row.thresholds, name)), row.counts.masked_share, row.counts.budget_share] for row in points
-        ]
-        columns.append([row[:width] for row in cells])
-    blank: list[Cell] = [""] * width
-    rows = [list(chain.from_iterable(parts)) for parts in zip_longest(*columns, fillvalue=blank)]
+    header = [cell for name in results.curves for cell in (name, "masked", "by the budget")[:width]]
+    columns: list[list[tuple[Cell, ...]]] = [
+        [(number(getattr(row.thresholds, name)), row.shares.masked, row.shares.by_budget)[:width] for row in points]
+        for name, points in results.curves.items()
+    ]
+    rows = [list(chain(*parts)) for parts in zip_longest(*columns, fillvalue=("",) * width)]
     return Table("alternatives", "What else could be chosen", header, rows)
 
 
-def _by_group(name: str, title: str, group: str, results: Results, groups: np.ndarray) -> Table:
-    def row(number: int, counts: Counts) -> list[Cell]:
-        shares = (counts.masked_share, counts.budget_share, counts.violating_share)
-        return [str(number), f"{counts.tokens.sum():,.0f}", *shares]
-
+def _by_group(name: str, title: str, group: str, results: Results) -> Table:
     header = [group, "tokens", "masked", "of it by the budget", "violating either"]
-    return Table(name, title, header, [row(*item) for item in results.by(groups).items()])
+    rows: list[list[Cell]] = [
+        [str(number), f"{x.tokens:,.0f}", x.masked, x.by_budget, x.violating] for number, x in results.by(group).items()
+    ]
+    return Table(name, title, header, rows)
 
 
 def _drift(results: Results) -> Table:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 
 from cppo_verl.analysis import replay
-from cppo_verl.analysis.calibrate.thresholds import Counts, Sample, Thresholds, Wanted, curve, intervals, recorded
+from cppo_verl.analysis.calibrate.thresholds import Sample, Shares, Thresholds, Wanted, intervals, others, recorded
 from cppo_verl.evaluation.statistics import Interval
 
 PAPER = {"tv": Thresholds(0.15, 0.02), "kl": Thresholds(0.1, 0.002)}
@@ -21,7 +22,7 @@ class Row:
 
     name: str
     thresholds: Thresholds
-    counts: Counts
+    shares: Shares
     masked: Interval
     by_budget: Interval
 
@@ -40,7 +41,8 @@ class Results:
     def rows(self) -> list[Row]:
         """The proposal first, then the run's own thresholds if its decisions were recorded, then the paper's."""
         rows = [self._row("proposed", self.proposed)]
-        if own := recorded(self.sample.responses):
+        own = recorded(self.sample.responses)
+        if own is not None:
             method = self.headers[max(self.headers)]["method"]
             budget = None if method.get("budget", "none") == "none" else method.get("delta_b")
             rows.append(self._row("the run's own", Thresholds(method.get("delta"), budget), own))
@@ -52,10 +54,7 @@ class Results:
     def curves(self) -> dict[str, list[Row]]:
         """{threshold: what its other values mask, with the other threshold as proposed}."""
         return {
-            name: [
-                self._row(name, self.proposed._replace(**{name: value}), counts)
-                for value, counts in curve(self.sample, self.proposed, name)
-            ]
+            name: [self._row(name, thresholds) for thresholds in others(self.sample, self.proposed, name)]
             for name in self.proposed.given
         }
 
@@ -68,19 +67,18 @@ class Results:
             found[when].append(np.asarray(decided.divergence, dtype=float)[response.mask])
         return {when: np.concatenate(parts) for when, parts in found.items() if parts}
 
+    def by(self, level: str) -> dict[int, Shares]:
+        """{step or update: what the proposal masks of it}."""
+        return {group: Shares.of(part) for group, part in self.sample.at(self.proposed).groupby(level=level)}
+
     @property
     def has_budget(self) -> bool:
         return self.proposed.delta_b is not None
 
     @property
-    def counts(self) -> Counts:
-        """With the proposed thresholds."""
-        return self.rows[0].counts
-
-    @property
-    def first_update(self) -> Counts | None:
-        """With the proposed thresholds, at the first update; None if the dump has none."""
-        return self.counts.of(self.sample.updates == 0)
+    def first_update(self) -> Shares | None:
+        """What the proposal masks at the first update; None if the dump has none."""
+        return self.by("update").get(0)
 
     @property
     def mismatch_spends(self) -> tuple[float, float]:
@@ -94,7 +92,7 @@ class Results:
     def warnings(self) -> list[str]:
         """Names of the captions that warn of the proposal."""
         first, (delta, delta_b) = self.first_update, self.proposed
-        masks = first is not None and first.masked_share > NOTICEABLE * self.wanted.masked
+        masks = first is not None and first.masked > NOTICEABLE * self.wanted.masked
         apply = {
             "mismatch_masks": masks,
             # Engine mismatch may mask little and still use up much of the budget.
@@ -104,14 +102,9 @@ class Results:
         }
         return [name for name, applies in apply.items() if applies]
 
-    def by(self, groups: np.ndarray) -> dict[int, Counts]:
-        """{group: what the proposal masks in it}."""
-        found = {int(group): self.counts.of(groups == group) for group in np.unique(groups)}
-        return {group: counts for group, counts in found.items() if counts is not None}
-
-    def _row(self, name: str, thresholds: Thresholds, counts: Counts | None = None) -> Row:
+    def _row(self, name: str, thresholds: Thresholds, counts: pd.DataFrame | None = None) -> Row:
         counts = self.sample.at(thresholds) if counts is None else counts
-        return Row(name, thresholds, counts, *intervals(counts, self.sample.prompts))
+        return Row(name, thresholds, Shares.of(counts), *intervals(counts))
 
 
 def overrides(method: str | None, results: Results) -> str:
@@ -128,11 +121,10 @@ def overrides(method: str | None, results: Results) -> str:
     if method is None and setting.label == replay.run_setting(header).label:
         shared = all(header["trust_region"].get(name) == header["method"][name] for name in values)
     else:
-        # As the run's values, not as overrides: a method that pins its own refuses these.
-        proposing = header | {"trust_region": header["trust_region"] | values}
-        asked = {f"trust_region.{name}" for name in values}
-        others = [text for text in setting.label.split() if text.partition("=")[0] not in asked]
-        rule = replay.setting(" ".join(others), proposing).actor.policy_loss
-        shared = all(getattr(rule, name) == value for name, value in values.items())
+        try:
+            replay.setting(" ".join([setting.label, *(f"trust_region.{n}={x:g}" for n, x in values.items())]), header)
+            shared = True
+        except ValueError:  # the method pins one of them
+            shared = False
     prefix = "trust_region" if shared else "actor_rollout_ref.actor.policy_loss"
     return " ".join(f"{prefix}.{name}={value:g}" for name, value in values.items())
