@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from cppo_verl.analysis.inspect import token_text
-from cppo_verl.analysis.inspect.masks import Masks
-from cppo_verl.analysis.inspect.methods import Method, ReplayableDump
-from cppo_verl.analysis.inspect.tables import tables
+from cppo_verl.analysis.inspect.methods import Method
+from cppo_verl.analysis.inspect.tables import Masks, tables
 from cppo_verl.analysis.text import counted
-from cppo_verl.artifacts.token_dump import DECISION_COLUMNS, REASONS, REJECTING, Decisions, Response
+from cppo_verl.artifacts.token_dump import DECISION_COLUMNS, REASONS, REJECTING, Decisions, Response, TokenDump
 
 MEGABYTES = 10
 """Most that the responses may take in a page; of longer responses there are fewer."""
@@ -20,7 +19,7 @@ _SIGNS = {(1.0,): "> 0", (-1.0,): "< 0", (0.0,): "= 0"}
 _ARRAYS = tuple(name for name in DECISION_COLUMNS if name != "reason")
 
 
-def page_values(dump: ReplayableDump, methods: Sequence[Method], limit: int, tokenizer_path: str | None) -> dict:
+def page_values(dump: TokenDump, methods: Sequence[Method], limit: int, tokenizer_path: str | None) -> dict:
     """The values of the page's template; ``data`` is for its script. Adds to the dump's notes.
 
     Args:
@@ -48,11 +47,11 @@ def page_values(dump: ReplayableDump, methods: Sequence[Method], limit: int, tok
         **_texts(dump, shown, tokenizer_path),
         "responses": shown,
     }
-    steps, updates = sorted(dump.headers), len(np.unique(masks.update))
+    steps, updates = sorted(dump.headers), masks.groups["update"].nunique()
     return {
         "dump": str(dump.path),
         "summary": (
-            f"{counted(masks.rejected.shape[1], 'generated token')} of {counted(len(responses), 'response')}, "
+            f"{counted(len(masks.rejected), 'generated token')} of {counted(len(responses), 'response')}, "
             f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}, {counted(updates, 'update')} per step; "
             f"D_t in the dump is {dump.header['divergence']}"
         ),
@@ -128,7 +127,7 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
     }
 
 
-def _texts(dump: ReplayableDump, shown: Sequence[dict], tokenizer_path: str | None) -> dict:
+def _texts(dump: TokenDump, shown: Sequence[dict], tokenizer_path: str | None) -> dict:
     """``texts``, {token id: text to show}, and ``special``, the ids of special tokens, of the tokens in the page."""
     tokenizer = token_text.of_dump(dump.header, tokenizer_path, dump.notes)
     ids = {token for response in shown for token in [*response["prompt"], *response["ids"]]}

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from functools import cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte that a character stands for in the names of GPT-2's byte-level tokens."""
 _SHOWN = {" ": "·", "\n": "¶", "\t": "\\t", "\r": "\\r"}
 
 
@@ -73,13 +76,3 @@ def visible(text: str) -> str:
         else:
             shown.append(character)
     return "".join(shown)
-
-
-def _byte_level() -> dict[str, int]:
-    """{character: the byte that it stands for in the names of GPT-2's byte-level tokens}."""
-    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_level()
