@@ -7,6 +7,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cppo_verl.analysis.calibrate.results import Results
 from cppo_verl.analysis.html.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Figure
+from cppo_verl.analysis.html.page import caption
 
 BY_TOKEN: dict[str, Any] = {"color": ORANGE, "label": "by delta"}
 BY_BUDGET: dict[str, Any] = {"color": BLUE, "label": "by the prefix budget"}
@@ -22,7 +23,7 @@ def draw(results: Results) -> list[Figure]:
 
 def _masked_by_threshold(results: Results, name: str) -> Figure:
     (fixed,) = [f", {other} = {x:g}" for other, x in results.proposed.given.items() if other != name] or [""]
-    figure = Figure(f"masked_by_{name}", f"Masked share against {name}{fixed}")
+    figure = _figure(f"masked_by_{name}", f"Masked share against {name}{fixed}")
     points, axes = results.curves[name], figure.axes
     x = [getattr(row.thresholds, name) for row in points]
     total, by_token = np.array([(row.shares.masked, row.shares.by_token) for row in points]).T
@@ -38,7 +39,7 @@ def _masked_by_threshold(results: Results, name: str) -> Figure:
 
 
 def _mismatch_and_drift(results: Results) -> Figure:
-    figure = Figure("mismatch_and_drift", "D_t: engine mismatch and policy drift")
+    figure = _figure("mismatch_and_drift", "D_t: engine mismatch and policy drift")
     axes, drift = figure.axes, results.drift
     everything = np.concatenate(list(drift.values()))
     largest = max(list(drift.values())[-1].max(), results.proposed.delta)
@@ -55,7 +56,7 @@ def _mismatch_and_drift(results: Results) -> Figure:
 
 
 def _masked_by_update(results: Results) -> Figure:
-    figure = Figure("masked_by_update", "Masked share by update of a batch")
+    figure = _figure("masked_by_update", "Masked share by update of a batch")
     parts, axes = results.by("update"), figure.axes
     total, by_token = np.array([(x.masked, x.by_token) for x in parts.values()]).T
     axes.bar(list(parts), by_token, **BY_TOKEN)
@@ -65,6 +66,10 @@ def _masked_by_update(results: Results) -> Figure:
     axes.set(xlabel="update", ylabel="tokens masked")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return _finished(figure)
+
+
+def _figure(name: str, title: str) -> Figure:
+    return Figure(name, title, caption(name))
 
 
 def _finished(figure: Figure) -> Figure:

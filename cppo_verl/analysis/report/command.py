@@ -50,13 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
     from cppo_verl.analysis.report.drawing import draw
     from cppo_verl.analysis.report.page import page_values
+    from cppo_verl.analysis.report.panels import Panel
     from cppo_verl.analysis.text import counted, print_notes
 
     with warnings.catch_warnings():
         # The font of the PNG files lacks some characters; readers of the page have other fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
         values = page_values(runs, notes, args.tokenizer)
-        figures = {section.id: [draw(panel) for panel in section.panels] for section in values["sections"]}
+        figures = {id: [draw(x) for x in items if isinstance(x, Panel)] for id, items in values["sections"].items()}
         write_page(args.output, "report", figures=figures, **values)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
         for figure in chain.from_iterable(figures.values()):

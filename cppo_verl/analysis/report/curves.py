@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from cppo_verl.analysis.html.page import caption
 from cppo_verl.analysis.positions import BIN_CENTRES
 from cppo_verl.analysis.report.panels import LinePanel, Missing, PhasePanel
-from cppo_verl.analysis.report.runs import Line, ReportedRun
+from cppo_verl.analysis.report.runs import DELTA_B, Line, ReportedRun
 from cppo_verl.artifacts.run_reader import read_generations
 from cppo_verl.core.metrics import POSITION_BINS
 from cppo_verl.evaluation.statistics import Interval, interval_over_problems, interval_over_seeds
@@ -35,6 +36,16 @@ def logged(*names: str) -> Quantity:
 def product(share: str, part: str) -> Quantity:
     """The product of two shares; the second is a share of the first, and logged only where the first is not zero."""
     return lambda item: item.log.reindex(columns=[share, part]).fillna({part: 0.0}).prod(axis=1, skipna=False).dropna()
+
+
+SHARE = "trust_region/masked_share"
+MASKED = logged(SHARE, "actor/pg_clipfrac")
+STEP_SECONDS = logged("timing_s/step", "perf/time_per_step")
+
+
+def effective_budget(item: ReportedRun) -> pd.Series:
+    """The effective budget at the steps that have one; it is logged as zero if there is no budget."""
+    return logged(DELTA_B)(item).replace(0.0, None).dropna()
 
 
 def dumped(name: str) -> Quantity:
@@ -72,13 +83,18 @@ def _panel(
     drawn: Mapping[Line, pd.DataFrame],
     without: str,
     facts: Mapping[str, object],
+    text: str = "",
     **kwargs,
 ) -> LinePanel | Missing:
-    """A panel of the ``lines`` that are ``drawn``; the caption names the others and what they are ``without``."""
+    """A panel of the ``lines`` that are ``drawn``; the caption names the others and what they are ``without``.
+
+    Args:
+        facts: values for the caption, which is ``text`` in ``templates/captions.txt``, by default of the panel's name.
+    """
     if not drawn:
         return Missing(title, without)
     facts = {**facts, "left_out": [line.label for line in lines if line not in drawn], "without": without}
-    return LinePanel(name=name, title=title, lines=drawn, facts=facts, **kwargs)
+    return LinePanel(name=name, title=title, lines=drawn, text=caption(text or name, **facts), **kwargs)
 
 
 def curve(
@@ -141,7 +157,7 @@ def validation(
         drawn[line] = thinned(common.mean(axis=1).to_frame("mean")).join(bands, how="outer")
     over_seeds = any(len(parts) > 1 for parts in complete.values())
     facts = {"over_problems": over_problems, "most_read": INTERVALS, "over_seeds": over_seeds, "unread": unread}
-    kwargs = {"caption": "validation", "percent": True, "points": 40}
+    kwargs: dict = {"text": "validation", "percent": True, "points": 40}
     return _panel(name, title, lines, drawn, "no validation" if drawn else "no run validated on it", facts, **kwargs)
 
 
@@ -205,7 +221,7 @@ def _by_position(
     x = np.linspace(0, 1, 33)
     thresholds = {line: pd.Series(delta / (1 - (1 - w_min) * x), index=x) for (delta, w_min), line in first.items()}
     facts = {**facts, "thresholds": bool(thresholds)}
-    kwargs = {"thresholds": thresholds, "log": True, "over_positions": True, "points": POSITION_BINS}
+    kwargs: dict = {"thresholds": thresholds, "log": True, "over_positions": True, "points": POSITION_BINS}
     return _panel(name, title, list(values), drawn, without, facts, **kwargs)
 
 
@@ -220,7 +236,7 @@ def stacked_phases(lines: Sequence[Line]) -> PhasePanel | Missing:
     drawn = pd.DataFrame({label: seconds for label, seconds in bars.items() if len(seconds)}).T
     if drawn.empty:
         return Missing(title, "no run logged timing_s/step")
-    return PhasePanel(name="phases", title=title, bars=drawn)
+    return PhasePanel(name="phases", title=title, text=caption("phases"), bars=drawn)
 
 
 def phases(item: ReportedRun) -> pd.Series:
@@ -250,5 +266,5 @@ def memory(lines: Sequence[Line]) -> list[LinePanel | Missing]:
         if measure in MEASURES and "perf" in key.split("/"):
             title = f"{MEASURES[measure]}, {' '.join(who) or 'trainer'} (GB)"
             name = "memory_" + "_".join((*who, measure))
-            panels.append(curve(name, title, lines, key, caption="memory", facts={"key": key}))
+            panels.append(curve(name, title, lines, key, text="memory", facts={"key": key}))
     return panels or [Missing("Memory", "no run logged perf/max_memory_allocated_gb or the like")]

@@ -1,6 +1,7 @@
 """Draws the panels of a report."""
 
 import math
+from functools import singledispatch
 
 import numpy as np
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, PercentFormatter
@@ -22,19 +23,16 @@ _BARS = {
 }
 
 
+@singledispatch
 def draw(panel: Panel) -> Figure:
-    if isinstance(panel, LinePanel):
-        return _lines(panel)
-    if isinstance(panel, PhasePanel):
-        return _phases(panel)
-    assert isinstance(panel, TokenPanel)
-    return _tokens(panel)
+    raise TypeError(f"no drawing of a {type(panel).__name__}")
 
 
 def _figure(panel: Panel, height: float) -> Figure:
-    return Figure(panel.name, plain(panel.title), panel.caption, panel.facts, WIDTH, height)
+    return Figure(panel.name, plain(panel.title), panel.text, WIDTH, height)
 
 
+@draw.register
 def _lines(panel: LinePanel) -> Figure:
     labels = [line.label for line in panel.lines]
     figure = _figure(panel, 2.9 + 0.2 * (math.ceil(len(labels) / 2) if len(labels) > 1 else 0))
@@ -64,6 +62,7 @@ def _lines(panel: LinePanel) -> Figure:
     return figure
 
 
+@draw.register
 def _phases(panel: PhasePanel) -> Figure:
     figure = _figure(panel, 1.7 + 0.3 * len(panel.bars))
     axes, rows = figure.axes, range(len(panel.bars))
@@ -82,6 +81,7 @@ def _phases(panel: PhasePanel) -> Figure:
     return figure
 
 
+@draw.register
 def _tokens(panel: TokenPanel) -> Figure:
     figure = _figure(panel, 3.6)
     axes, tokens, delta, total = figure.axes, panel.tokens, panel.delta, panel.total

@@ -1,12 +1,13 @@
 """What a report takes from a run's token dump: sums by step and position, and a few responses to draw."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import pandas as pd
 
 from cppo_verl.analysis.positions import position_bins
-from cppo_verl.artifacts.token_dump import CODE, Response, TokenDump
+from cppo_verl.artifacts.token_dump import Response, TokenDump
 
 KINDS = {"budget": "masked by the budget", "token": "masked by the token threshold", "kept": "not masked at all"}
 """Why a response is drawn."""
@@ -55,23 +56,22 @@ def summarise(dump: TokenDump) -> DumpSummary:
 
 def _chosen(dump: TokenDump) -> list[ChosenResponse]:
     """The response with the most tokens masked by each constraint, and of those without, the one closest to a mask."""
-    best: dict[str, tuple[float, Response]] = {}
-    for response in dump.responses:
-        weighted, threshold, reason = response.weighted_divergence, response.threshold, response.reason
-        if weighted is None or threshold is None or reason is None or not response.mask.any():
-            continue
-        if token_threshold(dump.headers[response.step]) is None:
-            continue
-        counts: dict[str, float] = {kind: n for kind in ("budget", "token") if (n := int((reason == CODE[kind]).sum()))}
-        for kind, count in (counts or {"kept": float((weighted - threshold)[response.mask].max())}).items():
-            if kind not in best or count > best[kind][0]:
-                best[kind] = (count, response)
-    chosen: dict[int, ChosenResponse] = {}  # one response may be the first of two kinds
-    for kind in KINDS:
-        if kind in best:
-            response = best[kind][1]
-            chosen.setdefault(id(response), ChosenResponse(kind, response, dump.headers[response.step]))
-    return list(chosen.values())
+    drawable = [
+        (r, r.weighted_divergence - r.threshold)
+        for r in dump.responses
+        if r.weighted_divergence is not None and r.threshold is not None and r.reason is not None and r.mask.any()
+        if token_threshold(dump.headers[r.step]) is not None
+    ]
+    best: dict[int, tuple[str, Response]] = {}  # one response may have the most tokens of both
+    for kind in ("budget", "token"):
+        response = max((r for r, _ in drawable), key=lambda r: r.has_reason(kind).sum(), default=None)
+        if response is not None and response.has_reason(kind).any():
+            best.setdefault(id(response), (kind, response))
+    kept = [(excess[r.mask].max(), r) for r, excess in drawable if not r.has_reason("budget", "token").any()]
+    if kept:
+        _, response = max(kept, key=itemgetter(0))
+        best[id(response)] = ("kept", response)
+    return [ChosenResponse(kind, response, dump.headers[response.step]) for kind, response in best.values()]
 
 
 def token_threshold(header: dict) -> float | None:

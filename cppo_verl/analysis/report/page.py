@@ -1,49 +1,19 @@
 """What the page of a report shows: which panels and tables; its texts stand in the templates."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from cppo_verl.analysis.inspect import token_text
 from cppo_verl.analysis.report import curves
 from cppo_verl.analysis.report.config_differences import overrides
-from cppo_verl.analysis.report.curves import curve, dumped, logged, product
+from cppo_verl.analysis.report.curves import SHARE, curve, dumped, logged, product
 from cppo_verl.analysis.report.panels import Missing, Panel
 from cppo_verl.analysis.report.runs import NO_DUMP, Line, ReportedRun, lines, reported, shown
-from cppo_verl.analysis.report.summary import (
-    MASKED,
-    SHARE,
-    STEP_SECONDS,
-    benchmarks_of,
-    effective_budget,
-    setting_differences,
-    summary,
-)
+from cppo_verl.analysis.report.summary import benchmarks_of, setting_differences, summary
 from cppo_verl.analysis.report.token_panels import response_panel
 from cppo_verl.artifacts.run_reader import Run
 
 Items = list[Panel | Missing]
 DUMPED: dict = {"smooth": False, "points": 60}
-
-
-class Section(NamedTuple):
-    """A section of the page; its introduction is the text ``id`` of ``templates/captions.txt``."""
-
-    id: str
-    title: str
-    panels: list[Panel]
-    missing: dict[str, list[str]]
-    """{reason: titles of the figures that are missing for it}."""
-
-
-def _section(id: str, title: str, items: Iterable[Panel | Missing]) -> Section:
-    section = Section(id, title, [], defaultdict(list))
-    for item in items:
-        if isinstance(item, Missing):
-            section.missing[item.reason].append(item.title)
-        else:
-            section.panels.append(item)
-    return section
 
 
 def page_values(runs: Sequence[Run], notes: Sequence[str] = (), tokenizer: str | None = None) -> dict:
@@ -56,14 +26,14 @@ def page_values(runs: Sequence[Run], notes: Sequence[str] = (), tokenizer: str |
     items = reported(runs)
     drawn = lines(items)
     of_panels: list[str] = []
-    sections = [
-        _section("scores", "Scores", _scores(items, drawn, of_panels)),
-        _section("policies", "Rollout and trainer", _policies(drawn)),
-        _section("masks", "What the trust region takes away", _masks(drawn)),
-        _section("divergence", "How far the policy moves from the rollouts", _divergence(drawn)),
-        _section("responses", "Thresholds along single responses", _responses(items, tokenizer, of_panels)),
-        _section("cost", "Time and memory", _cost(drawn)),
-    ]
+    sections = {
+        "scores": _scores(items, drawn, of_panels),
+        "policies": _policies(drawn),
+        "masks": _masks(drawn),
+        "divergence": _divergence(drawn),
+        "responses": _responses(items, tokenizer, of_panels),
+        "cost": _cost(drawn),
+    }
     of_runs = [f"{item.name}: {note}" for item in items for note in item.notes]
     return {
         "names": [item.name for item in items],
@@ -112,7 +82,7 @@ def _masks(lines: Sequence[Line]) -> Items:
     by_token, by_budget = (product(SHARE, f"trust_region/{name}_rejected_share") for name in ("token", "budget"))
     positive, negative = (logged(f"trust_region/{sign}/masked_share") for sign in ("positive", "negative"))
     shares = (
-        ("masked", "Masked share of tokens", lines, MASKED, no_share),
+        ("masked", "Masked share of tokens", lines, curves.MASKED, no_share),
         ("masked_by_token", "Masked by the token threshold", two, by_token, no_region),
         ("masked_by_budget", "Masked by the prefix budget", two, by_budget, no_region),
         ("masked_positive", "Masked share, positive advantage", lines, positive, no_region),
@@ -120,7 +90,7 @@ def _masks(lines: Sequence[Line]) -> Items:
     )
     return [
         *(curve(*share, percent=True) for share in shares),
-        curve("delta_b", "Effective budget δ_b", two, effective_budget, "no prefix budget"),
+        curve("delta_b", "Effective budget δ_b", two, curves.effective_budget, "no prefix budget"),
     ]
 
 
@@ -151,5 +121,5 @@ def _responses(runs: Sequence[ReportedRun], tokenizer_path: str | None, notes: l
 
 
 def _cost(lines: Sequence[Line]) -> Items:
-    time = curve("time", "Seconds per step", lines, STEP_SECONDS, "not logged")
+    time = curve("time", "Seconds per step", lines, curves.STEP_SECONDS, "not logged")
     return [curves.stacked_phases(lines), time, *curves.memory(lines)]

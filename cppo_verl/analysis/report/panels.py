@@ -23,10 +23,8 @@ class Panel:
     name: str
     """The name of its files and its anchor in the page."""
     title: str
-    caption: str = ""
-    """The name of its text in ``templates/captions.txt``, if that is not the panel's own."""
-    facts: Mapping[str, object] = field(default_factory=dict)
-    """Values for that text."""
+    text: str
+    """The caption: what is seen and how to read it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,6 @@ class ReportedRun:
 class Line:
     """Runs that are drawn as one line: a single run, or several that differ only in their seeds."""
 
-    name: str
     label: str
     """Its name in legends, shortened."""
     runs: Sequence[ReportedRun]
@@ -132,8 +131,8 @@ def lines(runs: Sequence[ReportedRun]) -> list[Line]:
         name = shown(label) if count[label] == 1 else group[0].name
         names.append(name + (f" ({len(group)} runs)" if len(group) > 1 else ""))
     return [
-        Line(name, label, group, SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)])
-        for number, (name, label, group) in enumerate(zip(names, legend_labels(names), groups.values(), strict=True))
+        Line(label, group, SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)])
+        for number, (label, group) in enumerate(zip(legend_labels(names), groups.values(), strict=True))
     ]
 
 

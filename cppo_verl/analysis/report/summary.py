@@ -2,24 +2,14 @@
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from cppo_verl.analysis.report.config_differences import differences, method
-from cppo_verl.analysis.report.curves import logged, product
-from cppo_verl.analysis.report.runs import DELTA_B, ReportedRun, shown
+from cppo_verl.analysis.report.curves import MASKED, SHARE, STEP_SECONDS, effective_budget, logged, product
+from cppo_verl.analysis.report.runs import ReportedRun, shown
 from cppo_verl.analysis.text import MISSING, Cell, Table, number
 from cppo_verl.evaluation.statistics import select
 
-SHARE = "trust_region/masked_share"
-MASKED = logged(SHARE, "actor/pg_clipfrac")
-STEP_SECONDS = logged("timing_s/step", "perf/time_per_step")
 LAST = 10
 """Number of last steps averaged in the summary's reward."""
-
-
-def effective_budget(item: ReportedRun) -> pd.Series:
-    """The effective budget at the steps that have one; it is logged as zero if there is no budget."""
-    return logged(DELTA_B)(item).replace(0.0, None).dropna()
 
 
 def benchmarks_of(runs: Sequence[ReportedRun]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from cppo_verl.analysis.html.page import caption
 from cppo_verl.analysis.report.dump_summary import KINDS, ChosenResponse, token_threshold
 from cppo_verl.analysis.report.panels import TokenPanel
 from cppo_verl.artifacts.token_dump import CODE
@@ -43,8 +44,7 @@ def response_panel(name: str, run: str, chosen: ChosenResponse, texts: Sequence[
     return TokenPanel(
         name=name,
         title=f"{run}: {KINDS[chosen.kind]}",
-        caption="tokens_of_response",
-        facts=facts,
+        text=caption("tokens_of_response", **facts),
         delta=delta,
         tokens=drawn,
         total=len(tokens),

@@ -46,7 +46,7 @@ def test_curves_are_the_logged_numbers(tmp_path):
     (dashed,) = [line for line in figures["divergence_by_position"].axes.lines if line.get_gid() == "delta / w_t"]
     for x, y in dashed.get_xydata():
         assert y == pytest.approx(0.05 / (1 - 0.2 * x))
-    assert "no prefix budget: dppo" in figures["delta_b"].text()
+    assert "no prefix budget: dppo" in figures["delta_b"].text
     assert [line.get_label() for line in figures["delta_b"].axes.lines if line.get_gid() is None] == ["cppo"]
 
 
@@ -61,7 +61,7 @@ def test_shaded_is_the_interval_over_problems(tmp_path):
         g = np.random.default_rng(1)
         means = [g.choice(averages, 6).mean() for _ in range(4000)]
         np.testing.assert_allclose((low, high), np.quantile(means, (0.025, 0.975)), atol=0.02)
-    assert "95% interval over problems" in figure.text()
+    assert "95% interval over problems" in figure.text
 
 
 def test_a_long_line_keeps_its_extremes_and_true_values():

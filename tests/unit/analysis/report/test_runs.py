@@ -10,7 +10,6 @@ from matplotlib.colors import to_hex
 from report_runs import ACCURACY, data_of, drawn, dump, make, means_of_ten, read
 from scipy import stats
 
-from cppo_verl.analysis.report.drawing import draw
 from cppo_verl.analysis.report.page import page_values
 from cppo_verl.analysis.report.runs import NO_DUMP, legend_labels, lines, reported, unique_names
 
@@ -20,7 +19,7 @@ def test_seeds_of_one_setting_are_one_line_with_a_band(tmp_path):
     other = make(tmp_path / "other", seed=1, config="lr: 1.0")
     runs = read(*folders, other)
     made = page_values(runs)
-    assert [line.name for line in lines(reported(runs))] == ["cppo (1) (3 runs)", "cppo (other)"]
+    assert [line.label for line in lines(reported(runs))] == ["cppo (1) (3 runs)", "cppo (other)"]
     figures = drawn(made)
     logs = [[json.loads(t) for t in (f / "logs" / "metrics-0.jsonl").read_text().splitlines()] for f in folders]
     smoothed = [means_of_ten([[r["step"], r["data"]["critic/score/mean"]] for r in log]) for log in logs]
@@ -83,8 +82,8 @@ def test_making_and_drawing_a_report_does_not_change_the_runs(tmp_path):
     runs = read(tmp_path / "a")
     notes = [list(item.notes) for item in runs]
     first = page_values(runs)
-    figures = [draw(panel).text() for section in first["sections"] for panel in section.panels]
+    figures = [figure.text for figure in drawn(first).values()]
     assert [item.notes for item in runs] == notes
     again = page_values(runs)
     assert again["notes"] == first["notes"]
-    assert figures == [draw(panel).text() for section in again["sections"] for panel in section.panels]
+    assert figures == [figure.text for figure in drawn(again).values()]
