@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
         1 if no thresholds do what is wanted, 2 if there is nothing to read or an argument is wrong, else 0.
     """
     from cppo_verl.analysis.calibrate import figures
-    from cppo_verl.analysis.calibrate.page import page_values
-    from cppo_verl.analysis.calibrate.results import Results
+    from cppo_verl.analysis.calibrate.page import Results, page_values
     from cppo_verl.analysis.calibrate.thresholds import Unreachable, Wanted, propose, sample_of
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
     from cppo_verl.analysis.text import listed, print_notes
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         if not budget and args.budget_share is not None:
             raise ValueError(f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget")
         wanted = Wanted(args.masked_share, args.budget_share or BUDGET_SHARE if budget else None)
-        results = Results(sample, wanted, propose(sample, wanted), dump.headers)
+        results = Results(sample, wanted, propose(sample, wanted))
     except (FileNotFoundError, ValueError) as error:
         print_notes(notes)
         print(error, file=sys.stderr)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cppo_verl.analysis.calibrate.results import Results
+from cppo_verl.analysis.calibrate.page import Results
 from cppo_verl.analysis.html.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Figure
 from cppo_verl.analysis.html.page import caption
 

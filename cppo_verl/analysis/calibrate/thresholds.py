@@ -101,6 +101,8 @@ class Sample:
     setting: Setting
     responses: list[Response]
     """Each with at least one generated token."""
+    header: dict
+    """Of the last step's file."""
     _known: dict[Thresholds, pd.DataFrame] = field(default_factory=dict)
 
     def at(self, thresholds: Thresholds) -> pd.DataFrame:
@@ -161,7 +163,7 @@ def sample_of(text: str | None, responses: list[Response], headers: dict[int, di
             f'{header["divergence"]}: choose --method "cppo divergence={header["divergence"]}" or "cppo '
             'divergence=binary_tv"'
         )
-    return Sample(setting, responses)
+    return Sample(setting, responses, header)
 
 
 def _refuse_insufficient(responses: Sequence[Response]) -> None:

@@ -111,17 +111,12 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
         } | {name: put(values) for name, values in columns.items()}
 
     return {
-        "step": response.step,
-        "update": response.update,
-        "key": response.key,
-        "score": response.score,
+        **{name: getattr(response, name) for name in ("step", "update", "key", "score")},
+        **{name: put(getattr(response, name)) for name in ("log_mu", "log_pi", "advantage")},
         "sign": _SIGNS.get(tuple(np.unique(np.sign(response.advantage[response.mask]))), "of both signs"),
         "prompt": response.prompt.tolist(),
         "ids": response.response.tolist(),
         "mask": None if response.mask.all() else "".join("01"[int(m)] for m in response.mask),
-        "log_mu": put(response.log_mu),
-        "log_pi": put(response.log_pi),
-        "advantage": put(response.advantage),
         "decisions": [of_method(*pair) for pair in zip(decisions, deltas, strict=True)],
         "arrays": arrays,
     }

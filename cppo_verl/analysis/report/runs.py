@@ -107,15 +107,15 @@ def _reported(run: Run, name: str) -> ReportedRun:
 
 def unique_names(runs: Sequence[Run]) -> list[str]:
     """Labels; where several runs share one, with the name of their folder, or its path if that is not enough."""
-    folders = [run.path if run.path.is_dir() else run.path.parent for run in runs]
-    names = [run.label for run in runs]
-    for further in ([folder.resolve().name for folder in folders], [str(run.path) for run in runs]):
-        count = Counter(names)
-        names = [
-            f"{run.label} ({what})" if count[name] > 1 else name
-            for run, name, what in zip(runs, names, further, strict=True)
-        ]
-    return names
+    folders = [(run.path if run.path.is_dir() else run.path.parent).resolve().name for run in runs]
+    choices = [
+        (x.label, f"{x.label} ({folder})", f"{x.label} ({x.path})") for x, folder in zip(runs, folders, strict=True)
+    ]
+    counts = [Counter(names) for names in zip(*choices, strict=True)]
+    return [
+        next((name for name, count in zip(names, counts, strict=True) if count[name] == 1), names[-1])
+        for names in choices
+    ]
 
 
 def lines(runs: Sequence[ReportedRun]) -> list[Line]:
