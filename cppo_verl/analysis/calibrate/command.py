@@ -17,31 +17,16 @@ ROWS_IN_TERMINAL = 13
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dump", type=Path, metavar="DUMP", help="a token dump: its folder, or the folder of its run")
-    parser.add_argument(
-        "--masked-share",
-        type=_share,
-        default=MASKED_SHARE,
-        help="the wanted trust_region/masked_share, a share of the generated tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget-share",
-        type=_share,
-        help="the wanted trust_region/budget_rejected_share, the share of the masked tokens that only the prefix "
-        f"budget rejects (default: {BUDGET_SHARE})",
-    )
-    parser.add_argument(
-        "--method",
-        metavar='"NAME OVERRIDES"',
-        help="the method to find thresholds for (default: the run's own, or cppo)",
-    )
+    masked = "the wanted trust_region/masked_share, a share of the generated tokens (default: %(default)s)"
+    parser.add_argument("--masked-share", type=_share, default=MASKED_SHARE, help=masked)
+    by_budget = "the wanted trust_region/budget_rejected_share, the share of the masked tokens that only the prefix "
+    by_budget += f"budget rejects (default: {BUDGET_SHARE})"
+    parser.add_argument("--budget-share", type=_share, help=by_budget)
+    method = "the method to find thresholds for (default: the run's own, or cppo)"
+    parser.add_argument("--method", metavar='"NAME OVERRIDES"', help=method)
     parser.add_argument("--from-step", type=int, default=0, help="leave out earlier steps")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("calibrate.html"),
-        help="the page to write, with its pictures beside it; replaces an earlier page of this command "
-        "(default: %(default)s)",
-    )
+    output = "the page to write, with its pictures beside it; replaces an earlier page of this command "
+    parser.add_argument("--output", type=Path, default=Path("calibrate.html"), help=f"{output}(default: %(default)s)")
 
 
 def _share(text: str) -> float:

@@ -78,20 +78,16 @@ class Shares(NamedTuple):
         return cls(tokens, masked / tokens, of_masked, (masked - by_budget) / tokens, violating / tokens)
 
 
-LEVELS = ("step", "update", "prompt")
-
-
 def count(responses: Sequence[Response], decisions: Sequence[Decisions]) -> pd.DataFrame:
     """Numbers of tokens, of each response by its step, update and prompt."""
     rows = []
-    for response, decided in zip(responses, decisions, strict=True):
+    for r, decided in zip(responses, decisions, strict=True):
         masked = decided.rejected.astype(float)
         by_budget, violating = decided.has_reason("budget"), decided.has_reason("towards_one", *REJECTING)
-        rows.append((response.mask.sum(), masked.sum(), masked[by_budget].sum(), violating.sum()))
-    index = pd.MultiIndex.from_tuples(
-        [(r.step, r.update, r.uid) for r in responses], names=["step", "update", "prompt"]
-    )
-    return pd.DataFrame(rows, index, ["tokens", "masked", "by_budget", "violating"], dtype=float)
+        counts = (r.mask.sum(), masked.sum(), masked[by_budget].sum(), violating.sum())
+        rows.append((r.step, r.update, r.uid, *map(float, counts)))
+    columns = ["step", "update", "prompt", "tokens", "masked", "by_budget", "violating"]
+    return pd.DataFrame(rows, columns=columns).set_index(columns[:3])
 
 
 @dataclass

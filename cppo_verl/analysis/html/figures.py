@@ -16,9 +16,7 @@ SERIES = ("#3b7fc4", "#d9822b", "#3a9d6c", "#a864b8", "#cf5b56", "#8f7355", "#2f
 BLUE, ORANGE, GREEN, PURPLE, RED, _, _, GREY = SERIES
 INK = "#010203"
 """Colour of text and axes, which a page replaces by that of its text; no series has it."""
-_STYLE: Any = rc_params_from_file(
-    Path(__file__).with_name("templates") / "figures.mplstyle", use_default_template=False
-)
+_STYLE: Any = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 import base64
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from cppo_verl.analysis.inspect import token_text
 from cppo_verl.analysis.inspect.methods import Method
@@ -65,18 +65,14 @@ def page_values(dump: TokenDump, methods: Sequence[Method], limit: int, tokenize
 
 def most_masked(responses: Sequence[Response], decisions: Sequence[Decisions], limit: int) -> list[int]:
     """Rows of the responses to show: from every step and update in turn, those with the largest masked share first."""
-
-    def masked_share(row: int) -> tuple:
-        response = responses[row]
-        return decisions[row].rejected[response.mask].mean(), response.divergence.max()
-
-    groups = defaultdict(list)
-    for row, response in enumerate(responses):
-        groups[response.step, response.update].append(row)
-    place: dict[int, int] = {}
-    for rows in groups.values():
-        place |= {row: n for n, row in enumerate(sorted(rows, key=masked_share, reverse=True))}
-    return sorted(sorted(place, key=masked_share, reverse=True), key=place.__getitem__)[:limit]
+    rows = [
+        (response.step, response.update, decided.rejected[response.mask].mean(), response.divergence.max())
+        for response, decided in zip(responses, decisions, strict=True)
+    ]
+    ranked = pd.DataFrame(rows, columns=["step", "update", "share", "largest"])
+    ranked = ranked.sort_values(["share", "largest"], ascending=False)
+    place = ranked.groupby(["step", "update"]).cumcount()
+    return place.sort_values(kind="stable").index[:limit].tolist()
 
 
 def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence[float | None]) -> dict:

@@ -8,18 +8,12 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", metavar="[LABEL=]RUN", help="a run's folder or metrics file, or a folder of runs"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("report.html"),
-        help="the page to write; replaces an earlier report (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--figures", type=Path, help="folder for each figure as PNG and SVG (default: beside the page, NAME_figures)"
-    )
+    runs = "a run's folder or metrics file, or a folder of runs"
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help=runs)
+    output = "the page to write; replaces an earlier report (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
+    figures = "folder for each figure as PNG and SVG (default: beside the page, NAME_figures)"
+    parser.add_argument("--figures", type=Path, help=figures)
     parser.add_argument("--tokenizer", help="a local folder (default: the tokenizer that the dump names)")
 
 

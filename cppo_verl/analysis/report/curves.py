@@ -24,6 +24,9 @@ INTERVALS = 12
 TOP = 0.1
 NONE = pd.Series(dtype=float)
 
+Lines = Sequence[Line]
+Frames = dict[Line, pd.DataFrame]
+Drawn = LinePanel | Missing
 Quantity = Callable[[ReportedRun], pd.Series]
 """Takes a run and returns the values to draw, by step; empty if the run has none."""
 
@@ -63,7 +66,7 @@ def thinned(lines: pd.DataFrame) -> pd.DataFrame:
     return lines.iloc[sorted(extremes | {0, len(lines) - 1})]
 
 
-def _complete(lines: Sequence[Line], quantity: Quantity) -> dict[Line, list[pd.Series]]:
+def _complete(lines: Lines, quantity: Quantity) -> dict[Line, list[pd.Series]]:
     """{line: the quantity by step in each of its runs}, of the lines whose runs all have it."""
     found = {line: [quantity(item) for item in line.runs] for line in lines}
     return {line: parts for line, parts in found.items() if all(map(len, parts))}
@@ -77,15 +80,8 @@ def _over_runs(parts: Sequence[pd.Series]) -> pd.DataFrame:
 
 
 def _panel(
-    name: str,
-    title: str,
-    lines: Sequence[Line],
-    drawn: Mapping[Line, pd.DataFrame],
-    without: str,
-    facts: Mapping[str, object],
-    text: str = "",
-    **kwargs,
-) -> LinePanel | Missing:
+    name: str, title: str, lines: Lines, drawn: Frames, without: str, facts: dict, text: str = "", **kwargs
+) -> Drawn:
     """A panel of the ``lines`` that are ``drawn``; the caption names the others and what they are ``without``.
 
     Args:
@@ -98,16 +94,8 @@ def _panel(
 
 
 def curve(
-    name: str,
-    title: str,
-    lines: Sequence[Line],
-    quantity: Quantity | str,
-    without: str = "",
-    *,
-    smooth: bool = True,
-    facts: Mapping[str, object] | None = None,
-    **kwargs,
-) -> LinePanel | Missing:
+    name: str, title: str, lines: Lines, quantity: Quantity | str, without: str = "", smooth: bool = True, **kwargs
+) -> Drawn:
     """A quantity over the steps.
 
     Args:
@@ -119,10 +107,11 @@ def curve(
     Returns:
         `Missing` if no run has it.
     """
+    facts: dict = {}
     if isinstance(quantity, str):
+        facts["metric"] = quantity
         quantity, without = logged(quantity), without or f"{quantity} is not logged"
-    complete, facts = _complete(lines, quantity), dict(facts or {})
-    window, faint = 1, False
+    complete, window, faint = _complete(lines, quantity), 1, False
     if smooth:
         window = max([WINDOW, *(len(part) // STRETCHES for parts in complete.values() for part in parts)])
         several = any(len(parts) > 1 for parts in complete.values())
@@ -135,9 +124,7 @@ def curve(
     return _panel(name, title, lines, drawn, without, facts, **kwargs)
 
 
-def validation(
-    lines: Sequence[Line], benchmarks: Sequence[str], name: str, title: str, notes: list[str]
-) -> LinePanel | Missing:
+def validation(lines: Lines, benchmarks: Sequence[str], name: str, title: str, notes: list[str]) -> Drawn:
     """The unweighted mean accuracy on ``benchmarks``; for one benchmark, with intervals over its problems.
 
     Adds to ``notes`` what was skipped of the saved answers.
@@ -178,7 +165,7 @@ def _intervals(item: ReportedRun, benchmark: str, steps: pd.Index, notes: list[s
     return result
 
 
-def drift_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
+def drift_by_position(lines: Lines) -> Drawn:
     """Mean D_t of the later updates by t / T, from the log or else from the token dump, with delta / w_t beside it."""
     names = [f"trust_region/later_updates/divergence/position_{b}" for b in range(POSITION_BINS)]
     means, from_dump = {}, []
@@ -196,7 +183,7 @@ def drift_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
     return _by_position("divergence_by_position", title, means, without, facts)
 
 
-def largest_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
+def largest_by_position(lines: Lines) -> Drawn:
     """Mean of the largest tenth of D_t in each bin of positions."""
 
     def mean_of_largest(values: pd.Series) -> float:
@@ -208,9 +195,7 @@ def largest_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
     return _by_position("largest_by_position", title, {line: means.get(line, NONE) for line in lines}, without, {})
 
 
-def _by_position(
-    name: str, title: str, values: Mapping[Line, pd.Series], without: str, facts: Mapping[str, object]
-) -> LinePanel | Missing:
+def _by_position(name: str, title: str, values: Mapping[Line, pd.Series], without: str, facts: dict) -> Drawn:
     """A quantity by bin of positions, with the threshold delta / w_t of each drawn run; drawn are lines without NaN."""
     frames = {line: by_bin.reindex(range(POSITION_BINS)).to_frame("mean") for line, by_bin in values.items()}
     drawn = {line: frame.set_axis(BIN_CENTRES) for line, frame in frames.items() if frame.notna().all(axis=None)}
@@ -230,7 +215,7 @@ PHASES = ["gen", "reward", "old_log_prob", "ref", "values", "adv", *UPDATE_PHASE
 """verl's timers in their order within a step; `dump_tokens` is ours, and a part of update_actor."""
 
 
-def stacked_phases(lines: Sequence[Line]) -> PhasePanel | Missing:
+def stacked_phases(lines: Lines) -> PhasePanel | Missing:
     title = "Seconds per step, by phase"
     bars = {line.label: pd.DataFrame([phases(item) for item in line.runs]).mean() for line in lines}
     drawn = pd.DataFrame({label: seconds for label, seconds in bars.items() if len(seconds)}).T
@@ -258,7 +243,7 @@ MEASURES = {
 }
 
 
-def memory(lines: Sequence[Line]) -> list[LinePanel | Missing]:
+def memory(lines: Lines) -> list[Drawn]:
     """A panel for each measure of memory that a run logged, for each of verl's workers."""
     panels = []
     for key in sorted({key for line in lines for item in line.runs for key in item.log}):
@@ -266,5 +251,5 @@ def memory(lines: Sequence[Line]) -> list[LinePanel | Missing]:
         if measure in MEASURES and "perf" in key.split("/"):
             title = f"{MEASURES[measure]}, {' '.join(who) or 'trainer'} (GB)"
             name = "memory_" + "_".join((*who, measure))
-            panels.append(curve(name, title, lines, key, text="memory", facts={"key": key}))
+            panels.append(curve(name, title, lines, key, text="memory"))
     return panels or [Missing("Memory", "no run logged perf/max_memory_allocated_gb or the like")]

@@ -97,9 +97,8 @@ def _tokens(panel: TokenPanel) -> Figure:
             top = np.ones(len(of_cause))
             axes.plot(of_cause["t"], top, mark, color=color, clip_on=False, transform=edge, gid=cause)
     axes.axhline(delta, color=PURPLE, linestyle="--", linewidth=1.2, label="token threshold δ")
-    axes.step(
-        tokens["t"], tokens["threshold"], where="mid", color=GREEN, linewidth=1.4, label="effective threshold c_t"
-    )
+    effective: dict = {"color": GREEN, "linewidth": 1.4, "label": "effective threshold c_t"}
+    axes.step(tokens["t"], tokens["threshold"], where="mid", **effective)
     axes.set(xlabel="t", xlim=(0.4, total + 0.6))
     low, high = min(0.0, tokens["threshold"].min()), max(tokens["weighted"].max(), delta)
     # A bar far above all others would flatten them, so it extends beyond the axes.

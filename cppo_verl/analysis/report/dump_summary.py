@@ -36,7 +36,7 @@ class DumpSummary:
 
 
 def summarise(dump: TokenDump) -> DumpSummary:
-    sums, divergences, bins = [], [np.empty(0)], [np.empty(0, dtype=int)]
+    sums, divergences, bins = [], [np.empty(0, np.float32)], [np.empty(0, np.int8)]
     for response in dump.responses:
         mask, first = response.mask, response.update == 0
         log_mu, log_pi = response.log_mu[mask].astype(float), response.log_pi[mask].astype(float)
@@ -44,7 +44,7 @@ def summarise(dump: TokenDump) -> DumpSummary:
         sums.append((response.step, *error, -log_mu.sum(), len(log_mu)))
         if not first:
             divergences.append(response.divergence[mask])
-            bins.append(position_bins(response))
+            bins.append(position_bins(response).astype(np.int8))
     by_step = pd.DataFrame(sums, columns=["step", "error", "size", "surprise", "tokens"]).groupby("step").sum()
     return DumpSummary(
         relative_error=(by_step["error"] / by_step["size"]).dropna(),

@@ -81,15 +81,12 @@ def _masks(lines: Sequence[Line]) -> Items:
     no_share, no_region = f"neither {SHARE} nor actor/pg_clipfrac is logged", "no metrics of the trust region"
     by_token, by_budget = (product(SHARE, f"trust_region/{name}_rejected_share") for name in ("token", "budget"))
     positive, negative = (logged(f"trust_region/{sign}/masked_share") for sign in ("positive", "negative"))
-    shares = (
-        ("masked", "Masked share of tokens", lines, curves.MASKED, no_share),
-        ("masked_by_token", "Masked by the token threshold", two, by_token, no_region),
-        ("masked_by_budget", "Masked by the prefix budget", two, by_budget, no_region),
-        ("masked_positive", "Masked share, positive advantage", lines, positive, no_region),
-        ("masked_negative", "Masked share, negative advantage", lines, negative, no_region),
-    )
     return [
-        *(curve(*share, percent=True) for share in shares),
+        curve("masked", "Masked share of tokens", lines, curves.MASKED, no_share, percent=True),
+        curve("masked_by_token", "Masked by the token threshold", two, by_token, no_region, percent=True),
+        curve("masked_by_budget", "Masked by the prefix budget", two, by_budget, no_region, percent=True),
+        curve("masked_positive", "Masked share, positive advantage", lines, positive, no_region, percent=True),
+        curve("masked_negative", "Masked share, negative advantage", lines, negative, no_region, percent=True),
         curve("delta_b", "Effective budget δ_b", two, curves.effective_budget, "no prefix budget"),
     ]
 

@@ -27,29 +27,22 @@ def response_panel(name: str, run: str, chosen: ChosenResponse, texts: Sequence[
     assert delta is not None
     columns = {"weighted": response.weighted_divergence, "threshold": response.threshold, "reason": response.reason}
     tokens = pd.DataFrame({"t": response.position, **columns})[response.mask]
-    drawn = _drawn(tokens)
+    drawn, excerpt = _drawn(tokens), "".join(texts)
     lowest, highest = drawn["threshold"].min(), drawn["weighted"].max()
-    excerpt = "".join(texts)
-    facts = {
-        "response": response,
-        "advantage": response.advantage[response.mask][0],
-        "tokens": len(tokens),
-        "by_budget": (tokens["reason"] == CODE["budget"]).sum(),
-        "by_token": (tokens["reason"] == CODE["token"]).sum(),
-        "drawn": len(drawn),
-        "excerpt": excerpt[:EXCERPT] + ("…" if len(excerpt) > EXCERPT else ""),
-        "highest": highest if highest > 4 * delta else None,
-        "lowest": lowest if lowest < -2 * delta else None,
-    }
-    return TokenPanel(
-        name=name,
-        title=f"{run}: {KINDS[chosen.kind]}",
-        text=caption("tokens_of_response", **facts),
-        delta=delta,
-        tokens=drawn,
-        total=len(tokens),
-        texts=texts,
+    text = caption(
+        "tokens_of_response",
+        response=response,
+        advantage=response.advantage[response.mask][0],
+        tokens=len(tokens),
+        by_budget=(tokens["reason"] == CODE["budget"]).sum(),
+        by_token=(tokens["reason"] == CODE["token"]).sum(),
+        drawn=len(drawn),
+        excerpt=excerpt[:EXCERPT] + ("…" if len(excerpt) > EXCERPT else ""),
+        highest=highest if highest > 4 * delta else None,
+        lowest=lowest if lowest < -2 * delta else None,
     )
+    title = f"{run}: {KINDS[chosen.kind]}"
+    return TokenPanel(name=name, title=title, text=text, delta=delta, tokens=drawn, total=len(tokens), texts=texts)
 
 
 def _drawn(tokens: pd.DataFrame) -> pd.DataFrame:
