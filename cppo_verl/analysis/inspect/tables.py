@@ -35,19 +35,14 @@ class Masks:
         def per_token(arrays: Iterable[np.ndarray]) -> np.ndarray:
             return np.concatenate([array[r.mask] for array, r in zip(arrays, responses, strict=True)])
 
-        return cls(
-            pd.DataFrame({n: per_token(d.rejected for d in of_method) for n, of_method in enumerate(decisions)}),
-            pd.DataFrame(
-                {n: per_token(np.asarray(d.reason) for d in of_method) for n, of_method in enumerate(decisions)}
-            ),
-            pd.DataFrame(
-                {
-                    "sign": np.sign(per_token(r.advantage for r in responses)).astype(int),
-                    "bin": np.concatenate([position_bins(r) for r in responses]),
-                    "update": np.repeat([r.update for r in responses], [r.mask.sum() for r in responses]),
-                }
-            ),
-        )
+        groups = {
+            "sign": np.sign(per_token(r.advantage for r in responses)).astype(int),
+            "bin": np.concatenate([position_bins(r) for r in responses]),
+            "update": np.repeat([r.update for r in responses], [r.mask.sum() for r in responses]),
+        }
+        rejected = {n: per_token(d.rejected for d in of_method) for n, of_method in enumerate(decisions)}
+        reason = {n: per_token(np.asarray(d.reason) for d in of_method) for n, of_method in enumerate(decisions)}
+        return cls(*map(pd.DataFrame, (rejected, reason, groups)))
 
     def share_by_reason(self) -> pd.DataFrame:
         """What each reason rejects, as a share of all tokens [methods, reasons].
