@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from cppo_verl.analysis.calibrate import figures
     from cppo_verl.analysis.calibrate.page import Results, page_values
-    from cppo_verl.analysis.calibrate.thresholds import Unreachable, Wanted, propose, sample_of
+    from cppo_verl.analysis.calibrate.thresholds import Unreachable, propose, sample_of
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
     from cppo_verl.analysis.text import listed, print_notes
     from cppo_verl.artifacts.token_dump import read_tokens
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
         budget = sample.rule.budget != "none"
         if not budget and args.budget_share is not None:
             raise ValueError(f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget")
-        wanted = Wanted(args.masked_share, args.budget_share or BUDGET_SHARE if budget else None)
-        results = Results(sample, wanted, propose(sample, wanted))
+        by_budget = args.budget_share or BUDGET_SHARE if budget else None
+        results = Results(sample, args.masked_share, propose(sample, args.masked_share, by_budget))
     except (FileNotFoundError, ValueError) as error:
         print_notes(notes)
         print(error, file=sys.stderr)

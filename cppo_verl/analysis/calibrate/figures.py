@@ -33,7 +33,7 @@ def _masked_by_threshold(results: Results, name: str) -> Figure:
     ends = np.array([row.masked for row in points]).T
     axes.errorbar(x, total, abs(ends - total), color=BLUE if fixed else ORANGE, lw=1.5, elinewidth=0.8, marker="o")
     axes.axvline(getattr(results.proposed, name), color=GREY, ls="--", lw=1)
-    axes.axhline(results.wanted.masked, color=GREY, ls=":", lw=1)
+    axes.axhline(results.wanted, color=GREY, ls=":", lw=1)
     axes.set(xscale="log", xlabel=name, ylabel="tokens masked", ylim=(0, None))
     return _finished(figure)
 
@@ -62,7 +62,7 @@ def _masked_by_update(results: Results) -> Figure:
     axes.bar(list(parts), by_token, **BY_TOKEN)
     if results.has_budget:
         axes.bar(list(parts), total - by_token, bottom=by_token, **BY_BUDGET)
-    axes.axhline(results.wanted.masked, color=GREY, ls=":", lw=1)
+    axes.axhline(results.wanted, color=GREY, ls=":", lw=1)
     axes.set(xlabel="update", ylabel="tokens masked")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return _finished(figure)

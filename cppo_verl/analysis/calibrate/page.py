@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cppo_verl.analysis import replay
-from cppo_verl.analysis.calibrate.thresholds import Sample, Shares, Thresholds, Wanted, intervals, others, recorded
+from cppo_verl.analysis.calibrate.thresholds import Sample, Shares, Thresholds, intervals, others, recorded
 from cppo_verl.analysis.html.page import caption
 from cppo_verl.analysis.text import MISSING, Cell, Table, counted, listed, number, percent
 from cppo_verl.evaluation.statistics import Interval
@@ -37,7 +37,8 @@ class Results:
     """What the tables, the figures and the texts are made from."""
 
     sample: Sample
-    wanted: Wanted
+    wanted: float
+    """The masked share asked for."""
     proposed: Thresholds
 
     @cached_property
@@ -95,7 +96,7 @@ class Results:
     def warnings(self) -> list[str]:
         """Names of the captions that warn of the proposal."""
         first, (delta, delta_b) = self.first_update, self.proposed
-        masks = first is not None and first.masked > NOTICEABLE * self.wanted.masked
+        masks = first is not None and first.masked > NOTICEABLE * self.wanted
         apply = {
             "mismatch_masks": masks,
             # Engine mismatch may mask little and still use up much of the budget.

@@ -43,15 +43,6 @@ class Thresholds(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-class Wanted(NamedTuple):
-    """The shares to reach, in (0, 1)."""
-
-    masked: float
-    """Share of the tokens that is masked."""
-    by_budget: float | None
-    """Share of the masked tokens that the prefix budget rejects; None for a method without one."""
-
-
 class Unreachable(ValueError):
     """No thresholds mask the wanted share."""
 
@@ -181,16 +172,20 @@ def _refuse_insufficient(responses: Sequence[Response]) -> None:
         )
 
 
-def propose(sample: Sample, wanted: Wanted) -> Thresholds:
+def propose(sample: Sample, masked: float, by_budget: float | None) -> Thresholds:
     """The smallest thresholds with three digits that mask no more than wanted.
+
+    Args:
+        masked: the wanted share of the tokens, in (0, 1).
+        by_budget: the wanted share of the masked tokens that the prefix budget rejects; None for a method without one.
 
     Raises:
         Unreachable: there are none; the message says what can be reached.
     """
     _refuse_insufficient(sample.responses)
     values = [value for value in DIGITS if value <= sample.rule.largest_divergence]
-    by_token = wanted.masked * (1 - (wanted.by_budget or 0.0))
-    found = Thresholds(values[-1], None if wanted.by_budget is None else values[-1])
+    by_token = masked * (1 - (by_budget or 0.0))
+    found = Thresholds(values[-1], None if by_budget is None else values[-1])
 
     def smallest(name: str, most: float, share: str) -> tuple[Thresholds, Thresholds]:
         """``found`` with the smallest value of one threshold that masks ``most`` or less, and with the one before."""
@@ -205,20 +200,20 @@ def propose(sample: Sample, wanted: Wanted) -> Thresholds:
             "from one at all: ask for a smaller --masked-share, or dump later steps"
         )
     found, next_lower = smallest("delta", by_token, "by_token")
-    if wanted.by_budget is not None:
+    if by_budget is not None:
         most = Shares.of(sample.at(found._replace(delta_b=values[0]))).masked
-        if most < wanted.masked:
+        if most < masked:
             raise Unreachable(
-                f"{percent(wanted.masked, 2)} of the tokens are to be masked, {percent(wanted.by_budget, 0)} of them "
+                f"{percent(masked, 2)} of the tokens are to be masked, {percent(by_budget, 0)} of them "
                 f"by the prefix budget; with delta={found.delta:g} for the others, delta_b=0 would still mask only "
                 f"{percent(most, 2)}: ask for a smaller --budget-share or --masked-share"
             )
-        found, next_lower = smallest("delta_b", wanted.masked, "masked")
+        found, next_lower = smallest("delta_b", masked, "masked")
     below, above = Shares.of(sample.at(found)), Shares.of(sample.at(next_lower))
-    if wanted.masked - below.masked > max(GAP * wanted.masked, 1 / below.tokens):
+    if masked - below.masked > max(GAP * masked, 1 / below.tokens):
         raise Unreachable(  # one digit of a threshold steps over the wanted share
             f"no thresholds with three digits mask between {percent(below.masked, 2)} and {percent(above.masked, 2)} "
-            f"of these {below.tokens:,.0f} tokens, {percent(wanted.masked, 2)} are wanted: ask for one of these "
+            f"of these {below.tokens:,.0f} tokens, {percent(masked, 2)} are wanted: ask for one of these "
             "shares, or dump more responses (trust_region.dump.responses)"
         )
     return found

@@ -10,7 +10,7 @@ import pytest
 from drifting_dumps import DELTA, DELTA_B, RULES, by_oracle, drifting, sample
 
 from cppo_verl.analysis.calibrate import thresholds
-from cppo_verl.analysis.calibrate.thresholds import DIGITS, Shares, Thresholds, Unreachable, Wanted, intervals, propose
+from cppo_verl.analysis.calibrate.thresholds import DIGITS, Shares, Thresholds, Unreachable, intervals, propose
 from cppo_verl.artifacts.token_dump import REASONS
 from cppo_verl.plugin.config import CPPOLossConfig
 
@@ -25,9 +25,8 @@ def responses():
 def test_the_proposal_is_the_smallest_that_masks_no_more_than_wanted_by_the_oracle(name, masked, responses):
     rule = RULES[name]
     data = drifting(topk=True) if name == "topk" else responses
-    wanted = Wanted(masked, None if rule.budget == "none" else 0.6)
     of = sample(rule, data)
-    found = propose(of, wanted)
+    found = propose(of, masked, None if rule.budget == "none" else 0.6)
     tokens, count, by_token, unsure = by_oracle(rule, data, found)
     counts = of.at(found)
     assert counts.tokens.sum() == tokens
@@ -80,20 +79,20 @@ def test_a_share_that_cannot_be_had_is_refused_with_what_can(responses):
     of = sample(CPPOLossConfig(), responses)
     away = np.concatenate([(r.advantage * (r.log_pi - r.log_mu) * r.divergence > 0)[r.mask] for r in responses]).mean()
     with pytest.raises(Unreachable, match="72.00% of the tokens are to be masked by delta") as error:
-        propose(of, Wanted(0.9, 0.2))
+        propose(of, 0.9, 0.2)
     most = float(re.search(r"only (\S+)% move away from one", str(error.value))[1])
     assert most == pytest.approx(100 * away, abs=0.5)  # D_t of the smallest moves rounds to 0
     with pytest.raises(Unreachable, match=r"with delta=0.\d+ for the others, delta_b=0 would still mask only \d+"):
-        propose(of, Wanted(0.4, 0.95))
+        propose(of, 0.4, 0.95)
 
 
 def test_ties_among_the_tokens_are_no_silent_nearest_value(responses):
     twins = [replace(responses[-1], key=f"p{i}_0_0") for i in range(20)]
     of = sample(CPPOLossConfig(budget="none", w_min=1.0), twins)
     length = twins[0].mask.sum()
-    assert propose(of, Wanted(2 / length, None)).delta > 0
+    assert propose(of, 2 / length, None).delta > 0
     with pytest.raises(Unreachable, match=rf"mask between {2 / length:.2%} and {3 / length:.2%} of these"):
-        propose(of, Wanted(2.5 / length, None))
+        propose(of, 2.5 / length, None)
 
 
 def counted(prompts, tokens, masked, by_budget):
