@@ -48,7 +48,7 @@ STEP_SECONDS = logged("timing_s/step", "perf/time_per_step")
 
 def effective_budget(item: ReportedRun) -> pd.Series:
     """The effective budget at the steps that have one; it is logged as zero if there is no budget."""
-    return logged(DELTA_B)(item).replace(0.0, None).dropna()
+    return logged(DELTA_B)(item).loc[lambda values: values > 0]
 
 
 def dumped(name: str) -> Quantity:
@@ -102,7 +102,7 @@ def curve(
         quantity: or the name of a metric.
         without: why a run may lack it; by default that the metric is not logged.
         smooth: whether to draw its running mean.
-        kwargs: further fields of the panel.
+        kwargs: further arguments of `_panel`.
 
     Returns:
         `Missing` if no run has it.
@@ -141,7 +141,7 @@ def validation(lines: Lines, benchmarks: Sequence[str], name: str, title: str, n
             over_problems |= bool(intervals)
             unread += [] if intervals else [line.label]
         bands = pd.DataFrame.from_dict(intervals, orient="index", columns=["low", "high"], dtype=float)
-        drawn[line] = thinned(common.mean(axis=1).to_frame("mean")).join(bands, how="outer")
+        drawn[line] = common.mean(axis=1).to_frame("mean").join(bands)
     over_seeds = any(len(parts) > 1 for parts in complete.values())
     facts = {"over_problems": over_problems, "most_read": INTERVALS, "over_seeds": over_seeds, "unread": unread}
     kwargs: dict = {"text": "validation", "percent": True, "points": 40}

@@ -39,10 +39,17 @@ def _lines(panel: LinePanel) -> Figure:
     axes = figure.axes
     for line, frame in panel.lines.items():
         if "low" in frame:
-            axes.fill_between(frame.index, frame["low"], frame["high"], color=line.color, alpha=0.15, linewidth=0)
+            band = frame.dropna(subset="low")
+            axes.fill_between(band.index, band["low"], band["high"], color=line.color, alpha=0.15, linewidth=0)
         if "each" in frame:
             axes.plot(frame["each"], color=line.color, linewidth=0.8, alpha=0.3, gid="each step")
-        mean: dict = {"color": line.color, "linestyle": line.style, "linewidth": 1.5, "label": plain(line.label)}
+        mean: dict = {
+            "color": line.color,
+            "linestyle": line.style,
+            "linewidth": 1.5,
+            "markersize": 4,
+            "label": plain(line.label),
+        }
         axes.plot(frame["mean"], marker="o" if len(frame) <= panel.points else "", **mean)
     for line, threshold in panel.thresholds.items():
         axes.plot(threshold, color=line.color, linestyle="--", linewidth=1, gid="delta / w_t")

@@ -30,7 +30,8 @@ class Panel:
 @dataclass(frozen=True, kw_only=True)
 class LinePanel(Panel):
     lines: Mapping[Line, pd.DataFrame]
-    """{line: columns "mean", and where there are such "each" (step, drawn faint), "low" and "high" (a band)}."""
+    """{line: columns "mean", and where there are such "each" (step, drawn faint), "low" and "high" (a band, which need
+    not have all of the points)}."""
     thresholds: Mapping[Line, pd.Series] = field(default_factory=dict)
     """{line: delta / w_t of its runs}."""
     log: bool = False

@@ -41,12 +41,12 @@ class ReportedRun:
     @cached_property
     def log(self) -> pd.DataFrame:
         """The logged metrics [steps, metrics]; NaN where a step lacks one."""
-        return pd.DataFrame(list(self.run.steps.values()), index=list(self.run.steps), dtype=float)
+        return _frame(self.run.steps)
 
     @cached_property
     def accuracies(self) -> pd.DataFrame:
         """Avg@n [steps, benchmarks] of the validations."""
-        return pd.DataFrame.from_dict(self.run.accuracies(), orient="index")
+        return _frame(self.run.accuracies())
 
     @property
     def has_two_constraints(self) -> bool:
@@ -73,6 +73,10 @@ class Line:
     runs: Sequence[ReportedRun]
     color: str
     style: object
+
+
+def _frame(by_step: dict[int, dict[str, float]]) -> pd.DataFrame:
+    return pd.DataFrame(list(by_step.values()), index=list(by_step), dtype=float)
 
 
 def shown(text: str) -> str:

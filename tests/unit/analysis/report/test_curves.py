@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from report_runs import ACCURACY, SHARE, data_of, drawn, make, means_of_ten, read
+from token_dumps import make_response, save
 
 from cppo_verl.analysis.report import curves
 from cppo_verl.analysis.report.page import page_values
@@ -85,3 +86,31 @@ def test_phases_add_up_to_the_step(tmp_path):
     figure = drawn(page_values([run]))["phases"]
     widths = {bars.get_label(): bars[0].get_width() for bars in figure.axes.containers}
     assert widths == pytest.approx({name: value for name, value in seconds.items() if value > 0})
+
+
+def test_the_band_of_many_validations_is_one_area(tmp_path):
+    """Of these only `INTERVALS` are read."""
+    (run,) = read(make(tmp_path / "a", steps=100))
+    figure = drawn(page_values([run]))["validation"]
+    (band,) = figure.axes.collections
+    (area,) = band.get_paths()
+    assert {x for x, _ in area.vertices} >= {0, 100} and len({x for x, _ in area.vertices}) == curves.INTERVALS
+    assert not np.isnan(figure.axes.lines[0].get_ydata()).any()
+
+
+def test_a_budget_at_some_steps_only_is_drawn_at_these(tmp_path):
+    folder = make(tmp_path / "a", answers=False)
+    log = folder / "logs" / "metrics-0.jsonl"
+    rows = [json.loads(text) for text in log.read_text().splitlines()]
+    for row in rows[:5]:
+        row["data"]["trust_region/effective_delta_b"] = 0.0
+    log.write_text("\n".join(map(json.dumps, rows)))
+    _, faint = data_of(drawn(page_values(read(folder)))["delta_b"], "cppo")
+    assert faint == [[row["step"], row["data"]["trust_region/effective_delta_b"]] for row in rows[5:]]
+
+
+def test_a_dump_of_first_updates_alone_has_no_divergence_by_position(tmp_path):
+    folder = make(tmp_path / "a", answers=False)
+    (folder / "tokens").mkdir()
+    save(folder / "tokens", 3, [make_response(0, 10)])
+    assert "largest_by_position" not in drawn(page_values(read(folder)))
