@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from cppo_verl.analysis.inspect import token_text
 from cppo_verl.analysis.report import curves
+from cppo_verl.analysis.report.config_differences import overrides
 from cppo_verl.analysis.report.curves import SHARE, curve, dumped, logged, product
 from cppo_verl.analysis.report.panels import Missing, Panel
 from cppo_verl.analysis.report.runs import NO_DUMP, Line, ReportedRun, lines, reported, shown
-from cppo_verl.analysis.report.saved_config import overrides
 from cppo_verl.analysis.report.summary import benchmarks_of, setting_differences, summary
 from cppo_verl.analysis.report.token_panels import response_panel
 from cppo_verl.artifacts.run_reader import Run

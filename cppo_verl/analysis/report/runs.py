@@ -8,8 +8,8 @@ from functools import cached_property
 import pandas as pd
 
 from cppo_verl.analysis.html.figures import SERIES
+from cppo_verl.analysis.report.config_differences import settings
 from cppo_verl.analysis.report.dump_summary import DumpSummary, summarise
-from cppo_verl.analysis.report.saved_config import settings
 from cppo_verl.artifacts.run_reader import Run
 from cppo_verl.artifacts.token_dump import read_tokens
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from cppo_verl.analysis.report.config_differences import method
 from cppo_verl.analysis.report.curves import MASKED, SHARE, STEP_SECONDS, effective_budget, logged, product
 from cppo_verl.analysis.report.runs import ReportedRun, shown
-from cppo_verl.analysis.report.saved_config import method
 from cppo_verl.analysis.text import MISSING, Cell, Table, number
 from cppo_verl.evaluation.statistics import select
 

@@ -2,8 +2,8 @@
 
 from report_runs import make, read
 
+from cppo_verl.analysis.report.config_differences import overrides, settings
 from cppo_verl.analysis.report.page import page_values
-from cppo_verl.analysis.report.saved_config import overrides, settings
 
 
 def test_configs_differ_where_they_differ(tmp_path, monkeypatch):
