@@ -70,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
         results = Results(sample, args.masked_share, propose(sample, args.masked_share, by_budget))
     except (FileNotFoundError, ValueError) as error:
         print_notes(notes)
-        print(error, file=sys.stderr)
-        return 1 if isinstance(error, Unreachable) else 2
+        unreachable = isinstance(error, Unreachable)
+        print(f"{args.dump}: {error}" if unreachable else error, file=sys.stderr)
+        return 1 if unreachable else 2
     print_notes(notes)
     values = page_values(args.method, results, notes)
     _print(values)

@@ -23,7 +23,7 @@ def draw(results: Results) -> list[Figure]:
 
 def _masked_by_threshold(results: Results, name: str) -> Figure:
     (fixed,) = [f", {other} = {x:g}" for other, x in results.proposed.given.items() if other != name] or [""]
-    figure = _figure(f"masked_by_{name}", f"Masked share against {name}{fixed}")
+    figure = Figure(f"masked_by_{name}", f"Masked share against {name}{fixed}", caption(f"masked_by_{name}"))
     points, axes = results.curves[name], figure.axes
     x = [getattr(row.thresholds, name) for row in points]
     total, by_token = np.array([(row.shares.masked, row.shares.by_token) for row in points]).T
@@ -39,7 +39,7 @@ def _masked_by_threshold(results: Results, name: str) -> Figure:
 
 
 def _mismatch_and_drift(results: Results) -> Figure:
-    figure = _figure("mismatch_and_drift", "D_t: engine mismatch and policy drift")
+    figure = Figure("mismatch_and_drift", "D_t: engine mismatch and policy drift", caption("mismatch_and_drift"))
     axes, drift = figure.axes, results.drift
     everything = np.concatenate(list(drift.values()))
     largest = max(list(drift.values())[-1].max(), results.proposed.delta)
@@ -56,7 +56,7 @@ def _mismatch_and_drift(results: Results) -> Figure:
 
 
 def _masked_by_update(results: Results) -> Figure:
-    figure = _figure("masked_by_update", "Masked share by update of a batch")
+    figure = Figure("masked_by_update", "Masked share by update of a batch", caption("masked_by_update"))
     parts, axes = results.by("update"), figure.axes
     total, by_token = np.array([(x.masked, x.by_token) for x in parts.values()]).T
     axes.bar(list(parts), by_token, **BY_TOKEN)
@@ -66,10 +66,6 @@ def _masked_by_update(results: Results) -> Figure:
     axes.set(xlabel="update", ylabel="tokens masked")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return _finished(figure)
-
-
-def _figure(name: str, title: str) -> Figure:
-    return Figure(name, title, caption(name))
 
 
 def _finished(figure: Figure) -> Figure:

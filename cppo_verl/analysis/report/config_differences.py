@@ -1,8 +1,7 @@
-"""The settings that hydra saved with a run, and those in which runs differ."""
+"""What hydra saved with a run: its settings, method and overrides."""
 
 import json
 import re
-from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -51,13 +50,6 @@ def _saved(run: Run, name: str, key: str | None = None):
         return OmegaConf.select(saved, key) if key else saved
     except Exception:  # a file cut off in the middle, which `read_run` has noted
         return None
-
-
-def differences(runs: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """{key: its value in each run}, for the keys whose values differ."""
-    keys = sorted(set().union(*runs))
-    columns = {key: [run.get(key, MISSING) for run in runs] for key in keys}
-    return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
 def _resolved(config) -> dict[str, str]:

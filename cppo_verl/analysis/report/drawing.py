@@ -43,14 +43,9 @@ def _lines(panel: LinePanel) -> Figure:
             axes.fill_between(band.index, band["low"], band["high"], color=line.color, alpha=0.15, linewidth=0)
         if "each" in frame:
             axes.plot(frame["each"], color=line.color, linewidth=0.8, alpha=0.3, gid="each step")
-        mean: dict = {
-            "color": line.color,
-            "linestyle": line.style,
-            "linewidth": 1.5,
-            "markersize": 4,
-            "label": plain(line.label),
-        }
-        axes.plot(frame["mean"], marker="o" if len(frame) <= panel.points else "", **mean)
+        marks: dict = {"marker": "o", "markersize": 4} if len(frame) <= panel.points else {}
+        look: dict = {"color": line.color, "linestyle": line.style, "linewidth": 1.5, "label": plain(line.label)}
+        axes.plot(frame["mean"], **look, **marks)
     for line, threshold in panel.thresholds.items():
         axes.plot(threshold, color=line.color, linestyle="--", linewidth=1, gid="delta / w_t")
     if panel.log and any((frame["mean"] > 0).any() for frame in panel.lines.values()):

@@ -50,12 +50,11 @@ def page_values(runs: Sequence[Run], notes: Sequence[str] = (), tokenizer: str |
 
 def _scores(runs: Sequence[ReportedRun], lines: Sequence[Line], notes: list[str]) -> Items:
     benchmarks = benchmarks_of(runs)
-    groups = {shown(benchmark): [benchmark] for benchmark in benchmarks}
-    if len(benchmarks) > 1:
-        groups = {"mean": benchmarks} | groups
+    groups = [("mean", benchmarks)] if len(benchmarks) > 1 else []
+    groups += [(shown(benchmark), [benchmark]) for benchmark in benchmarks]
     validations = [
         curves.validation(lines, group, f"validation_{n}" if n else "validation", f"Validation accuracy, {what}", notes)
-        for n, (what, group) in enumerate(groups.items())
+        for n, (what, group) in enumerate(groups)
     ]
     return [
         *(validations or [Missing("Validation accuracy", "no run validated")]),

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from cppo_verl.analysis.report.config_differences import differences, method
+import pandas as pd
+
+from cppo_verl.analysis.report.config_differences import method
 from cppo_verl.analysis.report.curves import MASKED, SHARE, STEP_SECONDS, effective_budget, logged, product
 from cppo_verl.analysis.report.runs import ReportedRun, shown
 from cppo_verl.analysis.text import MISSING, Cell, Table, number
@@ -67,6 +69,7 @@ def setting_differences(runs: Sequence[ReportedRun]) -> Table | None:
     known = [item for item in runs if item.settings]
     if len(known) < 2:
         return None
-    changed = differences([item.settings for item in known])
-    rows = [[shown(cell) for cell in (key, *values)] for key, values in changed.items()]
+    values = pd.DataFrame([item.settings for item in known]).T.sort_index().fillna(MISSING)
+    changed = values[values.nunique(axis=1) > 1]
+    rows = [[shown(cell) for cell in row] for row in changed.reset_index().to_numpy().tolist()]
     return Table("differences", "Settings that differ", ["setting", *(item.name for item in known)], rows)
