@@ -27,6 +27,7 @@ from cppo_verl.artifacts.atomic import replacing
 from cppo_verl.artifacts.token_dump import CODE, DECISION_COLUMNS, PATTERN, Response, encode
 from cppo_verl.core.divergence import binary_divergence
 from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.plugin.constants import CLIP_RATIOS
 from cppo_verl.plugin.losses import Decision, Observed, Tokens, loss_context
 
 logger = logging.getLogger(__name__)
@@ -165,8 +166,7 @@ class DumpWriter:
         method = cast(dict, OmegaConf.to_container(actor.policy_loss, resolve=True))
         self.header = {
             "method": {key: value for key, value in method.items() if key != "preflight"},
-            "clip_ratio_low": actor.clip_ratio_low,
-            "clip_ratio_high": actor.clip_ratio_high,
+            **{key: actor[key] for key in CLIP_RATIOS},
             "divergence": method.get("divergence", "binary_tv"),
             "trust_region": {key: value for key, value in config.trust_region.items() if key != "dump"},
             "max_response_length": config.data.max_response_length,

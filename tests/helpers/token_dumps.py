@@ -110,8 +110,9 @@ def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, me
 
 
 def writer(folder, megabytes=1.0, every=1, method=None):
+    clips = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 10.0}
     config = {
-        "actor": {"policy_loss": method or {"loss_mode": "cppo"}, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28},
+        "actor": {"policy_loss": method or {"loss_mode": "cppo"}, **clips},
         "model": {"path": "some/model"},
     }
     settings = DumpConfig(every=every, responses=8, megabytes=megabytes, folder=str(folder))

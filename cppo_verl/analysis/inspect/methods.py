@@ -14,6 +14,7 @@ from cppo_verl.analysis import replay
 from cppo_verl.analysis.replay import Setting
 from cppo_verl.artifacts.token_dump import Decisions, Response, read_tokens
 from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
+from cppo_verl.plugin.constants import CLIP_RATIOS
 
 RUN = "run"
 """Names the run's own method among those asked for."""
@@ -175,10 +176,7 @@ def _flat(value, prefix: str = "") -> dict:
 
 
 def _equal(a: Setting, b: Setting) -> bool:
-    return all(
-        getattr(a.actor, name) == getattr(b.actor, name)
-        for name in ("policy_loss", "clip_ratio_low", "clip_ratio_high")
-    )
+    return all(getattr(a.actor, name) == getattr(b.actor, name) for name in ("policy_loss", *CLIP_RATIOS))
 
 
 def _about(setting: Setting) -> str:
@@ -191,4 +189,5 @@ def _about(setting: Setting) -> str:
     if isinstance(loss, TRMLossConfig):
         thresholds = [f"{name} {getattr(loss, name):g}" for name in ("delta", "delta_avg") if getattr(loss, name)]
         return ", ".join([loss.divergence, *thresholds])
-    return f"clips below {1 - setting.actor.clip_ratio_low:g} and above {1 + setting.actor.clip_ratio_high:g}"
+    low, high = 1 - setting.actor.clip_ratio_low, 1 + setting.actor.clip_ratio_high
+    return f"clips above {high:g}" if low <= 0 else f"clips below {low:g} and above {high:g}"
