@@ -68,6 +68,19 @@ def minpro(tokens):
     return weights
 
 
+def kpop(tokens):
+    """Both directions of the Bernoulli KL at most 0.1."""
+    keep = [max(binary_kl(m, p), binary_kl(p, m)) <= 0.1 for m, p, _ in tokens]
+    return [k * min(math.exp(p - m), 20.0) * a for k, (m, p, a) in zip(keep, tokens, strict=True)]
+
+
+def vaco(tokens):
+    """A response whose mean |rho - 1| is above 2 loses the tokens with A sign(log rho) > 0."""
+    rho = [math.exp(p - m) for m, p, _ in tokens]
+    near = sum(abs(r - 1) for r in rho) <= 2.0 * len(rho)
+    return [(near or a * (r - 1) <= 0) * min(r, 20.0) * a for r, (_, _, a) in zip(rho, tokens, strict=True)]
+
+
 LOOPS = {
     "cppo": (cppo, {}),
     "cppo_fixed": (cppo, {"floor": 0.03, "clamp": 1.0}),
@@ -85,6 +98,8 @@ LOOPS = {
     "grpo": (grpo, {}),
     "cispo": (cispo, {}),
     "minpro": (minpro, {}),
+    "kpop": (kpop, {}),
+    "vaco": (vaco, {}),
 }
 
 
