@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
     from cppo_verl.analysis.report.drawing import draw
     from cppo_verl.analysis.report.page import report
     from cppo_verl.analysis.text import counted, print_notes
+    from cppo_verl.evaluation.comparability import unequal
 
     with warnings.catch_warnings():
         # The font of the PNG files lacks some characters; readers of the page have other fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        result = report(runs, notes, args.tokenizer)
+        result = report(runs, [*unequal(runs), *notes], args.tokenizer)
         figures = {section.id: [draw(panel) for panel in section.panels] for section in result.sections}
         write_page(args.output, "report", report=result, figures=figures)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
