@@ -16,7 +16,14 @@ from verl.workers.config import PolicyLossConfig
 from cppo_verl.core.divergence import Kind
 from cppo_verl.core.trust_region import Gate
 from cppo_verl.plugin.constants import LOSS_MODES
-from cppo_verl.plugin.preflight import Preflight, refuse_pinned, refuse_shared_process, top_k_rules, violations
+from cppo_verl.plugin.preflight import (
+    Preflight,
+    refuse_overridden_variant,
+    refuse_pinned,
+    refuse_shared_process,
+    top_k_rules,
+    violations,
+)
 
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl"]
 Budget = Literal["adaptive", "fixed", "none"]
@@ -87,6 +94,7 @@ class MethodConfig(PolicyLossConfig):
         self.dump.require(not distilled, "every", "0 with distillation.enabled=true")
         if HydraConfig.initialized():  # neither in a worker nor without hydra's command line
             hydra = HydraConfig.get()
+            refuse_overridden_variant(hydra.overrides.task)
             refuse_pinned(self, hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
 
     @property

@@ -106,6 +106,15 @@ def test_a_pinned_key_may_be_set_to_the_pinned_value_or_in_a_config_file(command
     start_up(config)
 
 
+def test_a_variant_that_the_method_would_override_is_refused(command):
+    with pytest.raises(InstantiationException, match=r"put \+variant=\.\.\. after \+method"):
+        start_up(command("+variant=released", "+method=grpo"))
+    config = command("+method=grpo", "+variant=released")
+    start_up(config)
+    assert not config.actor_rollout_ref.actor.policy_loss.mask_std_0
+    assert not config.algorithm.norm_adv_by_std_in_grpo
+
+
 def test_verls_command_stops_before_ray_and_says_what_to_change():
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *GRPO, "+method=cppo"]
     result = subprocess.run(
