@@ -4,6 +4,7 @@ Links and anchors are mkdocs's own business. Here each page's code is read for f
 targets of the Makefile, methods, and keys of a run's config.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -15,6 +16,7 @@ from mkdocs.exceptions import PluginError
 from omegaconf import OmegaConf
 
 from cppo_verl.cli import COMMANDS
+from cppo_verl.plugin import config
 from cppo_verl.plugin.losses import SUM_NAMES
 from cppo_verl.plugin.step_metrics import pop_shares, shares_by_update
 
@@ -28,8 +30,17 @@ def run_config():
         return compose("ppo_trainer", overrides=["+method=cppo", "+validation=paper", "+platform=cpu"])
 
 
+def loss_configs() -> list[type]:
+    return [cls for cls in vars(config).values() if isinstance(cls, type) and issubclass(cls, config.MethodConfig)]
+
+
 def is_key(name: str) -> bool:
-    """Whether a run has this key: in full, or below ``actor_rollout_ref`` or the actor, as pages shorten it."""
+    """Whether a run has this key: in full, or below ``actor_rollout_ref`` or the actor, as pages shorten it.
+
+    Of ``policy_loss`` it is enough that one method has the key.
+    """
+    if ".policy_loss." in f".{name}":
+        return name.rpartition(".")[2] in {field.name for cls in loss_configs() for field in dataclasses.fields(cls)}
     prefixes = ("", "actor_rollout_ref.", "actor_rollout_ref.actor.", "algorithm.")
     missing = object()
     return any(OmegaConf.select(run_config(), prefix + name, default=missing) is not missing for prefix in prefixes)

@@ -25,6 +25,7 @@ from verl.workers.config import ActorConfig
 
 import cppo_verl.config
 from cppo_verl.artifacts.token_dump import CODE, Decisions, Response
+from cppo_verl.plugin.constants import CLIP_RATIOS
 from cppo_verl.plugin.losses import Observed, loss_context
 from cppo_verl.plugin.preflight import refuse_pinned
 from cppo_verl.plugin.token_recorder import token_columns
@@ -90,7 +91,7 @@ def setting(text: str, header: dict) -> Setting:
 
 
 def _actor(settings: dict) -> ActorConfig:
-    config = {key: settings[key] for key in ("policy_loss", "clip_ratio_low", "clip_ratio_high") if key in settings}
+    config = {key: settings[key] for key in ("policy_loss", *CLIP_RATIOS) if key in settings}
     # Values the loss does not read are arbitrary.
     config |= {"_target_": "verl.workers.config.FSDPActorConfig", "strategy": "fsdp2"}
     return omega_conf_to_dataclass(OmegaConf.create(config | {"rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1}))

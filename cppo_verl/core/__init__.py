@@ -1,6 +1,7 @@
 """The maths of CPPO and its neighbours: pure functions of tensors and numbers that need torch only."""
 
 from cppo_verl.core.divergence import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
+from cppo_verl.core.neighbours import kpop_mask, vaco_mask
 from cppo_verl.core.surrogate import (
     clipped_weight,
     masked_surrogate,
@@ -27,6 +28,7 @@ __all__ = [
     "build_trust_region",
     "clipped_weight",
     "exact_divergence",
+    "kpop_mask",
     "masked_quantile",
     "masked_surrogate",
     "mean_prefix_ratio",
@@ -38,5 +40,6 @@ __all__ = [
     "surrogate_weight",
     "top_k_divergence",
     "update_mask",
+    "vaco_mask",
     "violation",
 ]

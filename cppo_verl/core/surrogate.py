@@ -73,8 +73,9 @@ def masked_surrogate(
 def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """rho_t min_{j<t} rho_j, and rho_1 at t = 1: MinPRO's (arXiv 2601.22718) surrogate for prod_{j<=t} rho_j.
 
-    The paper's abstract gives the ratio. Ours is what it leaves open: the minimum runs over the response's valid tokens
-    before t and is not bounded by one, and the ratio is clipped without gradient (`clipped_weight`).
+    The ratio is the abstract's; that it is clipped without gradient (`clipped_weight`) is confirmed second-hand, its
+    bounds are printed nowhere. Ours: the minimum runs over the response's valid tokens before t and is not bounded by
+    one.
 
     Args:
         log_ratio: log rho_t, [..., L].

@@ -16,7 +16,7 @@ from typing import Any
 from cppo_verl.artifacts.atomic import replacing
 from cppo_verl.data import reasoning_gym
 from cppo_verl.data.dedup import contaminated, deduplicate, text_of
-from cppo_verl.data.readers import Row, read_aime, read_dapo, read_gsm8k, read_prompts
+from cppo_verl.data.readers import PROMPTS, Row, read_aime, read_dapo, read_gsm8k, read_prompts
 from cppo_verl.data.sources import HUB, READERS, HubDataset, Place, choose_places, describe, load, sha256
 from cppo_verl.rewards.reasoning_gym import PREFIX
 
@@ -106,6 +106,8 @@ def _request(args: argparse.Namespace, places: dict[str, list[Place]]) -> dict[s
     """Return what decides the content of the files, as JSON."""
     against = [sha256(path) for path in args.against]
     request = {"dataset": args.dataset, "against": against, "drop_contaminated": args.drop_contaminated}
+    if args.dataset in PROMPTS:
+        request["prompt"] = PROMPTS[args.dataset]
     if places:
         return request | {"sources": {part: [describe(place) for place in found] for part, found in places.items()}}
     sizes = {key: getattr(args, key) for key in ("task", "train_size", "validation_size", "seed")}

@@ -8,16 +8,21 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# verl's math_dapo compares text: it does not know that 033 is 33.
+# The words of DAPO-Math-17k: a policy is asked in validation as it was in training. math_dapo, unlike math_verify,
+# compares text and takes 033 for wrong where the answer is 33.
 AIME_PROMPT = (
-    "Solve the competition problem below, reasoning step by step. The last line of your response should be of the "
-    "form Answer: $Answer where $Answer is the final integer, written without leading zeros or units.\n\n{}"
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its "
+    'own line after "Answer:".'
 )
 # verl's gsm8k reads the number after "#### " in the last 300 characters.
 GSM8K_PROMPT = (
     '{}\n\nReason step by step. The last line of your response should be of the form "#### N" where N is the final '
     "number, written without units."
 )
+
+PROMPTS = {"aime": AIME_PROMPT, "gsm8k": GSM8K_PROMPT}
+"""{data set: the words around its problems}, where they are not the data set's own."""
 
 Row = dict[str, Any]
 

@@ -11,6 +11,7 @@ from statistics import fmean
 
 from cppo_verl.artifacts.run_reader import Run, labelled, read_generations, read_runs
 from cppo_verl.evaluation import paper_results
+from cppo_verl.evaluation.comparability import unequal
 from cppo_verl.evaluation.statistics import Interval, Selection, compare, interval_over_seeds, select
 
 NOT_RUN = "not run"
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if not groups and not args.paper:
         print(f"no run has a validation on {', '.join(benchmarks) or 'anything'}", file=sys.stderr)
         return 1
+    for line in unequal([item for scored in groups.values() for item, _ in scored]):
+        print(line, file=sys.stdout if args.format == "markdown" else sys.stderr)
     print(FORMATS[args.format](*rows_of(groups, benchmarks, args.paper)))
     for warning in warnings(groups):
         print(warning, file=sys.stderr)

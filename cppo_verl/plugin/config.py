@@ -16,12 +16,20 @@ from verl.workers.config import PolicyLossConfig
 from cppo_verl.core.divergence import Kind
 from cppo_verl.core.trust_region import Gate
 from cppo_verl.plugin.constants import LOSS_MODES
-from cppo_verl.plugin.preflight import Preflight, refuse_pinned, refuse_shared_process, top_k_rules, violations
+from cppo_verl.plugin.preflight import (
+    Preflight,
+    refuse_overridden_variant,
+    refuse_pinned,
+    refuse_shared_process,
+    top_k_rules,
+    violations,
+)
 
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl"]
 Budget = Literal["adaptive", "fixed", "none"]
 Weights = Literal["linear", "shuffled"]
 PrefixRatio = Literal["minimum", "mean"]
+Neighbour = Literal["kpop", "vaco"]
 
 
 @dataclass(kw_only=True)
@@ -86,6 +94,7 @@ class MethodConfig(PolicyLossConfig):
         self.dump.require(not distilled, "every", "0 with distillation.enabled=true")
         if HydraConfig.initialized():  # neither in a worker nor without hydra's command line
             hydra = HydraConfig.get()
+            refuse_overridden_variant(hydra.overrides.task)
             refuse_pinned(self, hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
 
     @property
@@ -116,19 +125,33 @@ def is_integer(value: object) -> bool:
 
 
 @dataclass
-class MaskedLossConfig(MethodConfig):
-    """Hydra config that the masked methods share: the divergence and the surrogate.
+class SurrogateConfig(MethodConfig):
+    """Hydra config of the methods that mask the ratio-advantage surrogate.
+
+    Args:
+        ratio_cap: upper bound of the importance ratio in the surrogate, >= 1; null for none.
+    """
+
+    ratio_cap: float | None = 20.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        cap = self.ratio_cap
+        self.require(cap is None or (is_number(cap) and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
+
+
+@dataclass
+class MaskedLossConfig(SurrogateConfig):
+    """Hydra config that the methods with a choice of divergence share.
 
     Args:
         divergence: D_t; "binary_tv" is |pi - mu| of the sampled token, "binary_kl" its KL(mu || pi),
             "topk_tv" and "topk_kl" are those on mu's top_k most likely tokens, the sampled one and all others.
         top_k: K of "topk_tv" and "topk_kl", >= 1.
-        ratio_cap: upper bound of the importance ratio in the surrogate, >= 1; null for none.
     """
 
     divergence: Divergence = "binary_tv"
     top_k: int = 20
-    ratio_cap: float | None = 20.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -137,8 +160,6 @@ class MaskedLossConfig(MethodConfig):
         if self.captures and self.preflight is not None:
             problems = violations(top_k_rules(self.preflight, self.top_k), self.preflight)
             self.require(not problems, "divergence", " | ".join(problems))
-        cap = self.ratio_cap
-        self.require(cap is None or (is_number(cap) and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
 
     @property
     def partition(self) -> str:
@@ -236,3 +257,22 @@ class PrefixRatioLossConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require_choice("ratio", PrefixRatio)
+
+
+@dataclass
+class NeighbourLossConfig(SurrogateConfig):
+    """Hydra config of the policy loss ``neighbour``, see `cppo_verl.core.neighbours`.
+
+    Args:
+        rule: "kpop" drops a token, "vaco" those tokens of a response whose updates move rho_t away from one.
+        delta: KPop's phi, or VACO's threshold on the mean of |rho_t - 1|, > 0.
+    """
+
+    loss_mode: str = "neighbour"
+    rule: Neighbour = "kpop"
+    delta: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_choice("rule", Neighbour)
+        self.require_number("delta", 0)

@@ -1,7 +1,9 @@
 """Names that the plug-in registers with verl, shared by the modules that register, choose or report them."""
 
-LOSS_MODES = ("cppo", "trm", "prefix_ratio")
+LOSS_MODES = ("cppo", "trm", "prefix_ratio", "neighbour")
 """Values of ``actor_rollout_ref.actor.policy_loss.loss_mode``; each is a function of `cppo_verl.plugin.losses`."""
+CLIP_RATIOS = ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c")
+"""Keys of ``actor_rollout_ref.actor`` that a policy loss reads beside its own config."""
 
 TRAINER_MODE_PREFIX = "cppo_"
 TRAINER_MODES = tuple(TRAINER_MODE_PREFIX + mode for mode in ("sync", "colocate_async", "separate_async"))

@@ -12,9 +12,15 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
-from cppo_verl.core import metrics, surrogate, trust_region
+from cppo_verl.core import metrics, neighbours, surrogate, trust_region
 from cppo_verl.core.divergence import Kind, as_float32, binary_divergence
-from cppo_verl.plugin.config import CPPOLossConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.plugin.config import (
+    CPPOLossConfig,
+    MethodConfig,
+    NeighbourLossConfig,
+    PrefixRatioLossConfig,
+    TRMLossConfig,
+)
 
 METRIC_PREFIX = "actor/trust_region/"
 SUM_NAMES = [
@@ -129,6 +135,18 @@ def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tok
     return Decision(weight, inside, region, divergence, torch.inf, p90)
 
 
+def neighbour(method: NeighbourLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
+    """KPop and VACO; D_t in the metrics is the binary TV."""
+    if method.rule == "kpop":
+        keep = neighbours.kpop_mask(tokens.log_pi, tokens.log_mu, method.delta)
+    else:
+        keep = neighbours.vaco_mask(tokens.log_ratio, tokens.advantages, tokens.mask, method.delta)
+    divergence, p90 = _divergence("binary", "tv", tokens)
+    region = trust_region.build_trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
+    weight = surrogate.surrogate_weight(tokens.log_ratio, tokens.advantages, keep, method.ratio_cap)
+    return Decision(weight, keep, region, divergence, torch.inf, p90)
+
+
 def _divergence(partition: str, kind: Kind, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """D_t [B, L] and its 0.9-quantile per response [B, 1]."""
     if partition == "binary":
@@ -225,6 +243,7 @@ def policy_loss(
 register_policy_loss("cppo")(partial(policy_loss, cppo, CPPOLossConfig))
 register_policy_loss("trm")(partial(policy_loss, trm, TRMLossConfig))
 register_policy_loss("prefix_ratio")(partial(policy_loss, prefix_ratio, PrefixRatioLossConfig))
+register_policy_loss("neighbour")(partial(policy_loss, neighbour, NeighbourLossConfig))
 
 
 def check_values(name: str, x: Tensor, mask: Tensor) -> None:

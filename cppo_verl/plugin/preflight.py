@@ -160,6 +160,13 @@ def refuse_pinned(
         raise ValueError(" | ".join(problems))
 
 
+def refuse_overridden_variant(overrides: Sequence[str]) -> None:
+    """Raise ValueError if the command appends a variant before the method, which would override a part of it."""
+    appended = [text.partition("=")[0] for text in overrides if text.startswith(("+variant=", "+method="))]
+    if appended == ["+variant", "+method"]:
+        raise ValueError("+method=... after +variant=... overrides a part of it: put +variant=... after +method=...")
+
+
 def refuse_shared_process() -> None:
     """Raise ValueError in a job of a sweep that shares its process with other jobs."""
     if not HydraConfig.initialized():

@@ -26,7 +26,8 @@ from verl.workers.utils.padding import no_padding_2_padding
 from cppo_verl.artifacts.atomic import replacing
 from cppo_verl.artifacts.token_dump import CODE, DECISION_COLUMNS, PATTERN, Response, encode
 from cppo_verl.core.divergence import binary_divergence
-from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, MethodConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, MethodConfig, NeighbourLossConfig
+from cppo_verl.plugin.constants import CLIP_RATIOS
 from cppo_verl.plugin.losses import Decision, Observed, Tokens, loss_context
 
 logger = logging.getLogger(__name__)
@@ -143,8 +144,9 @@ def reasons(method: MethodConfig, tokens: Tokens, decision: Decision) -> Tensor:
         reason[tokens.advantages * tokens.log_ratio <= 0] = CODE["towards_one"]
         reason[region.weighted_divergence <= region.threshold] = CODE["kept"]
     else:
-        rejected = {TRMLossConfig: "response", PrefixRatioLossConfig: "clipped"}[type(method)]
-        reason = torch.where(decision.update_mask > 0, CODE["kept"], CODE[rejected])
+        rejected = {"trm": "response", "vaco": "response", "kpop": "token", "prefix_ratio": "clipped"}
+        name = method.rule if isinstance(method, NeighbourLossConfig) else method.loss_mode
+        reason = torch.where(decision.update_mask > 0, CODE["kept"], CODE[rejected[name]])
     return reason.masked_fill(~tokens.mask, CODE[""])
 
 
@@ -165,8 +167,7 @@ class DumpWriter:
         method = cast(dict, OmegaConf.to_container(actor.policy_loss, resolve=True))
         self.header = {
             "method": {key: value for key, value in method.items() if key != "preflight"},
-            "clip_ratio_low": actor.clip_ratio_low,
-            "clip_ratio_high": actor.clip_ratio_high,
+            **{key: actor[key] for key in CLIP_RATIOS},
             "divergence": method.get("divergence", "binary_tv"),
             "trust_region": {key: value for key, value in config.trust_region.items() if key != "dump"},
             "max_response_length": config.data.max_response_length,

@@ -14,7 +14,13 @@ from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.artifacts.token_dump import Response, encode, read_tokens
 from cppo_verl.plugin import token_recorder
-from cppo_verl.plugin.config import CPPOLossConfig, DumpConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.plugin.config import (
+    CPPOLossConfig,
+    DumpConfig,
+    NeighbourLossConfig,
+    PrefixRatioLossConfig,
+    TRMLossConfig,
+)
 
 DELTA, DELTA_B, W_MIN = 0.15, 0.02, 0.8
 
@@ -34,6 +40,8 @@ METHODS = {
     "trm_max_avg": TRMLossConfig(delta=0.5, delta_avg=0.02),
     "minpro": PrefixRatioLossConfig(ratio="minimum"),
     "pnpo": PrefixRatioLossConfig(ratio="mean"),
+    "kpop": NeighbourLossConfig(rule="kpop"),
+    "vaco": NeighbourLossConfig(rule="vaco", delta=0.2),
     "vanilla": PolicyLossConfig(loss_mode="vanilla"),
     "cispo": PolicyLossConfig(loss_mode="cispo"),
 }
@@ -110,8 +118,9 @@ def train(method, data, log_pi, drawn, mini_batch=8, micro_batch=4, epochs=1, me
 
 
 def writer(folder, megabytes=1.0, every=1, method=None):
+    clips = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 10.0}
     config = {
-        "actor": {"policy_loss": method or {"loss_mode": "cppo"}, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28},
+        "actor": {"policy_loss": method or {"loss_mode": "cppo"}, **clips},
         "model": {"path": "some/model"},
     }
     settings = DumpConfig(every=every, responses=8, megabytes=megabytes, folder=str(folder))
@@ -167,6 +176,13 @@ def expected(method, log_mu, log_pi, adv, valid):
         bad |= method.delta_avg is not None and sum(div) / len(kept) > method.delta_avg
         for t in kept:
             reason[t] = "response" if bad else "kept"
+    elif isinstance(method, NeighbourLossConfig):
+        far = sum(abs(math.exp(log_pi[t] - log_mu[t]) - 1) for t in kept) > method.delta * len(kept)
+        for t in kept:
+            both = max(divergence("kl", log_mu[t], log_pi[t]), divergence("kl", log_pi[t], log_mu[t]))
+            away = oracle.moves_away(log_mu[t], log_pi[t], adv[t])
+            dropped = both > method.delta if method.rule == "kpop" else far and away
+            reason[t] = "kept" if not dropped else "token" if method.rule == "kpop" else "response"
     elif isinstance(method, PrefixRatioLossConfig):
         lowest, total = math.inf, 0.0
         for n, t in enumerate(kept, start=1):

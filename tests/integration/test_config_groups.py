@@ -28,7 +28,7 @@ def test_every_shipped_group_composes_and_passes_verls_checks(compose, path):
     start_up(compose(*overrides))
 
 
-MASKED = [method for method in METHODS if method not in ("grpo", "cispo", "minpro", "pnpo")]
+MASKED = [method for method in METHODS if method not in ("grpo", "cispo", "minpro", "pnpo", "kpop", "vaco")]
 
 
 @pytest.mark.parametrize("method", MASKED)
@@ -44,12 +44,16 @@ PINS = {
     "cppo_kl": {"delta": 0.2, "delta_b": 0.05},
     "cppo_no_budget": {"budget": "fixed"},
     "cppo_pr6731": {"budget": "fixed", "partition": "topk"},
-    "cppo_sensitivity_b30": {"delta_b": 0.05},
+    "cppo_sensitivity_w60": {"delta_b": 0.05},
+    "cppo_shuffled": {"budget": "fixed"},
+    "cppo_unirl": {"budget": "fixed", "partition": "topk"},
     "dppo": {"budget": "fixed"},
     "drpo": {"budget": "fixed"},
+    "kpop": {"delta": 0.2},
     "trm_avg": {"delta": 0.2},
     "trm_max": {"delta": 0.2},
     "trm_max_avg": {"delta": 0.2},
+    "vaco": {"delta": 0.2},
 }
 """Presets, and a value of each pinned key that is not the pinned one."""
 READERS = {"delta": "delta", "delta_b": "delta_b", "budget": "budget", "partition": "divergence"}
@@ -100,6 +104,15 @@ def test_a_pinned_key_may_be_set_to_the_pinned_value_or_in_a_config_file(command
     config = command("+method=cppo_fixed")
     config.trust_region.delta_b = 0.05
     start_up(config)
+
+
+def test_a_variant_that_the_method_would_override_is_refused(command):
+    with pytest.raises(InstantiationException, match=r"put \+variant=\.\.\. after \+method"):
+        start_up(command("+variant=released", "+method=grpo"))
+    config = command("+method=grpo", "+variant=released")
+    start_up(config)
+    assert not config.actor_rollout_ref.actor.policy_loss.mask_std_0
+    assert not config.algorithm.norm_adv_by_std_in_grpo
 
 
 def test_verls_command_stops_before_ray_and_says_what_to_change():

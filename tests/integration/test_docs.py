@@ -137,7 +137,9 @@ def rows(page, first_column):
     ("section", "cls", "parent"),
     [
         ("Keys of every method", config.MethodConfig, config.PolicyLossConfig),
-        ("Keys of the masked methods (`cppo*`, `dppo`, `drpo`, `trm_*`)", config.MaskedLossConfig, config.MethodConfig),
+        ("Keys of all methods with a mask", config.SurrogateConfig, config.MethodConfig),
+        ("Keys of `cppo*`, `dppo`, `drpo` and `trm_*`", config.MaskedLossConfig, config.SurrogateConfig),
+        ("Keys of `kpop` and `vaco`", config.NeighbourLossConfig, config.SurrogateConfig),
         ("Keys of `cppo*`, `dppo` and `drpo`", config.CPPOLossConfig, config.MaskedLossConfig),
         ("Keys of `trm_*`", config.TRMLossConfig, config.MaskedLossConfig),
         ("Keys of `minpro` and `pnpo`", config.PrefixRatioLossConfig, config.MethodConfig),

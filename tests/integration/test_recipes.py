@@ -17,6 +17,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from cppo_verl.evaluation import paper_results
+from cppo_verl.plugin.config import MaskedLossConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -46,6 +47,14 @@ def test_there_is_a_recipe_for_every_column_of_the_papers_table():
     assert set(SCALES) == TABLE.keys() == set(paper_results.MODELS)
 
 
+# eps_low, eps_high, verl's second clip; an eps_low above 1 is no lower bound, as no ratio is below zero.
+CLIPS = {"grpo": (0.2, 0.28, 10000), "cispo": (10, 0.2, 3), "minpro": (10, 0.28, 3)}
+# delta, delta_avg
+TRM = {"trm_max": (0.1, None), "trm_avg": (None, 0.002), "trm_max_avg": (0.1, 0.002)}
+# whether T is the padded length, upper clamp of (22), ratio cap
+RELEASES = {"cppo_pr6731": (True, 5, 20), "cppo_unirl": (None, 2, None)}
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
@@ -67,15 +76,62 @@ def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
     # the best mean on [0, T_stop] needs a validation at T_stop
     assert t_stop % config.trainer.test_freq == 0
     rule = omega_conf_to_dataclass(actor.policy_loss)
-    if method in ("cppo", "cppo_soft", "cppo_shuffled", "cppo_no_weights"):
+    if method in ("cppo", "cppo_soft", "cppo_no_weights"):
         assert (rule.delta, rule.delta_b, rule.budget) == (delta, delta_b, budget)
-        assert rule.w_min == (1 if method == "cppo_no_weights" else 0.8)
-    if method in ("dppo", "cppo_no_budget"):
+    if method in ("dppo", "cppo_no_budget", "cppo_shuffled"):
         assert (rule.delta, rule.budget) == (delta, "none")
-    if method not in ("grpo", "cispo", "minpro", "pnpo"):
-        kl = method == "cppo_kl" or method.startswith("trm")
-        assert rule.divergence == ("binary_tv" if method == "cppo_pr6731" else "topk_kl" if kl else "topk_tv")
-        assert rule.top_k == 20
+    if isinstance(rule, MaskedLossConfig) and method not in RELEASES:
+        kl = method == "cppo_kl" or method in TRM
+        assert (rule.divergence, rule.top_k) == ("topk_kl" if kl else "topk_tv", 20)
+    if method in CLIPS:
+        assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == CLIPS[method]
+    if method in TRM:
+        assert (rule.divergence, rule.ratio_cap, rule.delta, rule.delta_avg) == ("topk_kl", 20, *TRM[method])
+    if method in RELEASES:
+        horizon, *rest = RELEASES[method]
+        assert (rule.divergence, rule.delta, rule.delta_b, rule.budget) == ("binary_tv", delta, delta_b, "adaptive")
+        assert [rule.horizon, rule.budget_clamp, rule.ratio_cap] == [horizon and response, *rest]
+        assert (rule.w_min, rule.weights, rule.gate) == (0.8, "linear", "hard")
+    # What the text and the releases say differently.
+    assert (actor.loss_agg_mode, actor.loss_scale_factor) == ("seq-mean-token-sum-norm", response)
+    assert (data.max_prompt_length, config.reward.custom_reward_function.name) == (1024, "math_verify")
+    assert config.algorithm.norm_adv_by_std_in_grpo == rule.mask_std_0 == (method not in RELEASES)
+
+
+@pytest.mark.parametrize("method", ["cppo", "grpo", "cppo_pr6731"])
+def test_one_word_makes_of_any_method_what_both_releases_do(recipe, method):
+    config = recipe("scale=qwen3_1.7b", f"method={method}", "+variant=released")
+    actor = config.actor_rollout_ref.actor
+    assert (actor.loss_agg_mode, actor.loss_scale_factor) == ("seq-mean-token-sum-norm", 8192)
+    assert not config.algorithm.norm_adv_by_std_in_grpo and not actor.policy_loss.mask_std_0
+
+
+# The paper's ablations: scale, further words of the command, T_stop, D_t, delta, delta_b, budget, w_min, weights, gate.
+ABLATIONS = {
+    "Figure 5, no weight": "qwen3_1.7b method=cppo_no_weights 1120 topk_tv 0.15 0.015 fixed 1.0 linear hard",
+    "Figure 5, no budget": "qwen3_1.7b method=cppo_no_budget 1120 topk_tv 0.15 - none 0.8 linear hard",
+    "Figure 5, shuffled": "qwen3_1.7b method=cppo_shuffled 1120 topk_tv 0.15 - none 0.8 shuffled hard",
+    "Figure 5, soft": "qwen3_1.7b method=cppo_soft 1120 topk_tv 0.15 0.015 fixed 0.8 linear soft",
+    "Figure 5, CPPO": "qwen3_1.7b method=cppo 1120 topk_tv 0.15 0.015 fixed 0.8 linear hard",
+    "Figure 5, DPPO": "qwen3_1.7b method=dppo 1120 topk_tv 0.15 - none 1.0 linear hard",
+    "Figure 6, (.02, .8)": "qwen3_1.7b_base method=cppo 680 topk_tv 0.15 0.02 adaptive 0.8 linear hard",
+    "Figure 6, (.03, .8)": "qwen3_1.7b_base method=cppo_fixed 680 topk_tv 0.15 0.03 fixed 0.8 linear hard",
+    "Figure 6, (.02, .6)": "qwen3_1.7b_base method=cppo_sensitivity_w60 680 topk_tv 0.15 0.02 adaptive 0.6 linear hard",
+    "Figure 6, KL": "qwen3_1.7b_base method=cppo_kl 680 topk_kl 0.1 0.002 adaptive 0.8 linear hard",
+    "Figure 6, binary": "qwen3_1.7b_base divergence=binary_tv 680 binary_tv 0.15 0.02 adaptive 0.8 linear hard",
+}
+
+
+@pytest.mark.parametrize("run", ABLATIONS)
+def test_an_ablation_at_its_scale_is_the_papers(recipe, run):
+    scale, word, t_stop, divergence, delta, delta_b, budget, w_min, weights, gate = ABLATIONS[run].split()
+    config = recipe(f"scale={scale}", word)
+    rule = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    assert config.trainer.total_training_steps == int(t_stop)
+    assert (rule.divergence, rule.top_k, rule.budget) == (divergence, 20, budget)
+    assert (rule.delta, rule.w_min, rule.weights, rule.gate) == (float(delta), float(w_min), weights, gate)
+    assert delta_b == "-" or rule.delta_b == float(delta_b)
+    assert (rule.budget_clamp, rule.horizon, rule.ratio_cap, rule.mask_std_0) == (2, None, 20, True)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -13,7 +13,7 @@ from cppo_verl.analysis import replay
 from cppo_verl.analysis.replay import Setting
 from cppo_verl.analysis.text import flattened
 from cppo_verl.artifacts.token_dump import Decisions, Response, TokenDump, read_tokens
-from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
+from cppo_verl.plugin.config import CPPOLossConfig, NeighbourLossConfig, TRMLossConfig
 
 RUN = "run"
 """Names the run's own method among those asked for."""
@@ -160,4 +160,7 @@ def _about(setting: Setting) -> str:
     if isinstance(loss, TRMLossConfig):
         thresholds = [f"{name} {getattr(loss, name):g}" for name in ("delta", "delta_avg") if getattr(loss, name)]
         return ", ".join([loss.divergence, *thresholds])
-    return f"clips below {1 - setting.actor.clip_ratio_low:g} and above {1 + setting.actor.clip_ratio_high:g}"
+    if isinstance(loss, NeighbourLossConfig):
+        return f"{loss.rule}, delta {loss.delta:g}"
+    low, high = 1 - setting.actor.clip_ratio_low, 1 + setting.actor.clip_ratio_high
+    return f"clips above {high:g}" if low <= 0 else f"clips below {low:g} and above {high:g}"

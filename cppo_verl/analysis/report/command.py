@@ -46,11 +46,12 @@ def run(args: argparse.Namespace) -> int:
     from cppo_verl.analysis.report.page import page_values
     from cppo_verl.analysis.report.panels import Panel
     from cppo_verl.analysis.text import counted, print_notes
+    from cppo_verl.evaluation.comparability import unequal
 
     with warnings.catch_warnings():
         # The font of the PNG files lacks some characters; readers of the page have other fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        values = page_values(runs, notes, args.tokenizer)
+        values = page_values(runs, [*unequal(runs), *notes], args.tokenizer)
         figures = {id: [draw(x) for x in items if isinstance(x, Panel)] for id, items in values["sections"].items()}
         write_page(args.output, "report", figures=figures, **values)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")

@@ -72,7 +72,10 @@ def test_every_shipped_method_composes_with_the_runs_thresholds():
     method = replay.setting("cppo", RUN_HEADER).actor.policy_loss
     assert (method.delta, method.delta_b, method.budget, method.divergence) == (0.05, 0.005, "fixed", "binary_tv")
     assert replay.setting("cppo_pr6731", RUN_HEADER).actor.policy_loss.horizon == 32
-    assert replay.setting("grpo", RUN_HEADER).actor.clip_ratio_high == 0.28
+    grpo = replay.setting("grpo", RUN_HEADER).actor
+    # The preset's second clip is out of reach; the run's own is the one that it trained with.
+    assert (grpo.clip_ratio_high, grpo.clip_ratio_c) == (0.28, 10000)
+    assert replay.run_setting(RUN_HEADER | {"clip_ratio_c": 7.0}).actor.clip_ratio_c == 7
     assert replay.run_setting(RUN_HEADER).actor.policy_loss.delta == 0.07
 
 

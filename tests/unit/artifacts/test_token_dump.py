@@ -16,7 +16,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.artifacts.token_dump import HEADER, REASONS, ROW_GROUP_SIZE, encode, read_tokens
 from cppo_verl.plugin import token_recorder
-from cppo_verl.plugin.config import CPPOLossConfig, PrefixRatioLossConfig, TRMLossConfig
+from cppo_verl.plugin.config import CPPOLossConfig, NeighbourLossConfig, PrefixRatioLossConfig, TRMLossConfig
 from cppo_verl.plugin.losses import loss_context
 
 # --- what is recorded -----------------------------------------------------------------------------------------
@@ -63,6 +63,7 @@ def test_reasons_and_numbers_agree_with_the_oracle(name, tmp_path):
             CPPOLossConfig: {"token", "towards_one"} | ({"budget"} if name != "dppo" else set()),
             TRMLossConfig: {"response"},
             PrefixRatioLossConfig: {"clipped"},
+            NeighbourLossConfig: {"token" if name == "kpop" else "response"},
         }
         assert found == {"", "kept"} | rejections[type(method)]
 

@@ -190,6 +190,17 @@ def test_the_same_request_writes_nothing_again_and_another_is_refused(planted, t
     assert "up to date" in capsys.readouterr().out
 
 
+def test_problems_in_other_words_are_not_up_to_date(tmp_path, capsys, monkeypatch):
+    """A folder that an older release wrote, whose prompts asked in other words."""
+    arguments = ("aime", "--years", "2024", "--source", write(tmp_path / "a.jsonl", aime_year(2024)))
+    arguments += ("--output", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setitem(readers.PROMPTS, "aime", "Solve this: {}")
+        assert run(*arguments) == 0
+    assert run(*arguments) == 1
+    assert "prompt was Solve this: {}, is Solve the following" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("manifest_text", [None, "", "[]", "{}", '{"request": {}}'])
 def test_a_foreign_file_is_overwritten_with_force_only(planted, tmp_path, capsys, manifest_text):
     out = tmp_path / "out"

@@ -3,6 +3,13 @@
 import pytest
 from prepared import aime_year, dapo_row, manifest, names, rows, run, write
 
+# What DAPO-Math-17k's own prompts have around the problem.
+DAPO_MATH = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+
 
 def test_aime_reads_three_years_from_three_kinds_of_file(tmp_path):
     """Three years, three kinds of file, three namings; part I and II apart; repeats as in some public copies."""
@@ -20,8 +27,8 @@ def test_aime_reads_three_years_from_three_kinds_of_file(tmp_path):
     assert [row["extra_info"]["year"] for row in got] == [2024] * 30 + [2025] * 30 + [2026] * 30
     counts = manifest(tmp_path / "out")["files"]["validation.parquet"]
     assert (counts["read"], counts["duplicates"], counts["rows"]) == (120, 30, 90)
-    for row in got[3::30]:
-        assert "Problem 3 of" in row["prompt"][0]["content"] and "Answer: $Answer" in row["prompt"][0]["content"]
+    for year, row in zip((2024, 2025, 2026), got[3::30], strict=True):
+        assert row["prompt"] == [{"role": "user", "content": DAPO_MATH.format(f"Problem 3 of {year}")}]
         for response, right in (("So.\nAnswer: 3", True), ("So.\nAnswer: $3$", True), ("So.\nAnswer: 4", False)):
             truth = row["reward_model"]["ground_truth"]
             assert default_compute_score(row["data_source"], response, truth)["acc"] is right

@@ -28,7 +28,7 @@ def test_a_sound_environment_and_command_pass(doctor):
     code, out = doctor(*COMMAND)
     assert code == 0, out
     assert "registered: policy losses, trainers, top-K rollout, hydra groups, platform cpu, FSDP2 engine on cpu" in out
-    assert "divergence=binary_tv top_k=20 ratio_cap=20.0 delta=0.15 delta_b=0.02 budget=adaptive" in out
+    assert "ratio_cap=20.0 divergence=binary_tv top_k=20 delta=0.15 delta_b=0.02 budget=adaptive" in out
     assert "the rollout engine's own log-probabilities (processed_logprobs, temperature 1.0, top_p 1, top_k -1)" in out
     assert "vLLM's kernels          loaded" in out
     assert "FAIL" not in out

@@ -1,0 +1,53 @@
+"""Names the settings beside the method in which compared runs differ."""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cppo_verl.artifacts.run_reader import Run
+
+_ACTOR = "actor_rollout_ref.actor."
+BESIDE_THE_METHOD = {
+    "model": ["actor_rollout_ref.model.path"],
+    "reward": [f"reward.custom_reward_function.{name}" for name in ("path", "name")],
+    "aggregation": [_ACTOR + "loss_agg_mode", _ACTOR + "loss_scale_factor"],
+    "normalisation": ["algorithm.norm_adv_by_std_in_grpo", _ACTOR + "policy_loss.mask_std_0"],
+    "prompts": [f"data.{name}" for name in ("train_files", "val_files", "max_prompt_length", "max_response_length")],
+    "batches": ["data.train_batch_size", "actor_rollout_ref.rollout.n", _ACTOR + "ppo_mini_batch_size"],
+    "optimiser": [_ACTOR + "optim.lr"],
+    "engine": [_ACTOR + "strategy", "actor_rollout_ref.rollout.name", "trainer.v1.trainer_mode"],
+    "validation": [f"actor_rollout_ref.rollout.val_kwargs.{name}" for name in ("n", "temperature", "top_p")],
+}
+"""{what a comparison of methods holds fixed: its keys}."""
+# An environment variable would be the reader's, not the run's, and may be a secret.
+_RESOLVER = re.compile(r"\$(?=\{\s*(?!oc\.select:)[\w.]+:)")
+
+
+def unequal(runs: Sequence[Run]) -> list[str]:
+    """Return one line for each setting of `BESIDE_THE_METHOD` in which the runs with a readable config differ."""
+    configs = []
+    for run in runs:
+        with suppress(Exception):  # none was saved, or it is cut off, which `read_run` has noted
+            text = OmegaConf.to_yaml(OmegaConf.load(run.config))  # type: ignore[arg-type]
+            configs.append((run.label, OmegaConf.create(_RESOLVER.sub("(unresolved) ", text))))
+    lines = []
+    for what, keys in BESIDE_THE_METHOD.items():
+        for key in keys:
+            labels: dict[str, list[str]] = {}
+            for label, config in configs:
+                labels.setdefault(_value(config, key), []).append(label)
+            if len(labels) > 1:
+                found = "; ".join(f"{value} in {', '.join(dict.fromkeys(of))}" for value, of in labels.items())
+                lines.append(f"the runs differ in more than the method, {what}: {key} is {found}")
+    return lines
+
+
+def _value(config: Any, key: str) -> str:
+    try:
+        return str(OmegaConf.select(config, key))
+    except OmegaConfBaseException:  # an interpolation that leads nowhere
+        return "(unresolved)"
