@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from cppo_verl.analysis import replay
 from cppo_verl.analysis.replay import Setting
+from cppo_verl.artifacts.saved_config import flattened
 from cppo_verl.artifacts.token_dump import Decisions, Response, read_tokens
 from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
 
 RUN = "run"
 """Names the run's own method among those asked for."""
-_NEEDED = ("method", "divergence", "clip_ratio_low", "clip_ratio_high", "trust_region", "max_response_length")
 
 
 @dataclass
@@ -47,9 +44,7 @@ def read(path: Path, steps: Sequence[int] | None = None) -> ReplayableDump:
     dump = read_tokens(path)
     notes, headers = dump.notes, dict(dump.headers)
     for step, header in dump.headers.items():
-        missing = [key for key in _NEEDED if key not in header]
-        missing += [key for key in ("method", "trust_region") if not isinstance(header.get(key, {}), dict)]
-        if missing:
+        if missing := replay.lacking(header):
             notes.append(f"step {step}: its header lacks {', '.join(missing)}, skipped")
             del headers[step]
     readable = [r for r in dump.responses if r.step in headers]
@@ -139,7 +134,7 @@ def _of_run(dump: ReplayableDump, shipped: Sequence[Setting]) -> Method:
     for step, header in dump.headers.items():
         try:
             settings[step] = replay.run_setting(header)
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
+        except ValueError as error:
             line = str(error).splitlines()[0]
             raise ValueError(f"the run's own method: not readable from the header of step {step} ({line})") from error
     names = dict.fromkeys(s.label for setting in settings.values() for s in shipped if _equal(s, setting))
@@ -148,7 +143,7 @@ def _of_run(dump: ReplayableDump, shipped: Sequence[Setting]) -> Method:
 
 def _unchanged_setting(dump: ReplayableDump) -> Setting | None:
     """The run's setting if it is the same at all steps; otherwise note what changed, and return None."""
-    flat = {step: _flat({k: v for k, v in header.items() if k != "step"}) for step, header in dump.headers.items()}
+    flat = {step: flattened({k: v for k, v in header.items() if k != "step"}) for step, header in dump.headers.items()}
     steps_of = defaultdict(list)
     for step, values in flat.items():
         steps_of[json.dumps(values, sort_keys=True)].append(step)
@@ -164,14 +159,8 @@ def _unchanged_setting(dump: ReplayableDump) -> Setting | None:
             )
     try:
         return replay.run_setting(dump.header) if len(steps_of) == 1 else None
-    except Exception:  # `_of_run` notes it
+    except ValueError:  # `_of_run` notes it
         return None
-
-
-def _flat(value, prefix: str = "") -> dict:
-    if not isinstance(value, dict):
-        return {prefix.removesuffix("."): value}
-    return {key: x for name, part in value.items() for key, x in _flat(part, f"{prefix}{name}.").items()}
 
 
 def _equal(a: Setting, b: Setting) -> bool:
