@@ -4,12 +4,13 @@ A replay answers for the recorded tokens only. Had the method trained, its polic
 later steps.
 """
 
-import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from types import NoneType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,17 +21,32 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.config import ActorConfig
+from verl.workers.config import ActorConfig, FSDPActorConfig
 
 import cppo_verl.config
 from cppo_verl.artifacts.token_dump import CODE, Decisions, Response
+from cppo_verl.plugin.config import (
+    CPPOLossConfig,
+    MethodConfig,
+    NeighbourLossConfig,
+    PrefixRatioLossConfig,
+    TRMLossConfig,
+)
 from cppo_verl.plugin.constants import CLIP_RATIOS
 from cppo_verl.plugin.losses import Observed, loss_context
 from cppo_verl.plugin.preflight import refuse_pinned
 from cppo_verl.plugin.token_recorder import token_columns
 
 METHODS = sorted(file.stem for file in (Path(cppo_verl.config.__path__[0]) / "method").glob("[!_]*.yaml"))
+_CONFIGS = (MethodConfig, CPPOLossConfig, TRMLossConfig, PrefixRatioLossConfig, NeighbourLossConfig)
+LOSSES = {f"{config.__module__}.{config.__name__}": config for config in _CONFIGS}
+"""{``_target_``: the config class of a loss that a run of this plug-in can have}."""
+_NAME = re.compile(r"[A-Za-z_][\w-]{0,63}", re.ASCII)
+_LARGEST = 1e18
+"""Numbers in the settings of a method are smaller, or infinite."""
+_NEEDED: dict[str, type | tuple[type, ...]] = {"method": dict, "trust_region": dict, "divergence": str}
+_NEEDED |= {"max_response_length": int, "clip_ratio_low": (int, float), "clip_ratio_high": (int, float)}
+_NEEDED["clip_ratio_c"] = (int, float, NoneType)  # older dumps lack it
 RESPONSES_PER_CALL = 64
 
 
@@ -48,15 +64,17 @@ class Setting:
         return getattr(self.actor.policy_loss, "divergence", None)
 
 
+def lacking(header: dict) -> list[str]:
+    """What a replay needs to know and the header of a dump lacks, or has as something else than it is."""
+    return [key for key, kind in _NEEDED.items() if not isinstance(header.get(key), kind)]
+
+
 def run_setting(header: dict) -> Setting:
-    """The run's own setting, from the header of its dump.
+    """The run's own setting, from the header of its dump, which lacks nothing.
 
     Raises:
-        ValueError: the header names a class other than a loss's config, which hydra would otherwise call.
+        ValueError: the header names a class other than a loss's config, or holds what no such config does.
     """
-    for target in re.findall(r'"_target_": "(.*?)"', json.dumps(header["method"])):
-        if not re.fullmatch(r"(cppo_verl\.plugin|verl\.workers)\.config\.\w+Config", target):
-            raise ValueError(f"{target} is not the config class of a policy loss")
     return Setting("the run's", _actor(header | {"policy_loss": header["method"]}))
 
 
@@ -75,7 +93,8 @@ def setting(text: str, header: dict) -> Setting:
         raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
     # All that the methods' configs read from the rest of a run's config.
     known = [f"+data.max_response_length={header['max_response_length']}"]
-    known += [f"++trust_region.{key}={value}" for key, value in header["trust_region"].items()]
+    for key, value in _checked(header["trust_region"]).items():
+        known.append(f"++trust_region.{key}={'null' if value is None else value}")
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("cppo_verl.config", version_base=None):
@@ -91,10 +110,35 @@ def setting(text: str, header: dict) -> Setting:
 
 
 def _actor(settings: dict) -> ActorConfig:
-    config = {key: settings[key] for key in ("policy_loss", *CLIP_RATIOS) if key in settings}
+    """verl's actor config with the method in ``policy_loss``, and the clip ratios if there are any.
+
+    Nothing is instantiated by name: the header of a dump may be anybody's.
+    """
+    method = {key: value for key, value in settings["policy_loss"].items() if key != "preflight"}
+    target = method.pop("_target_", None)
+    if target not in LOSSES:
+        raise ValueError(f"{target!r:.200} is not the config class of a policy loss: {', '.join(LOSSES)}")
+    try:
+        loss = LOSSES[target](**_checked(method))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    clips = {key: settings[key] for key in CLIP_RATIOS if settings.get(key) is not None}
     # Values the loss does not read are arbitrary.
-    config |= {"_target_": "verl.workers.config.FSDPActorConfig", "strategy": "fsdp2"}
-    return omega_conf_to_dataclass(OmegaConf.create(config | {"rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1}))
+    return FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=loss, **clips)
+
+
+def _checked(settings: dict) -> dict[str, Any]:
+    """The settings, which are numbers, names and nothing else, so that none of them can refer to anything.
+
+    Raises:
+        ValueError: a key or a value is of another kind.
+    """
+    for key, value in settings.items():
+        name = isinstance(value, str) and _NAME.fullmatch(value)
+        number = isinstance(value, int | float) and (abs(value) < _LARGEST or value == math.inf)
+        if not (_NAME.fullmatch(key) and (value is None or name or number)):
+            raise ValueError(f"{key!r:.99}: {value!r:.200} is no setting of a method: a number, a name or null")
+    return settings
 
 
 def is_replayable(setting: Setting, header: dict) -> bool:

@@ -12,13 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from cppo_verl.artifacts.saved_config import flattened, load, select
 from cppo_verl.artifacts.sweep_record import RECORD, read_record
 
 ACCURACY = re.compile(r"val-core/(?P<benchmark>.+)/acc/mean@(?P<n>\d+)$")
 SOURCES_SUFFIX = ".sources.json"
 """Ending of the file, beside a dump of generations, that names each prompt's data source."""
+METHOD = "hydra.runtime.choices.method"
+"""Key of hydra.yaml that names the shipped method of the run."""
 OLD_RECORD = "point.json"
 """Name of the sweep's record in older versions."""
 
@@ -162,23 +163,27 @@ def _read_config(folder: Path, run: Run, label: str | None) -> None:
         return
     run.config = saved[0].with_name("config.yaml")
     try:
-        choices = OmegaConf.load(saved[0]).hydra.runtime.choices
-        config = OmegaConf.load(run.config)
-    except Exception as error:  # a file cut off in the middle may raise anything
-        run.notes.append(f"{saved[0].parent}: not readable ({type(error).__name__})")
+        hydra, config = (flattened(load(file)) for file in (saved[0], run.config))
+    except ValueError as error:
+        run.notes.append(str(error))
         return
     if label is None:
-        run.label = _label_of_job(folder, run.notes) or str(choices.get("method") or run.label)
-    run.seed = OmegaConf.select(config, "data.seed")
-    run.t_stop = OmegaConf.select(config, "trainer.total_training_steps")
+        run.label = _label_of_job(folder, run.notes) or str(select(hydra, METHOD) or run.label)
+    numbers: dict[str, int | None] = {}
+    for key in ("data.seed", "trainer.total_training_steps"):
+        value = select(config, key)
+        numbers[key] = value if isinstance(value, int) and not isinstance(value, bool) else None
+        if value is not None and numbers[key] is None:
+            run.notes.append(f"{run.config}: {key} is {value!r:.200}, not a whole number: read as not given")
+    run.seed, run.t_stop = numbers.values()
 
 
 def _label_of_job(folder: Path, notes: list[str]) -> str | None:
     """What sets a sweep's job apart from the others, except its seed: "key=value,..." or a method's bare name."""
     try:
         record = read_record(folder)
-    except ValueError:
-        notes.append(f"{RECORD}: not readable")
+    except (OSError, ValueError) as error:
+        notes.append(str(error))
         return None
     if record is None and (folder / OLD_RECORD).exists():
         notes.append(f"{OLD_RECORD}: the sweep record of an older version; the run is not labelled by what was swept")
@@ -213,8 +218,8 @@ def read_generations(folder: Path, step: int) -> Answers:
         raise FileNotFoundError(f"no generations of step {step} in {folder}")
     sources = {}
     try:
-        sources = json.loads((folder / f"{step}{SOURCES_SUFFIX}").read_text())
-    except (OSError, json.JSONDecodeError):
+        sources = {uid: str(name) for uid, name in json.loads((folder / f"{step}{SOURCES_SUFFIX}").read_text()).items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
         answers.notes.append(f"{file.name}: no data sources beside it, all problems count as one benchmark")
     skipped = 0
     for record in _lines(file, answers.notes):

@@ -18,10 +18,12 @@ def read_record(folder: Path) -> dict | None:
     """Return {"command", "swept", "exit_code"} or None without a record; raise ValueError if it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text())
+        if not all(isinstance(text, str) for key in ("command", "swept") for text in [*record[key]]):
+            raise TypeError("its command is no list of texts")
         return {key: record[key] for key in ("command", "swept", "exit_code")}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / RECORD} is damaged ({error!r}): move {folder} away to run it anew") from error
 
 

@@ -37,7 +37,7 @@ def test_damaged_runs_are_reported_as_far_as_they_go(tmp_path, capsys):
         "step-000003.parquet: not readable, skipped",
         "the last is cut off: a run killed, or still being written",
         "that are not finite were skipped",
-        "hydra: not readable",
+        "config.yaml: not readable (",
         "metrics (one): no token dump; trust_region.dump.every=10 writes one",
     ):
         assert note in err and note in text, note

@@ -125,14 +125,13 @@ def sample_of(text: str | None, responses: list[Response], headers: dict[int, di
     """
     last = max(response.step for response in responses)
     header = headers[last]
-    try:
-        setting = replay.run_setting(header)
-        if text is not None or not isinstance(setting.actor.policy_loss, CPPOLossConfig):
-            setting = replay.setting(text or "cppo", header)
-    except KeyError as error:
-        raise ValueError(f"the dump of step {last} does not say what its run's {error} was") from error
+    if missing := replay.lacking(header):
+        raise ValueError(f"the dump of step {last} does not say what its run's {', '.join(missing)} was")
+    setting = replay.run_setting(header)
+    if text is not None or not isinstance(setting.actor.policy_loss, CPPOLossConfig):
+        setting = replay.setting(text or "cppo", header)
     used = {response.step for response in responses}
-    if any(headers[step]["method"] != header["method"] for step in used):
+    if any(headers[step].get("method") != header["method"] for step in used):
         notes.append(f"the run's settings changed between its dumps; those of step {last} count as its own here")
     rule = setting.actor.policy_loss
     if not isinstance(rule, CPPOLossConfig):

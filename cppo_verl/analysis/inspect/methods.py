@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from cppo_verl.analysis import replay
 from cppo_verl.analysis.replay import Setting
-from cppo_verl.analysis.text import flattened
+from cppo_verl.artifacts.saved_config import flattened
 from cppo_verl.artifacts.token_dump import Decisions, Response, TokenDump, read_tokens
 from cppo_verl.plugin.config import CPPOLossConfig, NeighbourLossConfig, TRMLossConfig
 
 RUN = "run"
 """Names the run's own method among those asked for."""
-_NEEDED = ("method", "divergence", "clip_ratio_low", "clip_ratio_high", "trust_region", "max_response_length")
 
 
 def read(path: Path, steps: Sequence[int] | None = None) -> TokenDump:
@@ -31,9 +27,7 @@ def read(path: Path, steps: Sequence[int] | None = None) -> TokenDump:
     """
     dump = read_tokens(path)
     for step, header in list(dump.headers.items()):
-        missing = [key for key in _NEEDED if key not in header]
-        missing += [key for key in ("method", "trust_region") if not isinstance(header.get(key, {}), dict)]
-        if missing:
+        if missing := replay.lacking(header):
             dump.notes.append(f"step {step}: its header lacks {', '.join(missing)}, skipped")
             del dump.headers[step]
     readable = [r for r in dump.responses if r.step in dump.headers]
@@ -126,7 +120,7 @@ def _of_run(dump: TokenDump, shipped: Sequence[Setting]) -> Method:
     for step, header in dump.headers.items():
         try:
             settings[step] = replay.run_setting(header)
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
+        except ValueError as error:
             line = str(error).splitlines()[0]
             raise ValueError(f"the run's own method: not readable from the header of step {step} ({line})") from error
     names = dict.fromkeys(s.label for setting in settings.values() for s in shipped if s.actor == setting.actor)

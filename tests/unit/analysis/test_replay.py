@@ -1,6 +1,7 @@
 """What other methods would have done with dumped tokens: as training with them records it, and as the oracle says."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -98,3 +99,66 @@ def test_a_top_k_divergence_is_judged_only_by_the_dump_that_has_it():
     assert not replay.is_replayable(setting, RUN_HEADER)
     assert replay.is_replayable(setting, RUN_HEADER | {"divergence": "topk_tv"})
     assert replay.is_replayable(replay.setting("cppo", RUN_HEADER), RUN_HEADER | {"divergence": "topk_tv"})
+
+
+OTHER = "is not the config class of a policy loss"
+NO_SETTING = "is no setting of a method: a number, a name or null"
+LOSS = RUN_HEADER["method"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda call: {"method": call}, OTHER),
+        (lambda call: {"method": call | {"_target_": "builtins.exec"}}, OTHER),
+        (lambda call: {"method": {"_target_": ["os.mkdir"]} | call}, OTHER),
+        (lambda call: {"method": {"_target_": "verl.workers.config.HFModelConfig", "path": call}}, OTHER),
+        (lambda call: {"method": {"_target_": "cppo_verl.plugin.config.DumpConfig", "folder": call}}, OTHER),
+        (lambda call: {"method": {"_target_": "${oc.env:TARGET}"} | call}, OTHER),
+        (lambda call: {"method": {"delta": 0.1}}, OTHER),
+        (lambda call: {"method": [call]}, "method"),
+        (lambda call: {"method": LOSS | {"delta": call}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"delta": [call]}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"rollout_correction": call}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"_partial_": True, "_args_": [call]}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"_recursive_": True}}, "policy_loss has no key '_recursive_'"),
+        (lambda call: {"method": LOSS | {"delta": f"${{oc.create:{call}}}"}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"gate": "${oc.env:SECRET}"}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"gate": "${oc.decode:${oc.env:SECRET}}"}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"gate": "${ oc.env : SECRET }"}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"gate": "a" * 65}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"delta": 10**400}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"delta": math.nan}}, NO_SETTING),
+        (lambda call: {"method": LOSS | {"trust_remote_code": True}}, "policy_loss has no key 'trust_remote_code'"),
+        (lambda call: {"clip_ratio_low": call}, "clip_ratio_low"),
+        (lambda call: {"clip_ratio_high": "${oc.env:SECRET}"}, "clip_ratio_high"),
+        (lambda call: {"trust_region": {"delta": call}}, NO_SETTING),
+        (lambda call: {"trust_region": {"delta": str(call)}}, NO_SETTING),
+        (lambda call: {"trust_region": {"delta": f"${{oc.create:{call}}}"}}, NO_SETTING),
+        (lambda call: {"trust_region": {"budget": "${oc.env:SECRET}"}}, NO_SETTING),
+        (lambda call: {"trust_region": {f"x={call}": 1}}, NO_SETTING),
+        (lambda call: {"trust_region": {"a.b": 1}}, NO_SETTING),
+        (lambda call: {"max_response_length": "${oc.env:SECRET}"}, "max_response_length"),
+        (lambda call: {"max_response_length": call}, "max_response_length"),
+    ],
+)
+def test_nothing_that_a_header_says_is_run_or_resolved(change, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.setenv("TARGET", "os.mkdir")
+    header = RUN_HEADER | change({"_target_": "os.mkdir", "path": str(tmp_path / "owned")})
+    said = replay.lacking(header)
+    for setting in () if said else (replay.run_setting, partial(replay.setting, "cppo")):
+        try:
+            setting(header)
+        except ValueError as error:
+            said.append(str(error))
+    assert message in "".join(said) and "hunter2" not in "".join(said)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_setting_that_is_null_or_infinite_is_read_as_it_was_written():
+    kl = {"divergence": "binary_kl", "delta": math.inf, "horizon": None, "preflight": {"any": "thing"}}
+    assert replay.run_setting(RUN_HEADER | {"method": LOSS | kl}).actor.policy_loss.delta == math.inf
+    thresholds = RUN_HEADER["trust_region"] | {"delta": None}
+    with pytest.raises(ValueError, match=r"policy_loss.delta=None is not permitted: a number in \(0, 1\]"):
+        replay.setting("cppo", RUN_HEADER | {"trust_region": thresholds})

@@ -84,7 +84,7 @@ def test_label_seed_and_last_step_come_from_hydras_files(tmp_path):
     run = read_run(tmp_path)
     assert (run.label, run.seed, run.t_stop) == ("cppo_soft", 3, 40)
     write(tmp_path / "hydra" / "config.yaml", "{data: {seed")
-    assert "hydra: not readable" in read_run(tmp_path).notes[0]
+    assert "config.yaml: not readable (ParserError)" in read_run(tmp_path).notes[0]
 
 
 def test_generations_are_grouped_by_problem_and_benchmark(tmp_path):
@@ -97,6 +97,14 @@ def test_generations_are_grouped_by_problem_and_benchmark(tmp_path):
         read_generations(tmp_path, 6)
 
 
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 100_000, "\xff"])
+def test_answers_whose_sources_are_damaged_count_as_one_benchmark(text, tmp_path):
+    write_damaged_answers(tmp_path)
+    (tmp_path / "5.sources.json").write_text(text, encoding="latin-1")
+    answers = read_generations(tmp_path, 5)
+    assert set(answers.correct) == {("all", "p"), ("all", "q")} and "no data sources beside it" in answers.notes[0]
+
+
 def test_a_sweep_record_of_an_older_version_is_named(tmp_path):
     write(tmp_path / "metrics.jsonl", json.dumps({"step": 1, "data": {"critic/score/mean": 0.5}}))
     write(tmp_path / "hydra" / "hydra.yaml", "hydra: {runtime: {choices: {method: dppo}}}")
@@ -105,3 +113,17 @@ def test_a_sweep_record_of_an_older_version_is_named(tmp_path):
     run = read_run(tmp_path)
     assert run.label == "dppo"
     assert run.notes == ["point.json: the sweep record of an older version; the run is not labelled by what was swept"]
+
+
+@pytest.mark.parametrize("value", ["'40'", "forty", "4.5", "true", "[40]", "'${oc.env:UNSET}'", "'${nowhere}'", "'${"])
+def test_text_where_a_number_belongs_is_named_and_the_run_is_read(value, tmp_path):
+    write(tmp_path / "metrics.jsonl", validation(0, aime24=0.1))
+    write(tmp_path / "hydra" / "hydra.yaml", "hydra: {runtime: {choices: {method: '${oc.env:UNSET}'}}}")
+    write(tmp_path / "hydra" / "config.yaml", f"{{data: {{seed: 3}}, trainer: {{total_training_steps: {value}}}}}")
+    run = read_run(tmp_path)
+    if value == "'${":
+        assert "config.yaml: not readable" in run.notes[0]
+    else:
+        assert (run.label, run.seed, run.t_stop) == ("${oc.env:UNSET}", 3, None)
+        assert "config.yaml: trainer.total_training_steps is " in run.notes[0]
+        assert run.accuracies() == {0: {"aime24": 0.1}}

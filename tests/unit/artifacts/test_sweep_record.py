@@ -1,8 +1,10 @@
 """The record of a sweep's job."""
 
+import json
+
 import pytest
 
-from cppo_verl.artifacts.run_reader import read_runs
+from cppo_verl.artifacts.run_reader import read_run, read_runs
 from cppo_verl.artifacts.sweep_record import RECORD, has_finished, read_record, write_record
 
 COMMAND = ["module", "kind=a", "lr=1"]
@@ -39,11 +41,20 @@ def test_another_commands_folder_is_refused_with_the_difference(tmp_path):
         has_finished(tmp_path, COMMAND[:-1])
 
 
-@pytest.mark.parametrize("text", ['{"command": ["mod', "", "[]", '{"command": []}', "\xff"])
+DAMAGED = ['{"command": ["mod', "", "[]", '{"command": []}', "\xff", "[" * 100_000]
+DAMAGED += [json.dumps({"command": [], "exit_code": 0} | swept) for swept in ({"swept": [1]}, {"swept": 1})]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_record_is_named_with_the_way_out(tmp_path, text):
     (tmp_path / RECORD).write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=f"{tmp_path / RECORD} is damaged .*: move {tmp_path} away to run it anew"):
         has_finished(tmp_path, COMMAND)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "data": {}}')
+    (tmp_path / "hydra.yaml").write_text("hydra: {runtime: {choices: {method: cppo}}}")
+    (tmp_path / "config.yaml").write_text("data: {seed: 3}")
+    run = read_run(tmp_path)
+    assert (run.label, run.seed) == ("cppo", 3) and f"{RECORD} is damaged" in run.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs as one table: scores, the paper's rows, warnings and comparisons."""
 
 import json
+from pathlib import Path
 
 import pytest
 from run_folders import answer, validation, write
@@ -35,6 +36,21 @@ def test_table_shows_seeds_beside_the_papers_rows(three_seeds, capsys):
     assert cppo.endswith("34.79,30.63,30.21,31.88")
     assert out.splitlines()[1].startswith("grpo,0,not run,not run,not run,not run,,,,30.41")
     assert "cppo: the best of 3 validations is 12.0 points above the last one" in err
+
+
+@pytest.mark.parametrize(
+    "value", ["soon", "${oc.env:SECRET}", "${${name}:SECRET}", "${ oc.env:SECRET }", "${oc.env:UNSET}"]
+)
+def test_an_odd_config_is_named_and_the_other_runs_are_scored(three_seeds, value, capsys, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    folder = Path(three_seeds[0]) / "hydra"
+    text = f"{{name: oc.env, data: {{seed: '{value}'}}, trainer: {{total_training_steps: '{value}'}}}}"
+    write(folder / "config.yaml", text)
+    write(folder / "hydra.yaml", f"hydra: {{runtime: {{choices: {{method: '{value}'}}}}}}")
+    assert main(["table", *three_seeds]) == 0
+    out, err = capsys.readouterr()
+    assert "| cppo " in out and "90.00" in out
+    assert "data.seed is '" in err and "trainer.total_training_steps is '" in err and "hunter2" not in out + err
 
 
 @pytest.mark.parametrize("format", ["markdown", "latex"])

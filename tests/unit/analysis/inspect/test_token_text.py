@@ -1,5 +1,7 @@
 """The text of single tokens."""
 
+import json
+
 import pytest
 from tokenizers_made import BLANKLESS, save_tokenizer
 
@@ -34,3 +36,13 @@ def test_a_sentencepiece_token_keeps_its_blank():
             return "word"
 
     assert token_text.texts(Pieces(), [0]) == {0: "·word"}
+
+
+def test_a_tokenizer_that_brings_code_is_refused_and_the_code_is_not_run(tmp_path):
+    save_tokenizer(tmp_path)
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}, "trust_remote_code": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    notes = []
+    assert token_text.of_dump({"tokenizer": str(tmp_path)}, None, notes) is None
+    assert "contains custom code" in notes[0] and not (tmp_path / "owned").exists()

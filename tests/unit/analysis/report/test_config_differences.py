@@ -8,7 +8,8 @@ from cppo_verl.analysis.report.page import page_values
 
 def test_configs_differ_where_they_differ(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
-    more = "key: ${oc.env:SECRET}\nspaced: '${ oc.env:SECRET}'\nvia: ${key}\nhere: ${now:%Y}\nself: {a: '${self}'}\n"
+    more = "key: ${oc.env:SECRET}\nvia: ${key}\nhere: ${now:%Y}\nself: {a: '${self}'}\n"
+    more += "name: oc.env\nodd: '${${name}:SECRET}'\nblank: '${ oc.env:SECRET}'\nunset: '${oc.env:NOWHERE}'\n"
     runs = read(
         make(tmp_path / "a", "cppo", 1, config=more + "lists: {x: [1, 2], y: null}\nonly: {there: true}"),
         make(tmp_path / "b", "dppo", 2, config=more + "lists: {x: [1, 3], y: null}", budget=False),
