@@ -17,7 +17,7 @@ BROWSER := $(VENV)/browser
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
-.PHONY: install quickstart test test-unit lint docs dist clean
+.PHONY: install quickstart test test-unit test-extras lint docs dist clean
 
 install: $(VENV)/installed
 
@@ -38,6 +38,13 @@ test: install lint $(BROWSER)/chromium
 
 test-unit: install
 	$(PYTEST) tests/unit
+
+# What pip would install of each extra into an empty environment: minutes, and gigabytes that pip keeps in its cache.
+test-extras:
+	$(PYTHON) -m venv --clear build/empty
+	for extra in tools cpu gpu test; do \
+	    build/empty/bin/pip install --quiet --dry-run ".[$$extra]" || exit 1; \
+	done
 
 lint: install
 	$(BIN)/ruff check .

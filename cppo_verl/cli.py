@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
 
 COMMANDS = {
     "calibrate": ("analysis.calibrate.command", "find thresholds that mask a wanted share of a run's tokens"),
@@ -27,8 +29,8 @@ INSTALL |= dict.fromkeys(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Only the chosen command's module is imported.
 
-    ``--help`` needs nothing but the standard library. A package that the command needs and does not find is named on
-    stderr with the way to install it; the exit code is then 1.
+    ``--help`` needs nothing but the standard library. Packages that the command needs and does not find are named on
+    stderr with the way to install them, before the command does anything; the exit code is then 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="cppo-verl", description=__doc__)
@@ -38,13 +40,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = arguments[0] if arguments else ""
     if chosen not in parsers:
         parser.parse_args(arguments)  # prints the help or the error, and exits
+    asks_help = {"-h", "--help"} & set(arguments)
+    missing = [] if asks_help else [name for name in _needed(chosen) if not _installed(name)]
     try:
-        module = importlib.import_module(f"cppo_verl.{COMMANDS[chosen][0]}")
-        parsers[chosen].description = module.__doc__
-        module.add_arguments(parsers[chosen])
-        return module.run(parser.parse_args(arguments))
+        if not missing:
+            module = importlib.import_module(f"cppo_verl.{COMMANDS[chosen][0]}")
+            parsers[chosen].description = module.__doc__
+            module.add_arguments(parsers[chosen])
+            return module.run(parser.parse_args(arguments))
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "cppo_verl":
             raise
-        print(f"cppo-verl {chosen} needs {error.name}, which is not installed: {INSTALL[chosen]}", file=sys.stderr)
-        return 1
+        missing = [error.name]
+    print(f"cppo-verl {chosen} needs {', '.join(missing)}, not installed here: {INSTALL[chosen]}", file=sys.stderr)
+    return 1
+
+
+def _needed(command: str) -> list[str]:
+    """The packages that a command needs: those of the extra ``tools``, and a trainer to evaluate with."""
+    if command in ("doctor", "stop"):
+        return []
+    try:
+        lines = requires("cppo-verl") or []
+    except PackageNotFoundError:  # a checkout that is not installed
+        return []
+    tools = [re.split(r"[^\w.-]", line)[0] for line in lines if line.endswith('extra == "tools"')]
+    return [*tools, "TransferQueue"] if command == "evaluate" else tools
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False

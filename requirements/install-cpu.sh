@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 "${PYTHON:-python3.11}" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --quiet "$@"; }
+trap 'echo "If pycosat did not build: it comes as source, and needs a C compiler and the headers of Python (gcc, python3-dev)." >&2' ERR
 
 pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' requirements/cpu.txt)"
 pip install -c requirements/cpu-constraints.txt -r requirements/tools.txt -r requirements/cpu.txt "$@"

@@ -128,14 +128,14 @@ def _already_written(folder: Path, names: list[str], request: dict, force: bool)
     """Return the manifest if it and all files are what ``request`` writes, None if there is something to write."""
     manifest_path = folder / "manifest.json"
     present = [path for name in names if (path := folder / f"{name}.parquet").exists()]
-    if force or not present:
+    if force or not (present or manifest_path.exists()):
         return None
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         before = manifest["request"]
         recorded = [manifest["files"][path.name]["sha256"] for path in present]
     except (OSError, ValueError, KeyError, TypeError):
-        found = f"{', '.join(map(str, present))} exists and {manifest_path} does not describe it"
+        found = f"{', '.join(map(str, present)) or manifest_path} exists and {manifest_path} does not describe it"
         raise FileExistsError(f"{found}: give another --output, or --force to overwrite it") from None
     if before != request:
         differs = "; ".join(f"{k} was {before.get(k)}, is {v}" for k, v in request.items() if before.get(k) != v)
@@ -165,9 +165,9 @@ def _read(
 
     def rows(part):  # a generator: DAPO's 1.8 million rows are not held at once
         for place in places[part]:
-            loaded, name, description = load(place)
-            sources.append({"part": part, **description})
-            yield from read_rows(loaded, name, part)
+            with load(place) as (loaded, name, description):
+                sources.append({"part": part, **description})
+                yield from read_rows(loaded, name, part)
 
     parts: dict[str, list[Row]] = {}
     files: dict[str, dict] = {}
@@ -204,8 +204,8 @@ def _hold_out(args: argparse.Namespace, parts: dict[str, list[Row]], files: dict
     """Count the training problems that are validation problems; drop them if ``args`` says so."""
     held_out = []
     for path in args.against:
-        loaded, name, _ = load(path)
-        held_out.append([text_of(prompt) for prompt in read_prompts(loaded, name)])
+        with load(path) as (loaded, name, _):
+            held_out.append([text_of(prompt) for prompt in read_prompts(loaded, name)])
     if "validation" in parts:
         held_out.append([text_of(row["prompt"]) for row in parts["validation"]])
     if not held_out:

@@ -2,8 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 
@@ -67,9 +70,12 @@ def describe(place: Place) -> dict[str, Any]:
     return {"files": {file.name: sha256(file) for file in _local_files(place)}}
 
 
-def load(place: Place) -> tuple[Any, str, dict[str, Any]]:
-    """Return the ``datasets.Dataset`` at ``place``, its name for messages, and its description.
+@contextmanager
+def load(place: Place) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Give the ``datasets.Dataset`` at ``place``, its name for messages, and its description.
 
+    Local files are read and described from copies that last as long as the context: a file may change meanwhile, its
+    path may look like a pattern, and the `datasets` library tells a file that it has read before by path and time.
     A branch or tag of the hub is resolved first, so that the description holds the commit. Raises ValueError with the
     way out for what cannot be read, has several splits, or holds no rows.
     """
@@ -79,25 +85,31 @@ def load(place: Place) -> tuple[Any, str, dict[str, Any]]:
         name, way_out = f"{place.id}@{place.revision}", "without the network give a local copy with --source"
     else:
         name, way_out = str(place), "is it whole, not empty, and UTF-8?"
-    try:
-        if isinstance(place, HubDataset):
-            place = _at_commit(place)
-            loaded = datasets.load_dataset(place.id, place.config, split=place.split, revision=place.revision)
-        else:
-            files = _local_files(place)
-            kind = READERS[files[0].suffix.lower()]
-            loaded = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
-    # The hub, the network and four parsers each raise errors of their own.
-    except Exception as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"cannot read {name}: {type(reason).__name__}: {reason}; {way_out}") from error
-    if isinstance(loaded, dict):
-        if len(loaded) != 1:
-            raise ValueError(f"{name} has the splits {', '.join(loaded)}; expected one: give a local copy of it")
-        (loaded,) = loaded.values()
-    if not len(loaded):
-        raise ValueError(f"{name} holds no rows")
-    return loaded, name, describe(place)
+    Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="prepare-", dir=datasets.config.HF_DATASETS_CACHE) as folder:
+        try:
+            if isinstance(place, HubDataset):
+                place = _at_commit(place)
+                loaded = datasets.load_dataset(place.id, place.config, split=place.split, revision=place.revision)
+                description = describe(place)
+            else:
+                files = _local_files(place)
+                kind = READERS[files[0].suffix.lower()]
+                copies = [shutil.copyfile(file, Path(folder, f"{n}{file.suffix}")) for n, file in enumerate(files)]
+                paths = list(map(str, copies))
+                loaded = datasets.load_dataset(kind, data_files=paths, split="train", cache_dir=f"{folder}/cache")
+                description = {"files": {file.name: sha256(x) for file, x in zip(files, copies, strict=True)}}
+        # The hub, the network and four parsers each raise errors of their own.
+        except Exception as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"cannot read {name}: {type(reason).__name__}: {reason}; {way_out}") from error
+        if isinstance(loaded, dict):
+            if len(loaded) != 1:
+                raise ValueError(f"{name} has the splits {', '.join(loaded)}; expected one: give a local copy of it")
+            (loaded,) = loaded.values()
+        if not len(loaded):
+            raise ValueError(f"{name} holds no rows")
+        yield loaded, name, description
 
 
 def _at_commit(place: HubDataset) -> HubDataset:

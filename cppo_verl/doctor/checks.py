@@ -9,11 +9,14 @@ import argparse
 import io
 import logging
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     platform = get_platform()
     _device(report, platform)
     _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
+    if platform.device_name != "cpu" or not _installed("pycosat"):
+        _compiler(report)
     if platform.device_name == "cpu" and _installed("vllm"):
         _kernels(report)
     _registrations(report, "this process", registrations())
@@ -132,6 +137,18 @@ def _versions(report: Report, extra: str) -> None:
             report.say("ok", name, installed)
         else:
             report.say("warn", name, f"{installed}; tested with {wanted}")
+    missing = ", ".join(sorted(name for name in supported.keys() - set(map(str.lower, STACK)) if not _installed(name)))
+    way_out = f"pip install 'cppo-verl[{extra}]'" + (", or `make install` in a checkout" if extra == "cpu" else "")
+    report.check(not missing, "other packages", "installed", f"not installed: {missing}; {way_out}")
+
+
+def _compiler(report: Report) -> None:
+    """pip needs it for pycosat, which reasoning-gym needs and which comes as source; on a GPU Triton needs it too."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    missing = [what for what, found in ((compiler, shutil.which(compiler)), (header, header.exists())) if not found]
+    bad = f"not found: {', '.join(map(str, missing))}: install a C compiler and Python's headers (gcc, python3-dev)"
+    report.check(not missing, "compiler", f"{compiler}, and Python's headers", bad)
 
 
 def _kernels(report: Report) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,9 @@ from cppo_verl.evaluation.table import markdown, percent
 from cppo_verl.launch import trainer_process
 
 GENERATIONS, RESULT = "generations", "result.json"
+WEIGHTS = "actor"
+"""The folder of the trained weights in a checkpoint of verl's."""
+CHECKPOINT = re.compile(r"global_step_\d+")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,24 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the result; evaluate first unless ``--output`` holds one. Return verl's exit code if that failed."""
+    """Print the result; evaluate first unless ``--output`` holds it. Return verl's exit code if that failed."""
     output = args.output.resolve()
-    result = output / RESULT
-    if result.exists() and not args.force:
-        print(f"{result} is there: showing it; --force evaluates again")
-        print(show(json.loads(result.read_text())))
-        return 0
-    if args.checkpoint and not args.checkpoint.is_dir():
-        print(f"no checkpoint at {args.checkpoint}: expected a global_step_N folder of verl's", file=sys.stderr)
+    result, log = output / RESULT, output / "verl.log"
+    try:
+        if output.exists() and any(output.iterdir()) and not log.exists():
+            raise ValueError(f"{output} holds what no evaluation has made: give another --output")
+        asked = request(args)
+        if held := None if args.force else held_result(result, asked):
+            print(f"{result} is there: showing it; --force evaluates again")
+            print(show(held))
+            return 0
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 1
     output.mkdir(parents=True, exist_ok=True)
     result.unlink(missing_ok=True)
-    log = output / "verl.log"
+    if args.checkpoint:
+        link_weights(Path(asked["checkpoint"]), linked(args, output))
+    before = dumps(output)
     print(f"verl validates; its log is {log}", flush=True)
-    arguments = [a for a in args.command if a != "--"]
     environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(output / "metrics.jsonl")}
     try:
-        with trainer_process.trainer([*arguments, *overrides(args, output)], log, environment) as trainer:
+        arguments = [*asked["command"], *overrides(args, output)]
+        with trainer_process.trainer(arguments, log, environment) as trainer:
             trainer.wait()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command starts over", flush=True)
@@ -55,33 +65,87 @@ def run(args: argparse.Namespace) -> int:
     if trainer.returncode:
         trainer_process.show_failure(trainer, log)
         return trainer.returncode
-    dumps = [path for path in (output / GENERATIONS).glob("*.jsonl") if path.stem.isdigit()]
-    if not dumps:
+    if not (written := dumps(output) - before):
         print(f"verl ended without answers in {output / GENERATIONS}; see {log}", file=sys.stderr)
         return 1
-    newest = max(dumps, key=lambda path: path.stat().st_mtime)
-    value = summary(output / GENERATIONS, int(newest.stem), args.samples)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    _, newest = max(written)
+    value = summary(output / GENERATIONS, int(newest.stem), args.samples) | asked
     with replacing(result) as (file,):
-        file.write_text(json.dumps(value | sampling | {"command": arguments}, indent=1))
+        file.write_text(json.dumps(value, indent=1))
     print(show(value))
     return 0
 
 
+def request(args: argparse.Namespace) -> dict:
+    """Return what decides a result; raise ValueError for a checkpoint that is none."""
+    sampling = {"samples": args.samples, "temperature": args.temperature, "top_p": args.top_p}
+    asked = sampling | {"command": [a for a in args.command if a != "--"], "checkpoint": None, "saved": None}
+    if args.checkpoint is None:
+        return asked
+    folder = args.checkpoint.resolve()
+    weights = [file.stat().st_mtime_ns for file in (folder / WEIGHTS).rglob("*") if file.is_file()]
+    if not CHECKPOINT.fullmatch(folder.name) or not weights:
+        raise ValueError(f"no checkpoint at {args.checkpoint}: expected a global_step_N folder of verl's")
+    return asked | {"checkpoint": str(folder), "saved": max(weights)}
+
+
+def held_result(result: Path, asked: dict) -> dict | None:
+    """Return the result in a file, None without one; raise ValueError if it answers another request or is damaged.
+
+    Without a command and a checkpoint whatever is there is asked for.
+    """
+    try:
+        held = json.loads(result.read_text())
+        there = {key: held.get(key) for key in asked}
+        show(held)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{result} is damaged ({error!r}): move it, or --force to evaluate again") from error
+    if there != asked and (asked["command"] or asked["checkpoint"]):
+        differs = "; ".join(f"{k} was {there[k]}, is {v}" for k, v in asked.items() if there[k] != v)
+        raise ValueError(f"{result} is of another evaluation ({differs}): give another --output, or --force")
+    return held
+
+
+def link_weights(checkpoint: Path, folder: Path) -> None:
+    """Make a folder that holds nothing of a checkpoint but its weights, for verl to resume from.
+
+    verl would also unpickle the data's position and TransferQueue's content, which a validation does not need.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (link := folder / WEIGHTS).unlink(missing_ok=True)
+    link.symlink_to(checkpoint / WEIGHTS)
+
+
+def linked(args: argparse.Namespace, output: Path) -> Path:
+    return output / "checkpoint" / args.checkpoint.resolve().name
+
+
+def dumps(output: Path) -> set[tuple[int, Path]]:
+    """Return time and path of verl's answers."""
+    return {(file.stat().st_mtime_ns, file) for file in (output / GENERATIONS).glob("*.jsonl") if file.stem.isdigit()}
+
+
 def overrides(args: argparse.Namespace, output: Path) -> list[str]:
-    """Return the overrides that turn the training command into one validation."""
+    """Return the overrides that turn the training command into one validation, which writes into ``output`` alone."""
+    quoted = trainer_process.quoted
     resume = ["trainer.resume_mode=disable"]
     if args.checkpoint:
-        path = trainer_process.quoted(args.checkpoint.resolve())
-        resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={path}"]
+        resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={quoted(linked(args, output))}"]
     sampling = "actor_rollout_ref.rollout.val_kwargs."
     return [
         "trainer.val_only=true",
         "trainer.val_before_train=true",
         "trainer.logger=[console,file]",
-        f"trainer.validation_data_dir={trainer_process.quoted(output / GENERATIONS)}",
-        f"trainer.default_local_dir={trainer_process.quoted(output / 'no-checkpoints')}",
+        f"trainer.validation_data_dir={quoted(output / GENERATIONS)}",
+        f"trainer.default_local_dir={quoted(output / 'no-checkpoints')}",
+        f"hydra.run.dir={quoted(output)}",
+        "hydra.output_subdir=null",
         *resume,
+        # The weights are unpickled as tensors, whoever made them, and nothing else of the checkpoint is.
+        "actor_rollout_ref.actor.checkpoint.load_contents=[model]",
+        "++ray_kwargs.ray_init.runtime_env.env_vars.TORCH_FORCE_WEIGHTS_ONLY_LOAD='1'",
         f"{sampling}n={args.samples}",
         f"{sampling}do_sample={'true' if args.temperature else 'false'}",
         f"{sampling}temperature={args.temperature}",

@@ -12,6 +12,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from environments import closure, link
 
 import cppo_verl
 
@@ -89,13 +90,28 @@ def test_the_description_stands_alone_on_an_index(built):
     assert len(commands) == 2 and all(command in description for command in commands)
 
 
-def test_the_installed_command_runs_without_the_checkout(built, tmp_path):
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python", "install", "--quiet", "--no-deps", built]
-    subprocess.run(pip, check=True)
-    shown = subprocess.check_output([venv / "bin/cppo-verl", "--help"], cwd=tmp_path, text=True)
-    assert "usage: cppo-verl" in shown and "doctor" in shown
+@pytest.fixture
+def environment(built, tmp_path):
+    """A function that makes an environment of the built package and one of its extras, and returns another: that runs
+    commands there one after the other in one process, up to the first that fails."""
+
+    def make(extra, without=()):
+        venv = tmp_path / "venv"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python", "install", "--quiet", "--no-deps", built]
+        subprocess.run(pip, check=True)
+        [site] = venv.glob("lib/python*/site-packages")
+        link(site, extra, without)
+
+        def run(*commands):
+            settings = os.environ | {"HF_HOME": str(tmp_path / "home"), "VERL_PLATFORM": "cpu"}
+            code = "import sys; from cppo_verl.cli import main; sys.exit(any(main(x.split()) for x in sys.argv[1:]))"
+            program = [venv / "bin/python", "-P", "-c", code, *commands]
+            return subprocess.run(program, cwd=tmp_path, env=settings, capture_output=True, text=True)
+
+        return run
+
+    return make
 
 
 def test_an_editable_install_is_a_path_entry(checkout, tmp_path):
@@ -136,7 +152,7 @@ def test_stop_needs_the_standard_library_alone(bare, tmp_path):
 def test_a_command_without_its_packages_says_what_to_install(bare, command):
     ended = bare(*command.split())
     assert ended.returncode == 1
-    assert re.search(r"needs \w+, which is not installed: pip install 'cppo-verl\[\w+\]'", ended.stderr)
+    assert re.search(r"needs \w+, not installed here: pip install 'cppo-verl\[\w+\]'", ended.stderr)
     assert "Traceback" not in ended.stderr
 
 
@@ -152,20 +168,44 @@ def test_help_imports_no_large_package(arguments):
     assert not {"torch", "verl", "numpy", "ray", "hydra", "omegaconf", "transformers", "pandas"} & set(imported)
 
 
-def test_the_extra_of_the_tools_holds_all_they_need(tmp_path):
+GSM8K = "prepare gsm8k --source train=train.csv validation=validation.csv"
+TOOLS = [GSM8K, "table run", "calibrate run", "inspect run --method run", "report run"]
+
+
+@pytest.fixture
+def material(tmp_path):
+    """A data set and a run for the commands of `TOOLS`."""
     for part in ("train", "validation"):
         (tmp_path / f"{part}.csv").write_text(f"question,answer\nHow many in {part}?,#### 1\n")
     [example] = ROOT.glob("examples/*/run/hydra/config.yaml")
     (tmp_path / "run").symlink_to(example.parents[1])
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "VERL_PLATFORM": "cpu"}
-    commands = [
-        "prepare reasoning-gym number_sorting --train-size 4 --validation-size 2",
-        "prepare gsm8k --source train=train.csv validation=validation.csv",
-        "table run",
-        "calibrate run",
-        "inspect run --method run",
-        "report run",
-    ]
-    command = [sys.executable, ROOT / "tests/helpers/with_extra.py", "tools", *commands]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_the_extra_of_the_tools_holds_all_they_need(environment, material):
+    assert {"vllm", "transferqueue", "pytest"}.isdisjoint(closure("tools"))
+    ended = environment("tools")("prepare reasoning-gym number_sorting --train-size 4 --validation-size 2", *TOOLS)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_without_any_extra_each_command_says_what_it_misses(environment, material, tmp_path):
+    run = environment("")
+    shown = subprocess.check_output([tmp_path / "venv/bin/cppo-verl", "--help"], cwd=tmp_path, text=True)
+    assert "usage: cppo-verl" in shown and "doctor" in shown
+    for command in [*TOOLS, "evaluate --output evaluated"]:
+        ended = run(command)
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        assert re.search(r"needs [\w, -]+, not installed here: pip install 'cppo-verl\[\w+\]'", ended.stderr)
+    ended = run("doctor --no-ray")
+    assert ended.returncode == 1 and "pip install 'cppo-verl[gpu]'" in ended.stdout + ended.stderr
+
+
+def test_a_package_that_is_needed_at_the_very_end_is_missed_at_the_beginning(environment, material, tmp_path):
+    run = environment("tools", without=("reasoning-gym", "matplotlib"))
+    before = sorted(tmp_path.iterdir())
+    for command in [*TOOLS, "evaluate --output evaluated"]:
+        ended = run(command)
+        assert ended.returncode == 1 and "needs reasoning-gym, matplotlib" in ended.stderr, ended.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    ended = run("doctor --no-ray")
+    assert ended.returncode == 1
+    assert re.search("FAIL +other packages .*matplotlib, .*reasoning-gym, .*pip install 'cppo-verl", ended.stdout)

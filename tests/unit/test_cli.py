@@ -44,7 +44,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(
     monkeypatch.setitem(sys.modules, package, None)
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert f"needs {package}, which is not installed: pip install {way_out}" in error
+    assert f"needs {package}, not installed here: pip install {way_out}" in error
     assert "Traceback" not in error
 
 

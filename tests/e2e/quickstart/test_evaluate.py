@@ -27,7 +27,11 @@ def test_evaluate_interrupted_and_again_gives_verls_own_metric(quickstart, tmp_p
     assert killed.survivors() == []
     assert not (tmp_path / "e" / "result.json").exists()
 
-    before = sorted(path.name for path in (quickstart.output / "checkpoints").iterdir())
+    def state():
+        saved = {path.name: path.read_bytes() for path in (quickstart.output / "hydra").iterdir()}
+        return sorted(path.name for path in (quickstart.output / "checkpoints").iterdir()), saved
+
+    before = state()
     again = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert re.search(r"\| reasoning_gym/number_sorting \| 12 +\| \d+\.\d\d \[", again.stdout)
@@ -39,8 +43,13 @@ def test_evaluate_interrupted_and_again_gives_verls_own_metric(quickstart, tmp_p
     metrics = read_run(tmp_path / "e" / "metrics.jsonl").steps
     key = "val-core/reasoning_gym/number_sorting/acc/mean@4"
     assert benchmark["average"] == pytest.approx([v[key] for v in metrics.values() if key in v][0])
-    assert sorted(path.name for path in (quickstart.output / "checkpoints").iterdir()) == before
+    assert state() == before
+    log = (tmp_path / "e" / "verl.log").read_text()
+    assert "No dataloader state found" in log and "extra_state" not in log
 
     third = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=30)
     assert third.returncode == 0
     assert "is there: showing it" in third.stdout
+    command[command.index("--checkpoint") + 1] = str(quickstart.output / "checkpoints" / "global_step_3")
+    other = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=30)
+    assert other.returncode == 1 and "result.json is of another evaluation (checkpoint was" in other.stderr

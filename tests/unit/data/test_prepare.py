@@ -269,3 +269,17 @@ def test_the_same_command_completes_what_an_interrupt_between_renames_left(tmp_p
             run(*command)
     assert names(out) == ["manifest.json", "train.parquet"][: nth - 1]
     check_completed(command, out, capsys)
+
+
+def test_the_manifest_of_another_data_set_is_not_replaced(planted, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("dapo", "--source", planted, "--output", out) == 0
+    before = manifest(out)
+    year = write(tmp_path / "in" / "2025.jsonl", aime_year(2025))
+    aime = ("aime", "--years", "2025", "--source", f"2025={year}", "--output", out)
+    assert run(*aime) == 1
+    assert "holds another request's files (dataset was dapo, is aime;" in capsys.readouterr().err
+    assert manifest(out) == before and names(out) == ["manifest.json", "train.parquet"]
+    (out / "manifest.json").write_text("{")
+    assert run(*aime) == 1 and "manifest.json exists and" in capsys.readouterr().err
+    assert run(*aime, "--force") == 0

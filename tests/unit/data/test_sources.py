@@ -1,9 +1,10 @@
 """Places that rows come from: files of each kind, the hub, and what is said of those that cannot be read."""
 
 import argparse
+import os
 
 import pytest
-from prepared import aime_year, dapo_row, manifest, names, rows, run, write
+from prepared import aime_year, dapo_row, manifest, names, rows, run, sha256, write
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -15,6 +16,29 @@ def test_files_of_another_kind_give_the_same_rows(planted, tmp_path, name):
     for place, out in ((planted, "one"), (source.parent, "two")):
         assert run("dapo", "--source", place, "--output", tmp_path / out) == 0
     assert rows(tmp_path / "one" / "train.parquet") == rows(tmp_path / "two" / "train.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_the_rows_are_those_of_the_file_that_the_manifest_names_whatever_its_time(name, tmp_path):
+    out = tmp_path / "out"
+    for question in ("Before", "Behind"):
+        source = write(tmp_path / name, [dapo_row(question, "1")])
+        os.utime(source, ns=(0, 0))
+        assert run("dapo", "--source", source, "--output", out, "--force") == 0
+        assert question in rows(out / "train.parquet")[0]["prompt"][0]["content"]
+        assert manifest(out)["sources"] == [{"part": "train", "files": {name: sha256(source)}}]
+
+
+@pytest.mark.parametrize("name", ["[ab].parquet", "?.parquet", "a*.parquet", "{a,b}.parquet", "[!b]/x.parquet"])
+def test_a_path_that_looks_like_a_pattern_names_one_file(name, tmp_path):
+    for other in ("a", "b", "ab"):
+        write(tmp_path / f"{other}.parquet", [dapo_row("Another file's", "1")])
+        write(tmp_path / other / "x.parquet", [dapo_row("Another file's", "1")])
+    source = write(tmp_path / name, [dapo_row("Its own", "1")])
+    assert run("dapo", "--source", source, "--output", tmp_path / "out") == 0
+    [row] = rows(tmp_path / "out" / "train.parquet")
+    assert "Its own" in row["prompt"][0]["content"]
+    assert manifest(tmp_path / "out")["sources"][0]["files"] == {source.name: sha256(source)}
 
 
 def test_a_branch_of_the_hub_is_resolved_to_its_commit(hub, tmp_path, monkeypatch):

@@ -1,11 +1,16 @@
 """What a folder of verl's answers says of a checkpoint."""
 
+import argparse
 import json
+import os
+import re
 
 import pytest
+import torch
 from run_folders import write_damaged_answers
 
-from cppo_verl.evaluation.evaluate import show, summary
+from cppo_verl.cli import main
+from cppo_verl.evaluation.evaluate import link_weights, request, show, summary
 
 
 def test_summary_counts_problems_with_fewer_answers_than_asked_for(tmp_path):
@@ -22,3 +27,75 @@ def test_summary_counts_problems_with_fewer_answers_than_asked_for(tmp_path):
     text = show(json.loads(json.dumps(value)))
     assert "| aime24    | 1        | 66.67" in text
     assert "aime25: 1 problem(s) have fewer than 3 answers" in text
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A finished evaluation of a checkpoint, its folder, and the arguments that it was made with."""
+    weights = tmp_path / "run" / "global_step_5" / "actor" / "model.pt"
+    weights.parent.mkdir(parents=True)
+    torch.save({}, weights)
+    output = tmp_path / "e"
+    asked = argparse.Namespace(
+        checkpoint=weights.parents[1], samples=3, temperature=0.7, top_p=0.95, command=["--", "data.seed=1"]
+    )
+    write_damaged_answers(output)
+    (output / "verl.log").touch()
+    (output / "result.json").write_text(json.dumps(summary(output, 5, 3) | request(asked)))
+    return output, ["--checkpoint", str(asked.checkpoint), "--samples", "3", "--", "data.seed=1"], weights
+
+
+def test_a_result_is_shown_to_the_request_that_it_answers(evaluated, capsys):
+    output, arguments, _ = evaluated
+    for given in (arguments, []):
+        assert main(["evaluate", "--output", str(output), *given]) == 0
+        out = capsys.readouterr().out
+        assert "result.json is there: showing it" in out and "| aime24    | 1        | 66.67" in out
+
+
+@pytest.mark.parametrize(
+    ("was", "asked", "difference"),
+    [
+        ("global_step_5", "global_step_6", "checkpoint was .*/global_step_5, is .*/global_step_6"),
+        ("3", "4", "samples was 3, is 4"),
+        ("data.seed=1", "data.seed=2", r"command was \['data.seed=1'\], is \['data.seed=2'\]"),
+    ],
+)
+def test_the_result_of_another_request_is_not_shown(evaluated, was, asked, difference, capsys):
+    output, arguments, weights = evaluated
+    other = weights.parents[2] / "global_step_6" / "actor" / "model.pt"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(weights.read_bytes())
+    arguments = [argument.replace(was, asked) if argument.endswith(was) else argument for argument in arguments]
+    assert main(["evaluate", "--output", str(output), *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(rf"result.json is of another evaluation \({difference}.*--force", err), err
+
+
+def test_a_checkpoint_saved_again_is_another_request(evaluated, capsys):
+    output, arguments, weights = evaluated
+    os.utime(weights, ns=(0, 0))
+    assert main(["evaluate", "--output", str(output), *arguments]) == 1
+    assert "is of another evaluation (saved was " in capsys.readouterr().err
+
+
+def test_a_damaged_result_a_folder_of_a_run_and_a_checkpoint_that_is_none_are_named(evaluated, capsys):
+    output, arguments, weights = evaluated
+    (output / "result.json").write_text('{"step": 5')
+    assert main(["evaluate", "--output", str(output), *arguments]) == 1
+    assert "result.json is damaged" in capsys.readouterr().err
+    assert main(["evaluate", "--output", str(weights.parents[2]), *arguments]) == 1
+    assert "holds what no evaluation has made: give another --output" in capsys.readouterr().err
+    weights.unlink()
+    assert main(["evaluate", "--output", str(output), *arguments]) == 1
+    assert "expected a global_step_N folder" in capsys.readouterr().err
+
+
+def test_verl_is_shown_the_weights_of_a_checkpoint_and_nothing_else(evaluated, tmp_path):
+    _, _, weights = evaluated
+    (weights.parents[1] / "data.pt").touch()
+    (weights.parents[1] / "transfer_queue").mkdir()
+    for _ in range(2):
+        link_weights(weights.parents[1], tmp_path / "checkpoint" / "global_step_5")
+    [only] = (tmp_path / "checkpoint" / "global_step_5").iterdir()
+    assert only.name == "actor" and only.resolve() == weights.parent and weights.exists()
