@@ -207,18 +207,22 @@ class TrustRegionTrainer(VerlTrainer):
 
     def _leave_out(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
         """Apply mask_std_0 to the stored batch; return the fields to put back after the update, if any."""
-        actor = self.config.actor_rollout_ref.actor
-        if not actor.policy_loss.get("mask_std_0", False):
+        actor, algorithm = self.config.actor_rollout_ref.actor, self.config.algorithm
+        filters = actor.policy_loss.get("mask_std_0", False)
+        padding = [tag.get("is_padding", False) for tag in batch.tags]
+        if not filters and not any(padding):
             return None
         fields = ["uid", "rm_scores", "response_mask", "loss_mask", "advantages"]
-        if self.config.algorithm.use_kl_in_reward:
+        if algorithm.use_kl_in_reward:
             fields.append("token_level_rewards")
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
-        padding = [tag.get("is_padding", False) for tag in batch.tags]
-        kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding)
-        metrics["trust_region/left_out_prompt_share"] = share
-        if kept.all():
+        kept = torch.ones(len(padding), dtype=torch.bool)
+        if filters:
+            rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
+            keys = batch.keys if algorithm.adv_estimator == "grpo" else None
+            kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding, keys)
+            metrics["trust_region/left_out_prompt_share"] = share
+        if kept.all() and not any(padding):
             return None
         dp_size = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
