@@ -16,7 +16,14 @@ try:
     platform.register_platform()
 
     from cppo_verl.plugin import losses  # noqa: F401  registers the policy losses
+    from cppo_verl.plugin.config import check_method
     from cppo_verl.plugin.constants import TOP_K_ROLLOUT
+
+    # No registration sees the whole config before Ray starts.
+    @wrapt.patch_function_wrapper("verl.utils.config", "validate_config")
+    def _validate_config(wrapped, _instance, args, kwargs):
+        check_method(kwargs["config"] if "config" in kwargs else args[0])
+        return wrapped(*args, **kwargs)
 
     # verl's trainers and engines cost seconds to import, and few processes need them. The plug-in's register when verl
     # itself imports the registry that they belong to.

@@ -112,8 +112,8 @@ def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) ->
         torch.sum(x, -1, out=total[start : start + step])
     normaliser = total.double().log_()
     out_of_range = ((total < 1e-30) | ~total.isfinite()).nonzero().flatten()
-    for row in out_of_range.tolist():
-        normaliser[row] = logits[rows[row]].double().logsumexp(-1)
+    for part in out_of_range.split(step):
+        normaliser[part] = logits[rows[part]].double().logsumexp(-1)
     retained = logits[rows.unsqueeze(-1), ids].double()
     return (retained - normaliser.unsqueeze(-1)).float()
 

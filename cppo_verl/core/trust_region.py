@@ -4,6 +4,9 @@ Every function takes per-token tensors of shape [..., L] and a boolean ``mask`` 
 valid tokens of a response. Tokens outside the mask (padding, tool output) have w = D = 0 and do not advance t, wherever
 they stand. ``delta`` is the token threshold. Results are of shape [..., L] where nothing else is said. Nothing here
 carries a gradient.
+
+An infinite D_t, which KL has where pi gives no mass to a token that mu can sample, violates both constraints: it uses
+up the prefix budget, and every gate takes its limit on this token and those after it.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -82,13 +85,16 @@ def adaptive_budget(
 
 @torch.no_grad()
 def masked_quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
-    """q-quantile of each response's valid tokens, interpolated linearly between ranks, [..., 1]; 0 without tokens."""
+    """q-quantile of each response's valid tokens, interpolated linearly between ranks, [..., 1]; 0 without tokens.
+
+    Between a finite and an infinite value it is infinite.
+    """
     ordered = _sort(torch.where(mask, x, torch.inf))
     length = mask.sum(-1, keepdim=True)
     rank = q * (length - 1).clamp_min(0).to(torch.float64)
     low, high = (ordered.gather(-1, r.long()) for r in (rank.floor(), rank.ceil()))
-    # lerp of two infinities is nan; equal neighbours need no interpolation.
-    value = torch.where(low == high, low, low.lerp(high, (rank - rank.floor()).to(x.dtype)))
+    # lerp towards infinity is nan.
+    value = torch.where(high.isinf(), high, low.lerp(high, (rank - rank.floor()).to(x.dtype)))
     return torch.where(length > 0, value, 0.0)
 
 
@@ -153,7 +159,8 @@ def update_mask(
         tau: sharpness of "sapo".
 
     Returns:
-        M_t, shape and dtype of the divergence; in [0, 1] but for "penalty", which is unbounded below.
+        M_t, shape and dtype of the divergence; in [0, 1] but for "penalty", which is unbounded: an infinite D_t makes
+        it infinite too, where the other gates are 0.
     """
     towards_one = advantages * log_ratio <= 0
     if gate == "hard":

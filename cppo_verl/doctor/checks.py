@@ -210,6 +210,7 @@ def _command(report: Report, config: DictConfig) -> None:
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import PolicyLossConfig
 
+    from cppo_verl.plugin.config import MethodConfig, check_method
     from cppo_verl.plugin.preflight import captured_bytes, missing_files
 
     device = get_platform().device_name
@@ -217,20 +218,21 @@ def _command(report: Report, config: DictConfig) -> None:
         way_out = "add +platform=cpu to the command" if device == "cpu" else "leave +platform=cpu out of the command"
         mismatch = f"{config.trainer.device}, but this environment runs on {device}"
         report.say("FAIL", "trainer.device", f"{mismatch}: {way_out}")
-    target = config.actor_rollout_ref.actor.policy_loss._target_
-    if not target.startswith("cppo_verl."):
-        report.say("FAIL", "method", f"policy_loss is verl's own ({target}): add +method=cppo to the command")
-        return
     try:
+        check_method(config)
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
     except Exception as error:
         report.say("FAIL", "method", str(error.__cause__ or error))
         return
+    if not isinstance(policy_loss, MethodConfig) or policy_loss.preflight is None:
+        target = config.actor_rollout_ref.actor.policy_loss._target_
+        report.say("FAIL", "method", f"policy_loss is verl's own ({target}): add +method=cppo to the command")
+        return
     hidden = {field.name for field in fields(PolicyLossConfig)} - {"loss_mode"} | {"preflight"}
     own = [field.name for field in fields(policy_loss) if field.name not in hidden]
     report.say("ok", "method", " ".join(f"{name}={policy_loss[name]}" for name in own))
-    mu = policy_loss.preflight
-    settings = f"{mu.logprobs_mode}, temperature {mu.temperature}, top_p {mu.top_p}, top_k {mu.top_k}"
+    mu = policy_loss.preflight.rollout
+    settings = "{logprobs_mode}, temperature {temperature}, top_p {top_p}, top_k {top_k}".format(**mu)
     report.say("ok", "mu", f"the rollout engine's own log-probabilities ({settings})")
     if getattr(policy_loss, "captures", False):
         report.say("ok", "top-K", captured_bytes(config))

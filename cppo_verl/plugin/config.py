@@ -6,11 +6,15 @@ in each worker: what ``__post_init__`` refuses here never reaches a GPU.
 
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from verl.base_config import BaseConfig
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import PolicyLossConfig
 
 from cppo_verl.core.divergence import Kind
@@ -18,6 +22,7 @@ from cppo_verl.core.trust_region import Gate
 from cppo_verl.plugin.constants import LOSS_MODES
 from cppo_verl.plugin.preflight import (
     Preflight,
+    mask_std_0_rules,
     refuse_overridden_variant,
     refuse_pinned,
     refuse_shared_process,
@@ -30,6 +35,8 @@ Budget = Literal["adaptive", "fixed", "none"]
 Weights = Literal["linear", "shuffled"]
 PrefixRatio = Literal["minimum", "mean"]
 Neighbour = Literal["kpop", "vaco"]
+
+METHODS = Path(__file__).parents[1] / "config" / "method"
 
 
 @dataclass(kw_only=True)
@@ -87,8 +94,11 @@ class MethodConfig(PolicyLossConfig):
         self.require(isinstance(self.mask_std_0, bool), "mask_std_0", "true or false")
         if self.preflight is None:
             return
-        # Then the workers draw which rows share a mini-batch, and so a denominator.
-        self.require(not (self.mask_std_0 and self.preflight.shuffle), "mask_std_0", "false with actor.shuffle=true")
+        self.require(
+            isinstance(self.preflight, Preflight), "preflight", "the method fills it from the run; leave it out"
+        )
+        if self.mask_std_0:
+            self.refuse("mask_std_0", violations(mask_std_0_rules(self.preflight)))
         # verl's distillation has a loss of its own, which hides the policy loss.
         distilled = self.dump.every and self.preflight.distillation
         self.dump.require(not distilled, "every", "0 with distillation.enabled=true")
@@ -106,6 +116,9 @@ class MethodConfig(PolicyLossConfig):
         if not ok:
             raise ValueError(f"policy_loss.{name}={getattr(self, name)!r} is not permitted: {permitted}")
 
+    def refuse(self, name: str, problems: list[str]) -> None:
+        self.require(not problems, name, " | ".join(problems))
+
     def require_number(self, name: str, low: float, high: float = math.inf, optional: bool = False) -> None:
         """``name`` must be a number in (low, high], or null where that has a meaning."""
         value = getattr(self, name)
@@ -114,6 +127,37 @@ class MethodConfig(PolicyLossConfig):
 
     def require_choice(self, name: str, choices) -> None:
         self.require(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}")
+
+
+def check_method(config: DictConfig) -> None:
+    """Refuse a run that has chosen a method and would not train with its loss, or not checked as the method says.
+
+    verl's ``validate_config`` calls it through `cppo_verl.register`: an override can take the loss's config away, and
+    with it what would refuse the override.
+
+    Raises:
+        ValueError: with the key to leave alone; hydra's InstantiationException for what the configs refuse themselves.
+    """
+    method = HydraConfig.get().runtime.choices.get("method") if HydraConfig.initialized() else None
+    if "trust_region" not in config and not (METHODS / f"{method}.yaml").exists():
+        return
+    omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+    key = "actor_rollout_ref.actor.policy_loss"
+    loss = instantiate(OmegaConf.select(config, key), _convert_="partial")
+    if not isinstance(loss, MethodConfig):
+        raise ValueError(
+            f"{key} has become {type(loss).__name__}, so the run would train without its method's loss: leave "
+            f"{key} and its _target_ as the method sets them, or leave the method out of the command"
+        )
+    shipped = OmegaConf.select(OmegaConf.load(METHODS / "_common.yaml"), f"{key}.preflight")
+    wanted = omega_conf_to_dataclass(OmegaConf.create(shipped, parent=config))
+    for name in [name for name in shipped if name != "_target_"]:
+        got = loss.preflight and loss.preflight[name]
+        if got != wanted[name]:
+            raise ValueError(
+                f"{key}.preflight.{name}={got} hides the run's own {wanted[name]}: leave {key}.preflight out, the "
+                "method fills it from the run's settings"
+            )
 
 
 def is_number(value: object) -> bool:
@@ -158,8 +202,7 @@ class MaskedLossConfig(SurrogateConfig):
         self.require_choice("divergence", Divergence)
         self.require(is_integer(self.top_k) and self.top_k >= 1, "top_k", "an integer >= 1")
         if self.captures and self.preflight is not None:
-            problems = violations(top_k_rules(self.preflight, self.top_k), self.preflight)
-            self.require(not problems, "divergence", " | ".join(problems))
+            self.refuse("divergence", violations(top_k_rules(self.preflight, self.top_k)))
 
     @property
     def partition(self) -> str:

@@ -183,8 +183,8 @@ def policy_loss(
         The scalar loss, and sums under `METRIC_PREFIX` that the plug-in's trainer turns into shares.
 
     Raises:
-        ValueError: log-probabilities or advantages that are not finite, or log-probabilities above zero, on valid
-            tokens; tensors of unequal shapes; importance weights.
+        ValueError: on valid tokens, values that are not finite, log-probabilities above zero or a D_t below it;
+            tensors of unequal shapes; importance weights.
         TypeError: a config that is not the method's own.
     """
     method = config.policy_loss
@@ -222,12 +222,17 @@ def policy_loss(
         positions = metrics.position_sums(divergence, valid)
         # The maximum shows nan, +inf and values above zero, the sum shows -inf.
         extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
+        lowest = valid.new_zeros(1) if measured is None else measured.amin().float().view(1)
         # One transfer to the host for everything.
-        reported = torch.cat([sums.flatten(), positions.flatten(), extremes])
-        *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum = reported.tolist()
+        reported = torch.cat([sums.flatten(), positions.flatten(), extremes, lowest])
+        *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum, d_min = reported.tolist()
 
-    sound = all(map(math.isfinite, (pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum)))
-    if not sound or max(pi_max, mu_max) > LOG_PROB_TOLERANCE:  # perhaps in the padding only
+    # An infinite D_t shows in its sum.
+    d_sum = totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/divergence")]
+    sound = all(map(math.isfinite, (pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum, d_min, d_sum)))
+    if not sound or max(pi_max, mu_max) > LOG_PROB_TOLERANCE or d_min < 0:  # perhaps in the padding only
+        if measured is not None:
+            inputs["divergence"] = measured
         for name, x in inputs.items():
             check_values(name, x, mask)
 
@@ -246,19 +251,27 @@ register_policy_loss("prefix_ratio")(partial(policy_loss, prefix_ratio, PrefixRa
 register_policy_loss("neighbour")(partial(policy_loss, neighbour, NeighbourLossConfig))
 
 
+BORDERS = {
+    "log_prob": (-math.inf, LOG_PROB_TOLERANCE, "finite and not above zero", "the trainer's forward pass"),
+    "old_log_prob": (-math.inf, LOG_PROB_TOLERANCE, "finite and not above zero", "the rollout engine"),
+    "advantages": (-math.inf, math.inf, "finite", "the advantage estimator or the reward"),
+    "divergence": (
+        0,
+        math.inf,
+        "finite and not below zero",
+        "the trainer's logits: with one of -inf pi lacks a token that mu can sample, which divergence=topk_tv permits",
+    ),
+}
+"""Of each input of a loss: its smallest and its largest value, both in words, and where to look."""
+
+
 def check_values(name: str, x: Tensor, mask: Tensor) -> None:
-    """Raise ValueError if a valid token's value is not finite or, of a log-probability, above zero."""
-    bad = ~x.isfinite() if name == "advantages" else ~(x <= LOG_PROB_TOLERANCE) | x.isinf()
-    bad &= mask
+    """Raise ValueError if a valid token's value is outside its `BORDERS`, or not finite."""
+    low, high, wanted, source = BORDERS[name]
+    bad = ~(x.isfinite() & (x >= low) & (x <= high)) & mask
     if not bad.any():
         return
     row, column = bad.nonzero()[0].tolist()
-    source = {
-        "log_prob": "the trainer's forward pass",
-        "old_log_prob": "the rollout engine",
-        "advantages": "the advantage estimator or the reward",
-    }[name]
-    wanted = "finite" if name == "advantages" else "finite and not above zero"
     raise ValueError(
         f"{name} must be {wanted}: {int(bad.sum())} of {int(mask.sum())} valid tokens of this micro-batch are not, the "
         f"first {x[row, column].item()} at response {row}, column {column}; check {source}"

@@ -3,8 +3,9 @@
 The shipped methods hand the settings concerned to the loss's config by interpolation, as ``policy_loss.preflight``.
 """
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -34,32 +35,35 @@ class Preflight(BaseConfig):
     must be the rollout engine's own.
 
     Raises:
-        ValueError: old_log_prob would be another policy's, or ``trust_region`` has an unknown key.
+        ValueError: old_log_prob would be another policy's, the policy loss would not be trained, or ``trust_region``
+            has an unknown key.
     """
 
     use_v1: bool
     trainer_mode: str
-    bypass_mode: bool
-    rollout_is: str | None
-    rollout_rs: str | None
-    calculate_log_probs: bool
-    logprobs_mode: str
-    temperature: float
-    top_p: float
-    top_k: int
-    rollout_name: str
-    max_logprobs: int
+    rollout_correction: dict
+    rollout: dict
+    """Of the run's rollout, what bears on mu."""
+    adv_estimator: str
+    loss_agg_mode: str
+    loss_scale_factor: int | None
+    use_kl_loss: bool
+    entropy_coeff: float
+    shuffle: bool
     strategy: str
     use_fused_kernels: bool
     pad_to_length: bool
     distillation: bool
-    shuffle: bool
+    use_task_rewards: bool
     trust_region: dict
 
     def __post_init__(self):
-        problems = violations(rollout_policy_rules(self), self)
+        problems = violations(rollout_policy_rules(self))
         if problems:
             raise ValueError("old_log_prob would not be the rollout policy's: " + " | ".join(problems))
+        problems = violations(policy_loss_rules(self))
+        if problems:
+            raise ValueError("the method's loss would not be trained: " + " | ".join(problems))
         for key in self.trust_region.keys() - set(TRUST_REGION_KEYS):
             value = self.trust_region[key]
             raise ValueError(f"trust_region has no key {key!r} (got {key}={value!r}); it has {TRUST_REGION_KEYS}")
@@ -70,65 +74,180 @@ class Rule(NamedTuple):
 
     setting: str
     """Its dotted key in the run's config; with hydra's "++" where the config may lack it."""
+    value: Any
     permitted: bool
     reason: str
     """Why the value breaks the run."""
-    fix: str = "true"
+    fix: str
     """The value that mends it, and what else does."""
 
 
-def violations(rules: list[Rule], run: Preflight) -> list[str]:
+def violations(rules: list[Rule]) -> list[str]:
     """One sentence for each rule that the run breaks, with the override that mends it."""
-    problems = []
-    for rule in rules:
-        if not rule.permitted:
-            field = rule.setting.rpartition(".")[2]
-            value = getattr(run, {"name": "rollout_name", "enabled": "distillation"}.get(field, field))
-            problems.append(f"{rule.setting.lstrip('+')}={value} {rule.reason}; set {rule.setting}={rule.fix}")
-    return problems
+    return [
+        f"{rule.setting.lstrip('+')}={rule.value} {rule.reason}; set {rule.setting}={rule.fix}"
+        for rule in rules
+        if not rule.permitted
+    ]
 
 
 CORRECTION, ROLLOUT, ACTOR = "algorithm.rollout_correction.", "actor_rollout_ref.rollout.", "actor_rollout_ref.actor."
 TRUNCATES = "truncates the sampling distribution, so the trainer's log-probabilities describe a different distribution"
 CORRECTS = "corrects for the mismatch that the ratio to mu already carries"
 
+MU_KEEPING = {
+    "vllm": (
+        "all2all_backend allow_deprecated_quantization async_scheduling attention_backend attention_config block_size "
+        "calculate_kv_scales compilation_config cp_kv_cache_interleave_size cpu_distributed_timeout_seconds "
+        "cpu_offload_gb cpu_offload_params cudagraph_capture_sizes cudagraph_metrics dcp_comm_backend "
+        "decode_context_parallel_size disable_cascade_attn disable_custom_all_reduce disable_hybrid_kv_cache_manager "
+        "disable_log_stats disable_sliding_window distributed_timeout_seconds download_dir dtype "
+        "enable_chunked_prefill enable_dbo enable_eplb enable_expert_parallel enable_flashinfer_autotune "
+        "enable_log_requests enable_prefix_caching enable_return_routed_experts enforce_eager eplb_config "
+        "expert_placement_strategy gpu_memory_utilization hf_overrides kernel_config kv_cache_dtype "
+        "kv_cache_dtype_skip_layers kv_cache_memory_bytes kv_cache_metrics kv_offloading_backend kv_offloading_size "
+        "limit_mm_per_prompt linear_backend load_format long_prefill_token_threshold lora_dtype mamba_block_size "
+        "mamba_cache_dtype mamba_cache_mode mamba_ssm_cache_dtype max_cpu_loras max_cudagraph_capture_size "
+        "max_logprobs max_model_len max_num_batched_tokens max_num_scheduled_tokens max_num_seqs "
+        "mm_encoder_attn_backend mm_encoder_tp_mode mm_processor_cache_gb mm_processor_cache_type model_impl "
+        "moe_backend num_gpu_blocks_override numa_bind offload_backend offload_group_size offload_num_in_group "
+        "offload_params offload_prefetch_step optimization_level performance_mode prefix_caching_hash_algo "
+        "quantization quantization_config scheduling_policy seed show_hidden_metrics_for_version skip_mm_profiling "
+        "stream_interval swap_space trust_remote_code ubatch_size use_fp64_gumbel watermark weight_transfer_config"
+    ),
+    "sglang": (
+        "attention_backend chunked_prefill_size context_length cuda_graph_bs cuda_graph_max_bs deepep_mode "
+        "disable_cuda_graph disable_custom_all_reduce disable_overlap_schedule disable_radix_cache dtype "
+        "enable_deterministic_inference enable_dp_attention enable_torch_compile kv_cache_dtype log_level "
+        "max_prefill_tokens max_running_requests max_total_tokens mem_fraction_static mm_attention_backend "
+        "moe_a2a_backend moe_runner_backend page_size quantization random_seed sampling_backend "
+        "schedule_conservativeness schedule_policy trust_remote_code watchdog_timeout"
+    ),
+}
+"""Arguments of a rollout engine that are known to leave the distribution sampled from, or to change it and its recorded
+log-probabilities alike, as quantisation does. verl hands all others on too, and they win over its own."""
+EXACT_REJECTION = ("standard", "block", "strict", "probabilistic")
+"""vLLM's ways of speculative decoding that sample from the target's distribution."""
+
 
 def rollout_policy_rules(run: Preflight) -> list[Rule]:
     """What makes old_log_prob the log-probability under mu."""
-    modes = ("processed_logprobs", *(["raw_logprobs"] if run.temperature == 1 else []))
-    other_mode = f"records another distribution than the one sampled at temperature {run.temperature}"
     other_trainer = f"is not one of the plug-in's trainers {', '.join(TRAINER_MODES)}"
     nearest = f"{TRAINER_MODE_PREFIX}{run.trainer_mode}"
     trainer = nearest if nearest in TRAINER_MODES else TRAINER_MODES[0]
+    rollout, correction = run.rollout, run.rollout_correction
+    temperature, mode, penalty = (rollout[key] for key in ("temperature", "logprobs_mode", "repetition_penalty"))
+    modes = ("processed_logprobs", *(["raw_logprobs"] if temperature == 1 else []))
+    other_mode = f"records another distribution than the one sampled at temperature {temperature}"
+    legacy = "is the legacy trainer, which replaces the policy loss in bypass mode"
+    dropped = "drops the rollout engine's log-probabilities"
+    penalised = "changes the sampling distribution and not the trainer's"
+
+    def corrected(key: str, permitted: Any, reason: str, fix: str) -> Rule:
+        return Rule(CORRECTION + key, correction.get(key), correction.get(key) is permitted, reason, fix)
+
+    def sampled(key: str, permitted: bool, reason: str, fix: str) -> Rule:
+        return Rule(ROLLOUT + key, rollout[key], permitted, reason, fix)
+
     return [
-        Rule("trainer.use_v1", run.use_v1, "is the legacy trainer, which replaces the policy loss in bypass mode"),
-        Rule("trainer.v1.trainer_mode", run.trainer_mode in TRAINER_MODES, other_trainer, trainer),
-        Rule(CORRECTION + "bypass_mode", run.bypass_mode, "recomputes old_log_prob with the trainer's weights"),
-        Rule(CORRECTION + "rollout_is", run.rollout_is is None, CORRECTS, "null"),
-        Rule(CORRECTION + "rollout_rs", run.rollout_rs is None, CORRECTS, "null"),
-        Rule(ROLLOUT + "calculate_log_probs", run.calculate_log_probs, "drops the rollout engine's log-probabilities"),
-        Rule(ROLLOUT + "temperature", run.temperature > 0, "is greedy", "1"),
-        Rule(ROLLOUT + "logprobs_mode", run.logprobs_mode in modes, other_mode, "processed_logprobs"),
-        Rule(ROLLOUT + "top_p", run.top_p == 1, TRUNCATES, "1"),
-        Rule(ROLLOUT + "top_k", run.top_k in (-1, 0), TRUNCATES, "-1"),
+        Rule("trainer.use_v1", run.use_v1, run.use_v1, legacy, "true"),
+        Rule("trainer.v1.trainer_mode", run.trainer_mode, run.trainer_mode in TRAINER_MODES, other_trainer, trainer),
+        corrected("bypass_mode", True, "recomputes old_log_prob with the trainer's weights", "true"),
+        corrected("rollout_is", None, CORRECTS, "null"),
+        corrected("rollout_rs", None, CORRECTS, "null"),
+        sampled("calculate_log_probs", rollout["calculate_log_probs"], dropped, "true"),
+        sampled("temperature", temperature > 0, "is greedy", "1"),
+        sampled("logprobs_mode", mode in modes, other_mode, "processed_logprobs"),
+        sampled("top_p", rollout["top_p"] == 1, TRUNCATES, "1"),
+        sampled("top_k", rollout["top_k"] in (-1, 0), TRUNCATES, "-1"),
+        Rule(f"++{ROLLOUT}repetition_penalty", penalty, penalty == 1, penalised, "1"),
+        *engine_rules(rollout, modes),
+    ]
+
+
+def engine_rules(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Iterator[Rule]:
+    """What the rollout engine's own arguments must not change."""
+    engine = "vllm" if rollout["name"] == TOP_K_ROLLOUT else rollout["name"]
+    for key, value in engine_kwargs(rollout, engine).items():
+        setting = f"++{ROLLOUT}engine_kwargs.{engine}.{key}"
+        if value is None or key in MU_KEEPING.get(engine, "").split():
+            continue  # verl leaves null out
+        if engine == "vllm" and key == "logprobs_mode":
+            wins = f"wins over rollout.logprobs_mode and must be one of {logprobs_modes}"
+            yield Rule(setting, value, value in logprobs_modes, wins, "null")
+        elif engine == "vllm" and key == "speculative_config":
+            inexact = f"accepts tokens that mu would not; rejection_sample_method must be one of {EXACT_REJECTION}"
+            yield Rule(setting, value, samples_exactly(value), inexact, "null")
+        else:
+            yield Rule(setting, value, False, f"is not known to leave what {engine} samples and records alone", "null")
+
+
+def engine_kwargs(rollout: Mapping, engine: str) -> Mapping:
+    return (rollout["engine_kwargs"] or {}).get(engine) or {}
+
+
+def samples_exactly(speculative_config: Mapping | str) -> bool:
+    """Whether speculative decoding leaves the distribution alone; its config may be JSON, as on vLLM's command line."""
+    try:
+        config = json.loads(speculative_config) if isinstance(speculative_config, str) else speculative_config
+        return config.get("rejection_sample_method", EXACT_REJECTION[0]) in EXACT_REJECTION
+    except (ValueError, AttributeError):
+        return False
+
+
+def policy_loss_rules(run: Preflight) -> list[Rule]:
+    """What keeps the policy loss in the update."""
+    setting, reason = "distillation.distillation_loss.use_task_rewards", "trains on the teacher's loss alone"
+    return [Rule(setting, run.use_task_rewards, run.use_task_rewards or not run.distillation, reason, "true")]
+
+
+SPREAD_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo")
+"""verl's advantage estimators that give nothing to a prompt whose responses all have the same reward."""
+
+
+def mask_std_0_rules(run: Preflight) -> list[Rule]:
+    """What ``mask_std_0`` needs for leaving prompts out to be the same as removing them."""
+    off = f"or {ACTOR}policy_loss.mask_std_0=false"
+    mode, horizon = run.loss_agg_mode, run.loss_scale_factor
+    seq_mean, divided = mode.startswith("seq-mean"), mode != "seq-mean-token-sum-norm" or horizon is not None
+    estimates = run.adv_estimator in SPREAD_ESTIMATORS
+    signal = "gives an advantage to prompts whose responses all have the same reward"
+    drawn = "lets the workers draw which rows share a mini-batch, and so a denominator"
+    width = f"divides by the width of a micro-batch under {mode}"
+    undivided = f"is averaged over the prompts left out too under {mode}"
+    return [
+        Rule("algorithm.adv_estimator", run.adv_estimator, estimates, signal, f"grpo {off}"),
+        Rule(ACTOR + "shuffle", run.shuffle, not run.shuffle, drawn, f"false {off}"),
+        Rule(ACTOR + "loss_scale_factor", horizon, divided, width, f"{run.rollout['response_length']} {off}"),
+        Rule(ACTOR + "use_kl_loss", run.use_kl_loss, not (seq_mean and run.use_kl_loss), undivided, f"false {off}"),
+        Rule(ACTOR + "entropy_coeff", run.entropy_coeff, not (seq_mean and run.entropy_coeff), undivided, f"0 {off}"),
     ]
 
 
 def top_k_rules(run: Preflight, top_k: int) -> list[Rule]:
     """What a divergence on mu's ``top_k`` most likely tokens needs beyond `rollout_policy_rules`."""
-    vllm, fsdp, false = (f"{value} or divergence=binary_tv" for value in ("vllm", "fsdp2", "false"))
-    most, fused = f"++{ROLLOUT}engine_kwargs.vllm.max_logprobs", "actor_rollout_ref.model.use_fused_kernels"
-    returns = run.rollout_name in ("vllm", TOP_K_ROLLOUT)
-    enough = run.max_logprobs == -1 or run.max_logprobs >= top_k
+    vllm, fsdp, false, naive, fcfs = (
+        f"{value} or divergence=binary_tv" for value in ("vllm", "fsdp2", "false", "naive", "fcfs")
+    )
+    name, policy, backend = (run.rollout[key] for key in ("name", "scheduling_policy", "checkpoint_backend"))
+    disaggregated, fused, padded = run.rollout["disaggregation"], run.use_fused_kernels, run.pad_to_length
+    most = engine_kwargs(run.rollout, "vllm").get("max_logprobs", 20)
+    enough, returns = most == -1 or most >= top_k, name in ("vllm", TOP_K_ROLLOUT)
     unread = "is an engine whose logits the top-K divergences do not read"
     refused = "is refused by verl's engine together with its logits hook"
+    passed = "passes a request from server to server, and mu's most likely tokens not"
+    other, lost = "is refused by verl for any rollout but its own", "is lost: verl gives priorities to its own rollout"
+    fused_key, most_key = "actor_rollout_ref.model.use_fused_kernels", f"++{ROLLOUT}engine_kwargs.vllm.max_logprobs"
     return [
-        Rule(ROLLOUT + "name", returns, "cannot return mu's most likely tokens", vllm),
-        Rule(most, enough, f"is below top_k={top_k}", str(top_k)),
-        Rule(ACTOR + "strategy", run.strategy in ("fsdp", "fsdp2"), unread, fsdp),
-        Rule(fused, not run.use_fused_kernels, "leaves no logits to take D_t from", false),
-        Rule(ACTOR + "fsdp_config.pad_to_length", not run.pad_to_length, refused, false),
-        Rule("distillation.enabled", not run.distillation, "uses verl's only logits hook", false),
+        Rule(ROLLOUT + "name", name, returns, "cannot return mu's most likely tokens", vllm),
+        Rule(most_key, most, enough, f"is below top_k={top_k}", str(top_k)),
+        Rule(ROLLOUT + "disaggregation.enabled", disaggregated, not disaggregated, passed, false),
+        Rule(ROLLOUT + "checkpoint_engine.backend", backend, backend != "delta_sharded", other, naive),
+        Rule(ROLLOUT + "scheduling_policy", policy, policy == "fcfs", lost, fcfs),
+        Rule(ACTOR + "strategy", run.strategy, run.strategy in ("fsdp", "fsdp2"), unread, fsdp),
+        Rule(fused_key, fused, not fused, "leaves no logits to take D_t from", false),
+        Rule(ACTOR + "fsdp_config.pad_to_length", padded, not padded, refused, false),
+        Rule("distillation.enabled", run.distillation, not run.distillation, "uses verl's only logits hook", false),
     ]
 
 

@@ -6,7 +6,7 @@ quotient is the share of all tokens or responses.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cppo_verl.core.metrics import GROUPS, POSITION_BINS, shares
 from cppo_verl.plugin.losses import METRIC_PREFIX
@@ -30,22 +30,27 @@ def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
     return result
 
 
-def shares_by_update(metrics: dict[str, Sequence[float]], first_updates: int = 1) -> dict[str, float]:
-    """Mean D_t at a batch's first update and at its later ones, over all tokens and by position.
+def step_shares(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The step's metrics made of its updates' sums: exact shares, where verl would average the updates' own.
+
+    Args:
+        sums: the loss's sums, one value per mini-batch, in the order of the step's updates.
+    """
+    return pop_shares({key: sum(values) for key, values in sums.items()}) | shares_by_update(sums)
+
+
+def shares_by_update(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean D_t at a step's first update and at its later ones, over all tokens and by position.
 
     At the first update pi differs from mu by the engine mismatch alone (and, in the asynchronous trainers, by the
     staleness of the batch); at the later ones there is policy drift too.
-
-    Args:
-        metrics: the loss's sums of one step, one value per mini-batch.
-        first_updates: how many mini-batches, from the start, are the first update: 1, or 0 if there was one before.
     """
     result: dict[str, float] = {}
-    for when, updates in (("first_update", slice(first_updates)), ("later_updates", slice(first_updates, None))):
+    for when, updates in (("first_update", slice(1)), ("later_updates", slice(1, None))):
         for group in ("all", *(f"position_{b}" for b in range(POSITION_BINS))):
-            tokens = sum(metrics.get(f"{METRIC_PREFIX}{group}/tokens", [])[updates])
+            tokens = sum(sums.get(f"{METRIC_PREFIX}{group}/tokens", [])[updates])
             if tokens > 0:
                 infix = "" if group == "all" else f"/{group}"
-                divergence = sum(metrics[f"{METRIC_PREFIX}{group}/divergence"][updates])
+                divergence = sum(sums[f"{METRIC_PREFIX}{group}/divergence"][updates])
                 result[f"trust_region/{when}/divergence{infix}"] = divergence / tokens
     return result

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,9 @@ from verl.workers.utils.losses import ppo_loss
 from cppo_verl.artifacts import stop_request
 from cppo_verl.plugin import checkpoints
 from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
+from cppo_verl.plugin.losses import METRIC_PREFIX
 from cppo_verl.plugin.preflight import captured_bytes, missing_files
-from cppo_verl.plugin.step_metrics import pop_shares, shares_by_update
+from cppo_verl.plugin.step_metrics import step_shares
 from cppo_verl.plugin.token_recorder import FIELDS, DumpWriter, draw, recording_loss, row_field, take
 from cppo_verl.plugin.topk.codec import ABSENT
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss
@@ -53,6 +55,8 @@ class TrustRegionTrainer(VerlTrainer):
     """Mixin over each of verl's v1 trainers; docs/seams.md lists what it overrides."""
 
     total_training_steps: int
+    update_sums: dict[str, list[float]]
+    """The loss's sums of the step's updates so far."""
 
     def __init__(self, config):
         missing = missing_files(config)
@@ -200,25 +204,35 @@ class TrustRegionTrainer(VerlTrainer):
             begin = time.perf_counter()
             self._dump_tokens(batch, drawn)
             metrics["timing_s/dump_tokens"] = seconds + time.perf_counter() - begin
-        # Between two weight syncs the separate trainer calls this for one mini-batch after another.
-        first = self.local_trigger_step == 0
-        metrics.update(pop_shares(metrics) | shares_by_update(self.actor_rollout_wg.last_metrics, int(first)))
+        # Between two weight syncs the separate trainer calls this for one mini-batch after another, and verl averages
+        # what they report: the step's shares are reported once, with the last.
+        if self.local_trigger_step == 0:
+            self.update_sums = defaultdict(list)
+        for key in [key for key in self.actor_rollout_wg.last_metrics if key.startswith(METRIC_PREFIX)]:
+            self.update_sums[key] += self.actor_rollout_wg.last_metrics[key]
+            metrics.pop(key, None)
+        if self.local_trigger_step == self.parameter_sync_step - 1:
+            metrics.update(step_shares(self.update_sums))
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
         """Apply mask_std_0 to the stored batch; return the fields to put back after the update, if any."""
-        actor = self.config.actor_rollout_ref.actor
-        if not actor.policy_loss.get("mask_std_0", False):
+        actor, algorithm = self.config.actor_rollout_ref.actor, self.config.algorithm
+        filters = actor.policy_loss.get("mask_std_0", False)
+        padding = [tag.get("is_padding", False) for tag in batch.tags]
+        if not filters and not any(padding):
             return None
         fields = ["uid", "rm_scores", "response_mask", "loss_mask", "advantages"]
-        if self.config.algorithm.use_kl_in_reward:
+        if algorithm.use_kl_in_reward:
             fields.append("token_level_rewards")
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
-        padding = [tag.get("is_padding", False) for tag in batch.tags]
-        kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding)
-        metrics["trust_region/left_out_prompt_share"] = share
-        if kept.all():
+        kept = torch.ones(len(padding), dtype=torch.bool)
+        if filters:
+            rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
+            keys = batch.keys if algorithm.adv_estimator == "grpo" else None
+            kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding, keys)
+            metrics["trust_region/left_out_prompt_share"] = share
+        if kept.all() and not any(padding):
             return None
         dp_size = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n

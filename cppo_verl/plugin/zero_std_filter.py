@@ -1,7 +1,7 @@
 """mask_std_0: prompts whose responses all have the same reward stay out of the update and of its denominators.
 
-The gradient is that of the batch with these prompts removed, under any micro-batching, number of ranks and
-``loss_agg_mode``.
+The gradient is that of the batch with these prompts removed, under any micro-batching and number of ranks;
+`cppo_verl.plugin.preflight.mask_std_0_rules` refuses the settings under which it would not be.
 """
 
 from collections import defaultdict
@@ -11,7 +11,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 
-def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool]) -> tuple[Tensor, float]:
+def rows_with_spread(
+    uids: list[str], rewards: list[float], padding: list[bool], keys: list[str] | None = None
+) -> tuple[Tensor, float]:
     """Find the rows of prompts whose responses' rewards differ.
 
     A prompt with a single response has no standard deviation and is kept. verl's padding rows, which count for nothing,
@@ -19,6 +21,8 @@ def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool])
 
     Args:
         uids, rewards, padding: each row's prompt, its reward, and whether it is padding.
+        keys: "<prompt>_<session>_<output>" of each row, for verl's GRPO, to which a session's last output is the
+            response; None where each row is one.
 
     Returns:
         Boolean [rows], true where kept, and the share of prompts left out.
@@ -28,10 +32,21 @@ def rows_with_spread(uids: list[str], rewards: list[float], padding: list[bool])
         if not padding[row]:
             groups[uid].append(row)
     kept = torch.ones(len(uids), dtype=torch.bool)
-    left_out = [rows for rows in groups.values() if len(rows) > 1 and len({rewards[row] for row in rows}) == 1]
-    for rows in left_out:
-        kept[rows] = False
-    return kept, len(left_out) / len(groups)
+    left_out = 0
+    for rows in groups.values():
+        responses = _last_outputs(rows, keys) if keys else rows
+        if len(responses) > 1 and len({rewards[row] for row in responses}) == 1:
+            kept[rows] = False
+            left_out += 1
+    return kept, left_out / len(groups)
+
+
+def _last_outputs(rows: list[int], keys: list[str]) -> list[int]:
+    last: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        session, _, output = keys[row].rpartition("_")
+        last[session] = max(last.get(session, (-1, row)), (int(output), row))
+    return [row for _, row in last.values()]
 
 
 def mini_batch_of_row(rows: int, dp_size: int, mini_batch_size: int) -> Tensor:
@@ -61,12 +76,14 @@ def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bo
         rows = torch.bincount(mini_batches)
         scale = rows / torch.bincount(mini_batches, weights=kept.double()).clamp_min(1)
         fields["advantages"] = _like(data["advantages"], scale[mini_batches].repeat_interleave(lengths))
-    # A mini-batch with nothing left would divide by zero tokens: count one token, which has no loss.
+    # A mini-batch with no token left, be it of padding rows alone, would divide by zero: count one, which has no loss.
     first = data["loss_mask"].offsets()[:-1]
-    for mini_batch in mini_batches.unique():
+    tokens = torch.zeros(len(mini_batches)).index_add_(
+        0, mini_batches.repeat_interleave(lengths), fields["loss_mask"].values().float()
+    )
+    for mini_batch in mini_batches[tokens[mini_batches] == 0].unique():
         rows = ((mini_batches == mini_batch) & (lengths > 0)).nonzero().flatten()
-        if len(rows) and not kept[rows].any():
-            fields["loss_mask"].values()[first[rows[0]]] = 1
+        fields["loss_mask"].values()[first[rows[:1]]] = 1
     return TensorDict(fields, batch_size=len(kept))
 
 

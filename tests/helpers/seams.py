@@ -71,8 +71,8 @@ def _written(value: object) -> bool:
 
 
 def patched() -> set[str]:
-    """Last name of each upstream attribute that the CPU room replaces."""
-    found = set()
+    """Last name of each upstream attribute that the CPU room replaces, or the registration wraps."""
+    found = set(re.findall(r'patch_function_wrapper\("[\w.]+", "(\w+)"\)', (PACKAGE / "register.py").read_text()))
     for file in (PACKAGE / "cpu").glob("*_patches.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             targets = [node.target] if isinstance(node, ast.AugAssign) else getattr(node, "targets", [])

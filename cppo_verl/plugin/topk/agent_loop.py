@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 import torch
-from pydantic import PrivateAttr
+import wrapt
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.workers.rollout.llm_server import LLMServerClient
@@ -56,7 +56,7 @@ class TopKAgentLoopWorker(VerlWorker):
     async def _agent_loop_postprocess(self, output, validate, **kwargs):
         if not validate:
             outputs = output if isinstance(output, list) else [output]
-            output = [OutputWithCandidates.of(x, self.calls, self.top_k) for x in outputs]
+            output = [OutputWithCandidates(x, self.calls, self.top_k) for x in outputs]
         return await super()._agent_loop_postprocess(output, validate, **kwargs)
 
 
@@ -95,20 +95,16 @@ class RecordingServer:
         return output
 
 
-class OutputWithCandidates(AgentLoopOutput):
-    """An agent loop's output that puts its response's candidates into TransferQueue, two tensors [L, K]."""
+class OutputWithCandidates(wrapt.ObjectProxy):
+    """An agent loop's output, verl's or a user's own, that puts its candidates into TransferQueue, as [L, K]."""
 
-    _candidates: dict[str, torch.Tensor] = PrivateAttr()
-
-    @classmethod
-    def of(cls, output: AgentLoopOutput, calls: Calls, top_k: int) -> "OutputWithCandidates":
-        result = cls.model_construct(output.model_fields_set, **dict(output))
+    def __init__(self, output: AgentLoopOutput, calls: Calls, top_k: int):
+        super().__init__(output)
         ids, codes = align(output.response_ids, output.response_mask, output.response_logprobs or [], calls, top_k)
-        result._candidates = {IDS_FIELD: torch.from_numpy(ids), CODES_FIELD: torch.from_numpy(codes)}
-        return result
+        self._self_candidates = {IDS_FIELD: torch.from_numpy(ids), CODES_FIELD: torch.from_numpy(codes)}
 
     def as_dict(self):
-        return super().as_dict() | self._candidates
+        return self.__wrapped__.as_dict() | self._self_candidates
 
 
 def align(
@@ -129,21 +125,16 @@ def align(
     returned = Captured(*map(np.concatenate, zip(*(captured for _, captured in calls), strict=True)))
     wanted_ids, wanted_log_probs = np.asarray(response_ids)[wanted], np.asarray(log_probs)[wanted]
 
-    def same(rows: np.ndarray, positions: slice | int) -> np.ndarray:
-        return (returned_ids[rows] == wanted_ids[positions]) & (
-            returned.sampled_log_prob[rows] == wanted_log_probs[positions]
-        )
-
     rows = np.arange(len(wanted))
-    if len(wanted) > len(returned_ids) or not same(rows, slice(None)).all():
-        # The agent loop dropped some: each token takes the first equal one after the last one taken.
-        rows, begin = np.full(len(wanted), -1), 0
-        for position in range(len(wanted)):
-            found = np.flatnonzero(same(np.arange(begin, len(returned_ids)), position))
-            if not len(found):
-                break
-            rows[position] = begin + found[0]
-            begin = rows[position] + 1
+    as_returned = (
+        len(wanted) <= len(returned_ids)
+        and ((returned_ids[rows] == wanted_ids) & (returned.sampled_log_prob[rows] == wanted_log_probs)).all()
+    )
+    if not as_returned:
+        # The agent loop dropped some: each token takes the first equal one after the last one taken, if there is one.
+        left = enumerate(zip(returned_ids.tolist(), returned.sampled_log_prob.tolist(), strict=True))
+        tokens = zip(wanted_ids.tolist(), wanted_log_probs.tolist(), strict=True)
+        rows = np.array([next((row for row, other in left if other == token), -1) for token in tokens])
     wanted, rows = wanted[rows >= 0], rows[rows >= 0]
     ids[wanted], codes[wanted] = returned.ids[rows], returned.codes[rows]
     return ids, codes

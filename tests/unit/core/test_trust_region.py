@@ -116,6 +116,31 @@ def test_unknown_gate_is_named():
         update_mask(one_response(0.1, delta=0.15, delta_b=None, w_min=1.0), AWAY, AWAY, delta=0.15, gate="sharp")
 
 
+@pytest.mark.parametrize("gate", ["hard", "soft", "sapo", "penalty"])
+@pytest.mark.parametrize("budget", ["adaptive", "fixed", "none"])
+def test_an_infinite_divergence_has_the_limit_of_large_ones_under_every_gate(gate, budget):
+    def mask(large):
+        div = torch.tensor([0.01, 0.02, large, 0.01], dtype=torch.float64)
+        delta_b = {"adaptive": adaptive_budget(div, ones(4), 0.02), "fixed": 0.02, "none": None}[budget]
+        region = build_trust_region(div, ones(4), delta=0.15, delta_b=delta_b, w_min=0.8)
+        return torch.stack(
+            [kept(region, 0.15, gate), update_mask(region, -AWAY, AWAY, delta=0.15, gate=gate)]  # away, towards one
+        )
+
+    limit = mask(1e300)
+    assert limit[0, 2].abs() < 1e-9 or limit[0, 2] < -1e9
+    limit = torch.where(limit.abs() > 1e9, limit.sign() * math.inf, limit)
+    torch.testing.assert_close(mask(math.inf), limit, rtol=0, atol=1e-9)
+
+
+@EITHER_DTYPE
+def test_a_quantile_beside_an_infinite_value_is_finite_up_to_it_and_infinite_above(dtype):
+    x = torch.tensor([0.1, 0.2, 0.3, math.inf], dtype=dtype)
+    quantiles = [masked_quantile(x, ones(4), q).item() for q in (0.5, 2 / 3, 0.7, 0.9, 1)]
+    assert quantiles == pytest.approx([0.25, 0.3, math.inf, math.inf, math.inf])
+    assert adaptive_budget(x, ones(4), 0.02).item() == pytest.approx(0.04)
+
+
 # --- against the oracle ---------------------------------------------------------------------------------------
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import GRPO, start_up
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, InstantiationException
 from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import omega_conf_to_dataclass
 
+from cppo_verl.doctor.checks import compose_command
 from cppo_verl.plugin.config import CPPOLossConfig
 from cppo_verl.plugin.losses import cppo as cppo_rule
+from cppo_verl.plugin.preflight import MU_KEEPING
 
 CONFIG = Path(__file__).parents[3] / "cppo_verl" / "config"
 RULE = "actor_rollout_ref.actor.policy_loss."
@@ -22,8 +25,9 @@ RULE = "actor_rollout_ref.actor.policy_loss."
 
 @pytest.fixture(scope="module")
 def cppo(compose):
-    """The CPPO command's config with some dotted keys changed."""
+    """The CPPO command's config with some dotted keys changed or added."""
     config = compose(*GRPO, "+method=cppo")
+    OmegaConf.set_struct(config, False)
     return lambda *overrides: OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
 
 
@@ -80,6 +84,15 @@ def test_a_method_without_a_divergence_refuses_one(compose, method):
         (["distillation.enabled=true"], "distillation.enabled=false"),
         (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=fsdp2"),
         ([RULE + "top_k=50"], "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"),
+        (
+            ["actor_rollout_ref.rollout.disaggregation.enabled=true"],
+            "actor_rollout_ref.rollout.disaggregation.enabled=false",
+        ),
+        (
+            ["actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded"],
+            "actor_rollout_ref.rollout.checkpoint_engine.backend=naive",
+        ),
+        (["actor_rollout_ref.rollout.scheduling_policy=priority"], "actor_rollout_ref.rollout.scheduling_policy=fcfs"),
         (
             ["+actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=5"],
             "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=20",
@@ -172,8 +185,6 @@ def test_a_dump_of_a_distilling_run_is_refused(cppo):
 
 
 def test_impossible_combinations_are_refused_by_name(compose, cppo):
-    with pytest.raises(InstantiationException, match="mask_std_0=True is not permitted: false with actor.shuffle=true"):
-        start_up(cppo("actor_rollout_ref.actor.shuffle=true"))
     with pytest.raises(InstantiationException, match=r"no key 'gate' \(got gate='soft'\)"):
         start_up(compose(*GRPO, "+method=trm_max", "+" + RULE + "gate=soft"))
     with pytest.raises(InstantiationException, match="delta=None is not permitted: a number where delta_avg is null"):
@@ -240,3 +251,156 @@ def test_a_temperature_that_both_sides_apply_is_right_and_one_that_mu_lacks_is_r
     start_up(cppo(raw))
     with pytest.raises(InstantiationException, match=r"temperature 0.7; set .*processed_logprobs"):
         start_up(cppo(hot, raw))
+
+
+RULE_KEY = RULE.rstrip(".")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"~{RULE_KEY}"], "policy_loss has become NoneType"),
+        ([f"~{RULE_KEY}", "~trust_region"], "policy_loss has become NoneType"),
+        ([f"~{RULE_KEY}", f"+{RULE_KEY}={{loss_mode:vanilla}}"], "policy_loss has become dict"),
+        ([f"{RULE_KEY}={{loss_mode:vanilla}}"], "loss_mode='vanilla' is not permitted"),
+        ([f"+{RULE_KEY}={{loss_mode:dppo_tv}}"], "loss_mode='dppo_tv' is not permitted"),
+        ([f"++{RULE}loss_mode=vanilla"], "loss_mode='vanilla' is not permitted"),
+        ([f"~{RULE}loss_mode", f"+{RULE}loss_mode=vanilla"], "loss_mode='vanilla' is not permitted"),
+        ([f"{RULE_KEY}=null"], "policy_loss has become NoneType"),
+        ([f"~{RULE}_target_"], "policy_loss has become dict"),
+        ([f"~{RULE}_target_", f"{RULE}loss_mode=vanilla"], "policy_loss has become dict"),
+        ([f"{RULE}_target_=verl.workers.config.PolicyLossConfig"], "unexpected keyword argument"),
+        ([f"{RULE}_target_=cppo_verl.plugin.config.MethodConfig"], "policy_loss has no key"),
+        ([f"{RULE}_target_=builtins.dict", f"{RULE}loss_mode=vanilla"], "policy_loss has become dict"),
+        ([f"+{RULE}_partial_=true", f"{RULE}loss_mode=vanilla"], "policy_loss has become _DeferredTarget"),
+        (["+actor_rollout_ref.actor._recursive_=false"], "'dict' object has no attribute 'strategy'"),
+        ([f"{RULE}preflight=null"], "preflight.use_v1=None hides the run's own True"),
+        ([f"~{RULE}preflight"], "preflight.use_v1=None hides the run's own True"),
+        (["trainer.use_v1=false", f"{RULE}preflight.use_v1=true"], r"set trainer\.use_v1=true"),
+        ([f"+{RULE}_recursive_=false"], "preflight={.*the method fills it from the run; leave it out"),
+        ([f"+{RULE}preflight._recursive_=false", "trainer.use_v1=false"], r"set trainer\.use_v1=true"),
+        ([f"{RULE}preflight._target_=builtins.dict", "trainer.use_v1=false"], "preflight={.*leave it out"),
+        ([f"{RULE}preflight.rollout.top_p=1", "actor_rollout_ref.rollout.top_p=0.9"], r"set .*rollout\.top_p=1"),
+        ([f"{RULE}preflight.rollout.engine_kwargs=null"], r"preflight\.rollout=.* hides the run's own"),
+        (
+            ["distillation.enabled=true", "distillation.distillation_loss.use_task_rewards=false"],
+            "teacher's loss alone",
+        ),
+    ],
+)
+def test_no_spelling_takes_the_mask_or_its_checks_away(compose, overrides, message):
+    config = compose(*GRPO, "+method=cppo", *overrides)
+    if "trust_region" not in config:  # what only hydra knows then
+        config = compose_command([*GRPO, "+method=cppo", *overrides])
+    try:
+        with pytest.raises((InstantiationException, ValueError), match=message):
+            start_up(config)
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def test_a_run_without_a_method_is_verls_own_business(compose):
+    start_up(compose(*GRPO, "trainer.use_v1=false", "actor_rollout_ref.actor.policy_loss.loss_mode=gspo"))
+
+
+ENGINE = "actor_rollout_ref.rollout.engine_kwargs."
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "vllm.logprobs_mode=raw_logits",
+        "vllm.logprobs-mode=processed_logprobs",
+        "vllm.logits_processors=[mine.Processor]",
+        "vllm.override_generation_config={repetition_penalty: 1.1}",
+        "vllm.generation_config=folder",
+        "vllm.reasoning_config={}",
+        "vllm.worker_cls=mine.Worker",
+        "vllm.scheduler_cls=mine.Scheduler",
+        "vllm.diffusion_config={}",
+        "vllm.additional_config={a: 1}",
+        "vllm.speculative_config={method: ngram,rejection_sample_method: synthetic}",
+        'vllm.speculative_config=\'{"rejection_sample_method": "synthetic"}\'',
+        "vllm.speculative_config=ngram",
+        "vllm.no_such_argument=1",
+    ],
+)
+def test_an_engine_argument_that_may_change_mu_is_refused_by_name_and_null_mends_it(cppo, override):
+    key = override.partition("=")[0]
+    config = cppo(ENGINE + override)
+    with pytest.raises(InstantiationException, match=rf"{re.escape(key)}=.*; set \+\+{re.escape(ENGINE + key)}=null"):
+        start_up(config)
+    start_up(cppo(ENGINE + override, f"{ENGINE}{key}=null"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "vllm.logprobs_mode=raw_logprobs",  # at temperature 1
+        "vllm.logprobs_mode=processed_logprobs",
+        "vllm.speculative_config={method: ngram,num_speculative_tokens: 3}",
+        'vllm.speculative_config=\'{"method": "ngram", "rejection_sample_method": "block"}\'',
+        "vllm.quantization=fp8",
+        "vllm.kv_cache_dtype=fp8",
+        "vllm.attention_backend=FLASHINFER",
+        "sglang.logits_processors=[mine.Processor]",  # of an engine that does not run
+    ],
+)
+def test_an_engine_argument_that_keeps_mu_is_permitted(cppo, override):
+    start_up(cppo(ENGINE + override))
+
+
+def test_raw_log_probabilities_by_an_engine_argument_are_refused_at_another_temperature(cppo):
+    hot = ["actor_rollout_ref.rollout.temperature=0.7", f"{ENGINE}vllm.logprobs_mode=raw_logprobs"]
+    with pytest.raises(InstantiationException, match=r"wins over rollout\.logprobs_mode"):
+        start_up(cppo(*hot))
+
+
+def test_every_permitted_argument_of_vllm_is_one():
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    known = {action.dest for action in make_arg_parser(FlexibleArgumentParser())._actions}
+    # Of vLLM 0.24, which runs on GPUs, alone.
+    assert set(MU_KEEPING["vllm"].split()) - known <= {"calculate_kv_scales", "swap_space"}
+
+
+def test_a_penalty_of_the_rollout_is_refused_and_whatever_validation_samples_is_not(cppo):
+    key = "actor_rollout_ref.rollout.repetition_penalty"
+    with pytest.raises(InstantiationException, match=rf"repetition_penalty=1\.1 .*; set \+\+{re.escape(key)}=1"):
+        start_up(cppo(f"{key}=1.1"))
+    greedy = "actor_rollout_ref.rollout.val_kwargs={temperature: 0,top_k: 5,top_p: 0.9}"
+    start_up(cppo(f"{key}=1.0", greedy, "actor_rollout_ref.rollout.ignore_eos=true"))
+
+
+def test_a_key_that_verls_rollout_does_not_have_is_refused_before_ray(cppo):
+    with pytest.raises(InstantiationException, match="unexpected keyword argument 'min_p'"):
+        start_up(cppo("actor_rollout_ref.rollout.min_p=0.1"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "way_out"),
+    [
+        (["actor_rollout_ref.actor.shuffle=true"], "actor_rollout_ref.actor.shuffle=false"),
+        (["algorithm.adv_estimator=reinforce_plus_plus"], "algorithm.adv_estimator=grpo"),
+        (["algorithm.adv_estimator=gdpo"], "algorithm.adv_estimator=grpo"),
+        (
+            [
+                "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm",
+                "actor_rollout_ref.actor.use_kl_loss=false",
+            ],
+            "actor_rollout_ref.actor.loss_scale_factor=1024",
+        ),
+        (
+            ["actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"],
+            "actor_rollout_ref.actor.use_kl_loss=false",
+        ),
+    ],
+)
+def test_mask_std_0_is_refused_where_leaving_out_is_not_removing(cppo, overrides, way_out):
+    with pytest.raises(
+        InstantiationException, match=rf"mask_std_0=True is not permitted: .*; set {re.escape(way_out)}"
+    ):
+        start_up(cppo(*overrides))
+    start_up(cppo(*overrides, way_out))
+    start_up(cppo(*overrides, f"{RULE}mask_std_0=false"))

@@ -213,3 +213,15 @@ def test_the_loss_takes_the_measured_divergence_on_valid_tokens_alone():
     want, want_metrics = call(data, actor_config())
     assert loss.item() == pytest.approx(want.item())
     assert metrics == pytest.approx(want_metrics)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
+def test_a_measured_divergence_that_is_none_is_refused_with_the_way_out(value):
+    data = batch()
+    divergence = (data["log_prob"].detach().exp() - data["old_log_prob"].exp()).abs()
+    divergence[2, 7] = value
+    message = (
+        rf"^divergence must be finite and not below zero: 1 of \d+ .* {value}\d* at response 2, column 7.*=topk_tv"
+    )
+    with loss_context(divergence=divergence), pytest.raises(ValueError, match=message):
+        call(data, actor_config(divergence="topk_kl"))

@@ -1,9 +1,14 @@
 """Engine mismatch and policy drift, told apart by the update."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+from omegaconf import OmegaConf
+from transfer_queue import KVBatchMeta
+
+from cppo_verl.core.metrics import RESPONSE_SUMS, TOKEN_SUMS
 from cppo_verl.plugin.losses import METRIC_PREFIX
-from cppo_verl.plugin.step_metrics import shares_by_update
+from cppo_verl.plugin.step_metrics import shares_by_update, step_shares
 
 
 def test_the_first_update_is_told_apart_from_the_later_ones():
@@ -18,12 +23,50 @@ def test_the_first_update_is_told_apart_from_the_later_ones():
             "trust_region/later_updates/divergence/position_3": 0.15,
         }
     )
-    # The separate trainer's later mini-batches between two weight syncs.
-    later = shares_by_update({METRIC_PREFIX + key: value for key, value in sums.items()}, first_updates=0)
-    assert later == pytest.approx(
-        {
-            "trust_region/later_updates/divergence": 0.064,
-            "trust_region/later_updates/divergence/position_3": 0.15,
-        }
-    )
     assert shares_by_update({"grad_norm": [1.0]}) == {}
+
+
+def test_the_shares_of_updates_of_unequal_size_are_those_of_all_their_tokens():
+    """Of 10 tokens 9 are masked, of 90 none: 9 % of all, where the mean of the updates' shares is 45 %."""
+    sums = {f"{METRIC_PREFIX}all/{name}": [0.0, 0.0] for name in (*TOKEN_SUMS, *RESPONSE_SUMS)}
+    sums |= {f"{METRIC_PREFIX}all/tokens": [10.0, 90.0], f"{METRIC_PREFIX}all/masked": [9.0, 0.0]}
+    metrics = step_shares(sums)
+    assert metrics["trust_region/masked_share"] == metrics["actor/pg_clipfrac"] == pytest.approx(0.09)
+
+
+def test_the_separate_trainer_reports_a_steps_shares_once(monkeypatch):
+    """verl's own loop over the updates between two weight syncs and its aggregation, around updates of unequal size."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    from cppo_verl.plugin.trainer import TrustRegionTrainerSeparateAsync
+
+    names = [f"{METRIC_PREFIX}all/{name}" for name in (*TOKEN_SUMS, *RESPONSE_SUMS)]
+    updates = [
+        dict.fromkeys(names, 0.0) | {names[0]: 10.0, names[1]: 9.0},
+        dict.fromkeys(names, 0.0) | {names[0]: 90.0},
+    ]
+    trainer = object.__new__(TrustRegionTrainerSeparateAsync)
+    trainer.config = OmegaConf.create(
+        {"data": {"train_batch_size": 2}, "actor_rollout_ref": {"actor": {"policy_loss": {"mask_std_0": False}}}}
+        | {"algorithm": {}}
+    )
+    trainer.parameter_sync_step, trainer.token_dump = 2, None
+
+    def update(self, batch, metrics):
+        sums = updates[self.local_trigger_step]
+        self.actor_rollout_wg = SimpleNamespace(last_metrics={key: [value] for key, value in sums.items()})
+        metrics.update(sums)
+        return batch
+
+    def once(self, metrics, timing_raw, size):
+        return self._update_actor(
+            KVBatchMeta(partition_id="train", keys=[str(self.local_trigger_step)], tags=[{}]), metrics
+        )
+
+    monkeypatch.setattr(PPOTrainer, "_update_actor", update)
+    monkeypatch.setattr(TrustRegionTrainerSeparateAsync, "_step_once", once)
+    monkeypatch.setattr(TrustRegionTrainerSeparateAsync, "prepare_step", lambda self: {})
+    metrics = {}
+    trainer.step(metrics, {})
+    assert metrics["trust_region/masked_share"] == pytest.approx(0.09)
+    assert not [key for key in metrics if key.startswith(METRIC_PREFIX)]

@@ -1,8 +1,14 @@
 """mask_std_0: which prompts stay out, and what is divided by without them."""
 
+import numpy as np
 import pytest
 import torch
+from verl import DataProto
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
+from cppo_verl.plugin.preflight import SPREAD_ESTIMATORS
 from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
 
 
@@ -20,6 +26,37 @@ def test_prompts_of_one_reward_are_found():
     # c has a single response and no standard deviation, the padding row is no prompt
     assert kept.tolist() == [True, False, True, False, True, False, False, True]
     assert share == pytest.approx(2 / 4)
+
+
+def test_a_session_of_several_outputs_is_one_response_as_in_verls_grpo():
+    # a: one session of two outputs. b: two sessions that end alike. c: two that end differently, in any order of rows.
+    keys = ["a_0_0", "a_0_1", "b_0_0", "b_0_1", "b_1_0", "c_0_1", "c_0_0", "c_1_0"]
+    uids, rewards = [key[0] for key in keys], [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    kept, share = rows_with_spread(uids, rewards, [False] * 8, keys)
+    assert kept.tolist() == [True, True, False, False, False, True, True, True]
+    assert share == pytest.approx(1 / 3)
+    scores = torch.tensor(rewards).unsqueeze(-1)
+    data = DataProto.from_dict(
+        {"token_level_rewards": scores, "response_mask": torch.ones(8, 1)}, {"uid": np.array(uids, dtype=object)}
+    )
+    given = compute_advantage_for_multi_trajectories(data, keys, "grpo").batch["advantages"].abs().amax(-1) > 1e-5
+    assert torch.equal(given | ~kept, kept | ~kept) and not given[~kept].any()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "nothing"), [*((name, True) for name in SPREAD_ESTIMATORS), ("reinforce_plus_plus_baseline", False)]
+)
+def test_the_estimators_that_mask_std_0_takes_give_nothing_to_a_prompt_of_one_reward(estimator, nothing):
+    """Two prompts of four responses of unequal length: one of one reward, one of two."""
+    lengths = torch.tensor([1, 2, 3, 4, 4, 3, 2, 1])
+    mask = (torch.arange(4) < lengths[:, None]).float()
+    rewards = torch.zeros(8, 4)
+    rewards[torch.arange(8), lengths - 1] = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 1])
+    index = np.array([0] * 4 + [1] * 4)
+    function = ADV_ESTIMATOR_REGISTRY[estimator]
+    advantages, _ = function(token_level_rewards=rewards, response_mask=mask, index=index, config=AlgoConfig())
+    assert advantages[4:].abs().max() > 0.1
+    assert (advantages[:4].abs().max() < 1e-4) == nothing
 
 
 def test_rows_fall_into_verls_mini_batches():
@@ -60,5 +97,16 @@ def test_what_is_left_out_leaves_every_denominator():
 def test_a_mini_batch_with_nothing_left_divides_by_one_token_of_no_loss():
     data = nested_batch([3, 1, 2, 4])
     masked = leave_out(data, torch.tensor([False, False, True, True]), torch.tensor([0, 0, 1, 1]), seq_mean=False)
+    assert [m.sum().item() for m in masked["response_mask"].unbind()] == [0, 0, 2, 4]
+    assert [m.sum().item() for m in masked["loss_mask"].unbind()] == [1, 0, 2, 4]
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_a_mini_batch_of_padding_rows_with_or_without_a_prompt_left_out_divides_by_one_token(left_out):
+    data = nested_batch([1, 1, 2, 4])
+    for name in ("response_mask", "loss_mask"):
+        data[name].values()[: 1 if left_out else 2] = 0  # verl's padding rows
+    kept = torch.tensor([True, not left_out, True, True])
+    masked = leave_out(data, kept, torch.tensor([0, 0, 1, 1]), seq_mean=False)
     assert [m.sum().item() for m in masked["response_mask"].unbind()] == [0, 0, 2, 4]
     assert [m.sum().item() for m in masked["loss_mask"].unbind()] == [1, 0, 2, 4]

@@ -1,6 +1,7 @@
 """Each response token's candidates, found among those of the rollout engine's calls."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServer
 from verl.workers.rollout.replica import TokenOutput
 
 from cppo_verl.plugin.constants import TOP_K_ROLLOUT
-from cppo_verl.plugin.topk.agent_loop import TopKAgentLoopWorker, align, recording_client
+from cppo_verl.plugin.topk.agent_loop import OutputWithCandidates, TopKAgentLoopWorker, align, recording_client
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, unpack
 from cppo_verl.plugin.topk.vllm_server import CAPTURED, Captured
 
@@ -53,6 +54,41 @@ def test_the_same_token_twice_takes_two_rows():
     call = tokens, capture._replace(sampled_log_prob=np.array([-0.1, -0.5, -0.5]))
     ids, _ = align([5, 5], [1, 1], [-0.5, -0.5], [call], 2)
     assert ids[:, 0].tolist() == [200, 300]
+
+
+def test_finding_the_rest_of_a_long_response_takes_linear_time():
+    call = call_of([5] * 16_001, 1)
+
+    def seconds(length):
+        begin = time.perf_counter()
+        ids, _ = align([5] * length, [1] * length, log_probs_of(call)[1 : length + 1], [call], 2)
+        assert ids[[0, -1], 0].tolist() == [200, 100 * (length + 1)]
+        return time.perf_counter() - begin
+
+    assert min(seconds(16_000) for _ in range(3)) < 0.1  # quadratic, it was 0.5 s
+
+
+def test_an_agent_loops_own_kind_of_output_keeps_what_is_its_own():
+    class Own(AgentLoopOutput):
+        rounds: int
+
+        def as_dict(self):
+            return super().as_dict() | {"rounds": self.rounds}
+
+    call = call_of([5, 6], 1)
+    own = Own(
+        prompt_ids=[0],
+        response_ids=[5, 6],
+        response_mask=[1, 1],
+        response_logprobs=log_probs_of(call),
+        metrics={},
+        rounds=3,
+    )
+    output = OutputWithCandidates(own, [call], 2)
+    output.reward_score = 1.0  # as verl sets it afterwards
+    fields = output.as_dict()
+    assert isinstance(output, Own) and fields["rounds"] == 3 and fields["rm_scores"].tolist() == [0, 1]
+    assert unpack(fields[IDS_FIELD], fields[CODES_FIELD])[0][:, 0].tolist() == [100, 200]
 
 
 @pytest.mark.parametrize("change", ["token", "log_prob", "no log_probs", "no calls"])
