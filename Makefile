@@ -17,7 +17,7 @@ BROWSER := $(VENV)/browser
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
-.PHONY: install quickstart test test-unit lint clean
+.PHONY: install quickstart test test-unit lint docs dist clean
 
 install: $(VENV)/installed
 
@@ -47,6 +47,15 @@ lint: install
 	$(BIN)/hadolint $(wildcard docker/Dockerfile.*)
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(wildcard docker/compose*.yaml)
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+
+# The site of docs/, in build/site; opened from the folder it needs no server.
+docs: install
+	$(BIN)/python -m mkdocs build
+
+# Wheel and source distribution, in build/dist.
+dist: install
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	$(BIN)/twine check --strict build/dist/*
 
 clean:
 	rm -rf build *.egg-info requirements/vllm-name/build requirements/vllm-name/*.egg-info

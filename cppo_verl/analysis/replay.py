@@ -91,15 +91,10 @@ def setting(text: str, header: dict) -> Setting:
 
 
 def _actor(settings: dict) -> ActorConfig:
+    config = {key: settings[key] for key in ("policy_loss", *CLIP_RATIOS) if key in settings}
     # Values the loss does not read are arbitrary.
-    config = {
-        "_target_": "verl.workers.config.FSDPActorConfig",
-        "strategy": "fsdp2",
-        "rollout_n": 1,
-        "ppo_micro_batch_size_per_gpu": 1,
-    }
-    read = {key: settings[key] for key in ("policy_loss", *CLIP_RATIOS) if key in settings}
-    return omega_conf_to_dataclass(OmegaConf.create(config | read))
+    config |= {"_target_": "verl.workers.config.FSDPActorConfig", "strategy": "fsdp2"}
+    return omega_conf_to_dataclass(OmegaConf.create(config | {"rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1}))
 
 
 def is_replayable(setting: Setting, header: dict) -> bool:

@@ -29,6 +29,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
+def flattened(value: object, name: str = "") -> dict[str, object]:
+    """{"a.b.c": value} of dicts in dicts."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    parts = (flattened(part, f"{name}.{key}" if name else str(key)) for key, part in value.items())
+    return {key: x for part in parts for key, x in part.items()}
+
+
 @dataclass(frozen=True)
 class Table:
     """A table; its caption is the text of the same name in ``templates/captions.txt``."""

@@ -182,6 +182,11 @@ class TokenDump:
     notes: list[str] = field(default_factory=list)
     """What was skipped, and why."""
 
+    @property
+    def header(self) -> dict:
+        """The last step's."""
+        return self.headers[max(self.headers)]
+
 
 def read_tokens(path: Path) -> TokenDump:
     """Read the dump at ``path``: one file, its folder, or the folder of a run that has one.

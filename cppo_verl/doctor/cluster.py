@@ -1,7 +1,7 @@
 """The cluster check: whether every node of a Ray cluster can run a training command (``cppo-verl doctor --cluster``).
 
-`describe_node` runs as a task on each node, also on one without this package: Ray sends it by value, and it imports
-there what it needs.
+`check_node` runs as a task on each node, also on one without this package: Ray sends it by value, and it imports there
+what it needs.
 """
 
 import logging
@@ -12,7 +12,6 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,33 +24,57 @@ BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and Adam's two moments in f
 LEAST_FREE = 1 << 30  # bytes that a checkpoint folder must have free where the model's size is not known
 
 
-def describe_node(distributions: list[str], files: list[str], hub_model: str | None, folder: str | None) -> dict:
-    """What the node that this runs on has; `_problems` compares it with what the run needs.
+def check_node(
+    versions: dict[str, str | None], files: list[str], hub_model: str | None, folder: str, need: int, wandb: bool
+) -> tuple[str, list[str], int]:
+    """Compare the node that this runs on with what the run needs.
 
     Args:
+        versions: {"python" or distribution: version where the run starts}.
         files: of the config, as ``key=path``.
         hub_model: name of a model on the hub, if the run needs one from there.
         folder: of the checkpoints; it need not exist yet.
+        need: bytes that a checkpoint takes on this node.
+        wandb: whether the run logs there.
+
+    Returns:
+        The node's name; what would break the run there, each with the way out; the bytes free for checkpoints.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()} | dict.fromkeys(distributions)
-    for name in distributions:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    found: dict = {"host": socket.gethostname(), "python": sys.executable, "versions": versions}
+    problems = []
+    for name, wanted in versions.items():
+        if (there := _version(name)) != wanted:
+            what = "is not installed" if there is None else f"is {there}"
+            problems.append(f"{name} {what}, here it is {wanted}: install the same for {sys.executable} there")
     try:
         from cppo_verl.doctor.registrations import registrations
 
-        found["registrations"] = registrations()
+        if missing := [name for name, ok in registrations().items() if not ok]:
+            problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): pip install it there")
     except Exception as error:  # verl's own of a platform that only the plug-in knows, for one
-        found["import_error"] = f"{type(error).__name__}: {error}"
-    found["missing"] = [x for x in files if not os.path.exists(os.path.expanduser(x.partition("=")[2]))]
-    if hub_model is not None:
-        found["hub"] = _hub_problem(hub_model)
-    if folder is not None:
-        existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
-        found["free"] = shutil.disk_usage(existing).free
-    found["wandb"] = _wandb_key()
-    return found
+        what = f"the plug-in does not load ({type(error).__name__}: {error})"
+        problems.append(f"{what}: pip install it for {sys.executable} there")
+    for file in files:
+        if not os.path.exists(os.path.expanduser(file.partition("=")[2])):
+            problems.append(f"{file} does not exist there: put it on a folder that all nodes share")
+    if hub_model is not None and (reason := _hub_problem(hub_model)):
+        what = f"actor_rollout_ref.model.path={hub_model} is neither cached there nor to be had from the hub ({reason})"
+        problems.append(f"{what}: set HF_TOKEN before Ray starts there, or name a folder")
+    free = shutil.disk_usage(next(path for path in (Path(folder), *Path(folder).parents) if path.exists())).free
+    if free < need:
+        what = f"{_gib(free)} free for trainer.default_local_dir={folder}, of which a checkpoint takes {_gib(need)}"
+        problems.append(f"{what}: make room, or name another folder")
+    if wandb and not _wandb_key():
+        problems.append("wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline, before Ray starts there")
+    return socket.gethostname(), problems, free
+
+
+def _version(name: str) -> str | None:
+    if name == "python":
+        return platform.python_version()
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _hub_problem(model: str) -> str | None:
@@ -109,33 +132,32 @@ def _check_nodes(report, config: DictConfig | None, distributions: list[str], ex
     way_out = "see Ray's logs on the others, or lower trainer.nnodes"
     too_few = f"{len(nodes)} of {expected} have joined Ray ({', '.join(addresses)}): {way_out}"
     report.check(len(nodes) >= expected, "nodes", f"{len(nodes)} alive", too_few)
-    files: list[str] = []
-    hub_model = folder = None
+    needed: tuple = ([], None, "/", 0, False)
     if config is not None:
         _check_slots(report, nodes, config.trainer)
-        files, folder = local_files(config), os.path.abspath(config.trainer.default_local_dir)
-        model = config.actor_rollout_ref.model.path
+        model, logger = config.actor_rollout_ref.model.path, config.trainer.logger
         hub_model = None if model.startswith(("/", "./", "../", "~")) or "://" in model else model
+        folder, need = os.path.abspath(config.trainer.default_local_dir), _checkpoint_share(model, expected)
+        wandb = "wandb" in ([logger] if isinstance(logger, str) else logger)
+        needed = (local_files(config), hub_model, folder, need, wandb)
+    versions = {name: _version(name) for name in ("python", *distributions)}
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    task = ray.remote(num_cpus=0, max_retries=0)(describe_node)
+    task = ray.remote(num_cpus=0, max_retries=0)(check_node)
     answers = []
     for node in nodes:
         there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        answers.append(there.remote(distributions, files, hub_model, folder))
-    here = describe_node(distributions, [], None, None)["versions"]
+        answers.append(there.remote(versions, *needed))
     for address, answer in zip(addresses, answers, strict=True):
         try:
-            found = ray.get(answer, timeout=300)
+            host, problems, free = ray.get(answer, timeout=300)
         except Exception as error:  # of the task, of its worker, of the node
             report.say("FAIL", f"node {address}", f"no answer ({type(error).__name__}): {str(error).strip()}")
             continue
-        problems = _problems(found, here, config, expected)
-        where = f"{found['host']} {address}"
         for problem in problems:
-            report.say("FAIL", where, problem)
+            report.say("FAIL", f"{host} {address}", problem)
         if not problems:
-            free = f", {_gib(found['free'])} free for checkpoints" if config is not None else ""
-            report.say("ok", where, f"the versions of this machine, the plug-in registered{free}")
+            room = f", {_gib(free)} free for checkpoints" if config is not None else ""
+            report.say("ok", f"{host} {address}", f"the versions of this machine, the plug-in registered{room}")
 
 
 def _check_slots(report, nodes: list[dict], trainer: DictConfig) -> None:
@@ -159,43 +181,12 @@ def _alive(expected: int, patience: float) -> list[dict]:
         time.sleep(0.5)
 
 
-def _problems(found: dict, here: dict, config: DictConfig | None, nodes: int) -> list[str]:
-    """What would break the run on a node that `describe_node` describes, each with the way out."""
-    problems = []
-    for name, wanted in here.items():
-        there = found["versions"][name]
-        if there != wanted:
-            what = "is not installed" if there is None else f"is {there}"
-            problems.append(f"{name} {what}, here it is {wanted}: install the same for {found['python']} there")
-    if error := found.get("import_error"):
-        problems.append(f"the plug-in does not load ({error}): pip install it for {found['python']} there")
-    missing = [name for name, ok in found.get("registrations", {}).items() if not ok]
-    if missing:
-        problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): pip install it there")
-    problems += [f"{path} does not exist there: put it on a folder that all nodes share" for path in found["missing"]]
-    if config is None:
-        return problems
-    if error := found.get("hub"):
-        model = f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path}"
-        way_out = "set HF_TOKEN before Ray starts there, or name a folder"
-        problems.append(f"{model} is neither cached there nor to be had from the hub ({error}): {way_out}")
-    free, need = found["free"], _checkpoint_share(config, nodes)
-    if free < need:
-        where = f"trainer.default_local_dir={config.trainer.default_local_dir}"
-        way_out = "make room, or name another folder"
-        problems.append(f"{_gib(free)} free for {where}, of which a checkpoint takes {_gib(need)}: {way_out}")
-    logger = config.trainer.logger
-    if "wandb" in ([logger] if isinstance(logger, str) else logger) and not found["wandb"]:
-        problems.append("wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline, before Ray starts there")
-    return problems
-
-
-def _checkpoint_share(config: DictConfig, nodes: int) -> int:
+def _checkpoint_share(model: str, nodes: int) -> int:
     """Bytes that one checkpoint takes on each node: every rank writes its own shards."""
     from safetensors import safe_open
 
     parameters = 0
-    for file in Path(os.path.expanduser(config.actor_rollout_ref.model.path)).glob("*.safetensors"):
+    for file in Path(os.path.expanduser(model)).glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return parameters * BYTES_PER_PARAMETER // nodes or LEAST_FREE

@@ -38,8 +38,12 @@ def launch(playwright: Playwright) -> Browser:
 
 
 @contextmanager
-def opened(browser: Browser, path: Path, viewport=DESKTOP, scheme="light"):
-    """The page at ``path``; fails at the end if anything was logged as an error or asked for beyond the page."""
+def opened(browser: Browser, page_at: Path | str, viewport=DESKTOP, scheme="light", site: str = ""):
+    """The page at a path or an address; fails at the end if it logged an error or asked for anything beyond itself.
+
+    A page of a ``site`` may ask for whatever is below the site's address.
+    """
+    address = page_at if isinstance(page_at, str) else page_at.as_uri()
     context = browser.new_context(viewport=viewport, color_scheme=scheme)
     faults = []
     page: Page = context.new_page()
@@ -47,7 +51,7 @@ def opened(browser: Browser, path: Path, viewport=DESKTOP, scheme="light"):
     page.on("pageerror", lambda error: faults.append(str(error)))
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
+    page.goto(address)
     # Without a font everything fits.
     assert page.evaluate("document.createElement('canvas').getContext('2d').measureText('x').width") > 0
     try:
@@ -55,7 +59,7 @@ def opened(browser: Browser, path: Path, viewport=DESKTOP, scheme="light"):
     finally:
         context.close()
     assert faults == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert [url for url in asked if not url.startswith(("data:", site or address))] == []
 
 
 def fits(page: Page) -> bool:

@@ -104,7 +104,7 @@ def drifting(seed=0, prompts=8, samples=3, updates=4, step=2, mismatch=1e-6, top
 
 
 def sample(rule, responses):
-    return Sample(replay.Setting("a rule", actor(rule)), responses)
+    return Sample(replay.Setting("a rule", actor(rule)), responses, HEADER)
 
 
 def by_oracle(rule, responses, found):

@@ -9,6 +9,7 @@ from token_dumps import CPPO, DELTA, W_MIN, batch, train, writer
 from verl.utils import tensordict_utils as tu
 
 from cppo_verl.analysis.report.drawing import draw
+from cppo_verl.analysis.report.panels import Panel
 from cppo_verl.artifacts.run_reader import read_runs
 
 ACCURACY = "val-core/sorting/acc/mean@4"
@@ -82,7 +83,8 @@ def read(*folders):
 
 
 def drawn(made):
-    return {panel.name: draw(panel) for section in made.sections for panel in section.panels}
+    panels = [item for items in made["sections"].values() for item in items if isinstance(item, Panel)]
+    return {panel.name: draw(panel) for panel in panels}
 
 
 def data_of(figure, label):

@@ -35,9 +35,13 @@ assert {"vllm", "transfer_queue", "pytest"} < hidden and not {"torch", "verl", "
 
 
 class Without(PathFinder):
+    """Finds hidden packages only where another package brings its own copy, as Ray does."""
+
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
+        if name in hidden:
+            path = [folder for folder in sys.path if not folder.endswith("site-packages")]
+        return super().find_spec(name, path, target)
 
 
 sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]

@@ -10,7 +10,7 @@ from cppo_verl.doctor.checks import compose_command
 
 CLUSTER = ROOT / "recipes" / "cluster"
 ENTRYPOINT = "recipes/cluster/entrypoint.sh"
-PAGES = ("README.md", "examples/README.md", "recipes/cluster/README.md")
+PAGES = ("examples/README.md", "docs/clusters.md")
 SHOWN = [words for page in PAGES for part in (ENTRYPOINT, "slurm.sbatch") for words in shown(page, part)]
 
 
@@ -50,7 +50,7 @@ def test_the_batch_script_shows_a_command_that_composes():
 
 
 def test_the_numbers_of_kuberays_manifest_fit_its_command():
-    """(KubeRay's own schemas were tried by hand, see recipes/cluster/README.md.)"""
+    """(KubeRay's own schemas were tried by hand, see docs/clusters.md.)"""
     job = yaml.safe_load((CLUSTER / "kuberay.yaml").read_text())["spec"]
     cluster = job["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
@@ -72,7 +72,7 @@ def test_the_numbers_of_kuberays_manifest_fit_its_command():
 
 
 def test_the_numbers_of_skypilots_task_fit_its_command():
-    """(SkyPilot's own schema was tried by hand, see recipes/cluster/README.md.)"""
+    """(SkyPilot's own schema was tried by hand, see docs/clusters.md.)"""
     task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
     run = task["run"].replace("\\\n", " ")
     (command,) = (line for line in run.splitlines() if ENTRYPOINT in line)

@@ -77,6 +77,18 @@ def test_the_metadata_repeats_the_version_and_the_pinned_requirements(built):
     assert commands["verl.plugins"]["cppo_verl"] == "cppo_verl.register"
 
 
+def test_the_description_stands_alone_on_an_index(built):
+    check = [sys.executable, "-m", "twine", "check", "--strict", *built.parent.glob("cppo_verl-*.*z"), built]
+    subprocess.run(check, check=True, capture_output=True)
+    with zipfile.ZipFile(built) as wheel:
+        [metadata] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        description = email.message_from_string(wheel.read(metadata).decode()).get_payload()
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert links and all(link.startswith("https://") for link in links)
+    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("make ")]
+    assert len(commands) == 2 and all(command in description for command in commands)
+
+
 def test_the_installed_command_runs_without_the_checkout(built, tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)

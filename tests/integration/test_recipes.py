@@ -208,7 +208,7 @@ def test_the_readmes_table_is_the_papers_and_its_commands_compose(recipe):
     assert len(commands) >= len(TABLE) * 7
 
 
-@pytest.mark.parametrize("page", ["README.md", "recipes/README.md"])
+@pytest.mark.parametrize("page", ["recipes/README.md"])
 def test_a_sweep_that_a_page_shows_is_one_to_hydra(recipe, page):
     commands = [words for words in shown(page, "python -m verl.trainer.main_ppo") if words[1:3] == ["-m", MODULE]]
     sweeps = [words for words in commands if "-m" in words[3:] or "+sweep" in " ".join(words)]

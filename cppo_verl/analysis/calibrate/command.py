@@ -17,31 +17,16 @@ ROWS_IN_TERMINAL = 13
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dump", type=Path, metavar="DUMP", help="a token dump: its folder, or the folder of its run")
-    parser.add_argument(
-        "--masked-share",
-        type=_share,
-        default=MASKED_SHARE,
-        help="the wanted trust_region/masked_share, a share of the generated tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget-share",
-        type=_share,
-        help="the wanted trust_region/budget_rejected_share, the share of the masked tokens that only the prefix "
-        f"budget rejects (default: {BUDGET_SHARE})",
-    )
-    parser.add_argument(
-        "--method",
-        metavar='"NAME OVERRIDES"',
-        help="the method to find thresholds for (default: the run's own, or cppo)",
-    )
+    masked = "the wanted trust_region/masked_share, a share of the generated tokens (default: %(default)s)"
+    parser.add_argument("--masked-share", type=_share, default=MASKED_SHARE, help=masked)
+    by_budget = "the wanted trust_region/budget_rejected_share, the share of the masked tokens that only the prefix "
+    by_budget += f"budget rejects (default: {BUDGET_SHARE})"
+    parser.add_argument("--budget-share", type=_share, help=by_budget)
+    method = "the method to find thresholds for (default: the run's own, or cppo)"
+    parser.add_argument("--method", metavar='"NAME OVERRIDES"', help=method)
     parser.add_argument("--from-step", type=int, default=0, help="leave out earlier steps")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("calibrate.html"),
-        help="the page to write, with its pictures beside it; replaces an earlier page of this command "
-        "(default: %(default)s)",
-    )
+    output = "the page to write, with its pictures beside it; replaces an earlier page of this command "
+    parser.add_argument("--output", type=Path, default=Path("calibrate.html"), help=f"{output}(default: %(default)s)")
 
 
 def _share(text: str) -> float:
@@ -61,9 +46,8 @@ def run(args: argparse.Namespace) -> int:
         1 if no thresholds do what is wanted, 2 if there is nothing to read or an argument is wrong, else 0.
     """
     from cppo_verl.analysis.calibrate import figures
-    from cppo_verl.analysis.calibrate.page import page_values
-    from cppo_verl.analysis.calibrate.results import Results
-    from cppo_verl.analysis.calibrate.thresholds import Unreachable, Wanted, insufficient, propose, sample_of
+    from cppo_verl.analysis.calibrate.page import Results, page_values
+    from cppo_verl.analysis.calibrate.thresholds import Unreachable, propose, sample_of
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
     from cppo_verl.analysis.text import listed, print_notes
     from cppo_verl.artifacts.token_dump import read_tokens
@@ -79,19 +63,17 @@ def run(args: argparse.Namespace) -> int:
             has = f"it has steps {listed(present)}" if present else "see the notes"
             raise ValueError(f"no response to read in {args.dump} from step {args.from_step} on: {has}")
         sample = sample_of(args.method, responses, dump.headers, notes)
-        if sample.rule.budget == "none" and args.budget_share is not None:
+        budget = sample.rule.budget != "none"
+        if not budget and args.budget_share is not None:
             raise ValueError(f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget")
+        by_budget = args.budget_share or BUDGET_SHARE if budget else None
+        results = Results(sample, args.masked_share, propose(sample, args.masked_share, by_budget))
     except (FileNotFoundError, ValueError) as error:
         print_notes(notes)
-        return _refuse(error, 2)
+        unreachable = isinstance(error, Unreachable)
+        print(f"{args.dump}: {error}" if unreachable else error, file=sys.stderr)
+        return 1 if unreachable else 2
     print_notes(notes)
-    wanted = Wanted(args.masked_share, None if sample.rule.budget == "none" else args.budget_share or BUDGET_SHARE)
-    if missing := insufficient(responses):
-        return _refuse(f"{args.dump}: {missing}", 1)
-    try:
-        results = Results(sample, wanted, propose(sample, wanted), dump.headers)
-    except Unreachable as error:
-        return _refuse(error, 1)
     values = page_values(args.method, results, notes)
     _print(values)
     drawn = figures.draw(results)
@@ -101,11 +83,6 @@ def run(args: argparse.Namespace) -> int:
     write_page(args.output, "calibrate", figures=drawn, **values)
     print(f"\npage      {args.output}\npictures  {folder}")
     return 0
-
-
-def _refuse(message: object, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code
 
 
 def _print(values: dict) -> None:

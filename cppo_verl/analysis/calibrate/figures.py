@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cppo_verl.analysis.calibrate.results import Results
+from cppo_verl.analysis.calibrate.page import Results
 from cppo_verl.analysis.html.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Figure
+from cppo_verl.analysis.html.page import caption
 
 BY_TOKEN: dict[str, Any] = {"color": ORANGE, "label": "by delta"}
 BY_BUDGET: dict[str, Any] = {"color": BLUE, "label": "by the prefix budget"}
@@ -22,24 +23,23 @@ def draw(results: Results) -> list[Figure]:
 
 def _masked_by_threshold(results: Results, name: str) -> Figure:
     (fixed,) = [f", {other} = {x:g}" for other, x in results.proposed.given.items() if other != name] or [""]
-    figure = Figure(f"masked_by_{name}", f"Masked share against {name}{fixed}")
+    figure = Figure(f"masked_by_{name}", f"Masked share against {name}{fixed}", caption(f"masked_by_{name}"))
     points, axes = results.curves[name], figure.axes
     x = [getattr(row.thresholds, name) for row in points]
-    total = np.array([row.counts.masked_share for row in points])
-    by_token = np.array([row.counts.token_masked_share for row in points])
+    total, by_token = np.array([(row.shares.masked, row.shares.by_token) for row in points]).T
     axes.fill_between(x, 0, by_token, alpha=0.45, lw=0, **BY_TOKEN)
     if results.has_budget:
         axes.fill_between(x, by_token, total, alpha=0.45, lw=0, **BY_BUDGET)
     ends = np.array([row.masked for row in points]).T
     axes.errorbar(x, total, abs(ends - total), color=BLUE if fixed else ORANGE, lw=1.5, elinewidth=0.8, marker="o")
     axes.axvline(getattr(results.proposed, name), color=GREY, ls="--", lw=1)
-    axes.axhline(results.wanted.masked, color=GREY, ls=":", lw=1)
+    axes.axhline(results.wanted, color=GREY, ls=":", lw=1)
     axes.set(xscale="log", xlabel=name, ylabel="tokens masked", ylim=(0, None))
     return _finished(figure)
 
 
 def _mismatch_and_drift(results: Results) -> Figure:
-    figure = Figure("mismatch_and_drift", "D_t: engine mismatch and policy drift")
+    figure = Figure("mismatch_and_drift", "D_t: engine mismatch and policy drift", caption("mismatch_and_drift"))
     axes, drift = figure.axes, results.drift
     everything = np.concatenate(list(drift.values()))
     largest = max(list(drift.values())[-1].max(), results.proposed.delta)
@@ -56,14 +56,13 @@ def _mismatch_and_drift(results: Results) -> Figure:
 
 
 def _masked_by_update(results: Results) -> Figure:
-    figure = Figure("masked_by_update", "Masked share by update of a batch")
-    parts, axes = results.by(results.sample.updates), figure.axes
-    by_token = np.array([counts.token_masked_share for counts in parts.values()])
-    total = np.array([counts.masked_share for counts in parts.values()])
+    figure = Figure("masked_by_update", "Masked share by update of a batch", caption("masked_by_update"))
+    parts, axes = results.by("update"), figure.axes
+    total, by_token = np.array([(x.masked, x.by_token) for x in parts.values()]).T
     axes.bar(list(parts), by_token, **BY_TOKEN)
     if results.has_budget:
         axes.bar(list(parts), total - by_token, bottom=by_token, **BY_BUDGET)
-    axes.axhline(results.wanted.masked, color=GREY, ls=":", lw=1)
+    axes.axhline(results.wanted, color=GREY, ls=":", lw=1)
     axes.set(xlabel="update", ylabel="tokens masked")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return _finished(figure)

@@ -6,11 +6,12 @@ three digits.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pandas as pd
 
 from cppo_verl.analysis import replay
 from cppo_verl.analysis.replay import Setting
@@ -42,60 +43,42 @@ class Thresholds(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-class Wanted(NamedTuple):
-    """The shares to reach, in (0, 1)."""
-
-    masked: float
-    """Share of the tokens that is masked."""
-    by_budget: float | None
-    """Share of the masked tokens that the prefix budget rejects; None for a method without one."""
-
-
 class Unreachable(ValueError):
     """No thresholds mask the wanted share."""
 
 
-@dataclass(eq=False)
-class Counts:
-    """Numbers of tokens per response, [R]; under a smooth gate, parts of tokens count."""
+class Shares(NamedTuple):
+    """What thresholds mask of some responses."""
 
-    tokens: np.ndarray
-    masked: np.ndarray
-    by_budget: np.ndarray
-    """Masked tokens that the prefix budget rejects."""
-    violating: np.ndarray
-    """Tokens that violate either constraint, masked or not."""
+    tokens: float
+    """Number of the responses' tokens."""
+    masked: float
+    """Share of the tokens; under a smooth gate, parts of tokens count."""
+    by_budget: float | None
+    """Share of the masked tokens that the prefix budget rejects; None if no token is masked."""
+    by_token: float
+    """Share of the tokens that the token threshold masks."""
+    violating: float
+    """Share of the tokens that violate either constraint, masked or not."""
 
-    @property
-    def masked_share(self) -> float:
-        return float(self.masked.sum() / self.tokens.sum())
-
-    @property
-    def budget_share(self) -> float | None:
-        """Share of the masked tokens; None if no token is masked."""
-        return float(self.by_budget.sum() / self.masked.sum()) if self.masked.any() else None
-
-    @property
-    def token_masked_share(self) -> float:
-        """Share of the tokens that the token threshold masks."""
-        return float((self.masked - self.by_budget).sum() / self.tokens.sum())
-
-    @property
-    def violating_share(self) -> float:
-        return float(self.violating.sum() / self.tokens.sum())
-
-    def of(self, chosen: np.ndarray) -> "Counts | None":
-        """The counts of some responses; None if these have no token."""
-        return Counts(*(x[chosen] for x in vars(self).values())) if self.tokens[chosen].any() else None
+    @classmethod
+    def of(cls, counts: pd.DataFrame) -> "Shares":
+        """From the `count` of some responses."""
+        tokens, masked, by_budget, violating = counts.sum()
+        of_masked = by_budget / masked if masked else None
+        return cls(tokens, masked / tokens, of_masked, (masked - by_budget) / tokens, violating / tokens)
 
 
-def count(responses: Sequence[Response], decisions: Sequence[Decisions]) -> Counts:
+def count(responses: Sequence[Response], decisions: Sequence[Decisions]) -> pd.DataFrame:
+    """Numbers of tokens, of each response by its step, update and prompt."""
     rows = []
-    for response, decided in zip(responses, decisions, strict=True):
+    for r, decided in zip(responses, decisions, strict=True):
         masked = decided.rejected.astype(float)
         by_budget, violating = decided.has_reason("budget"), decided.has_reason("towards_one", *REJECTING)
-        rows.append((response.mask.sum(), masked.sum(), masked[by_budget].sum(), violating.sum()))
-    return Counts(*np.array(rows, dtype=float).T)
+        counts = (r.mask.sum(), masked.sum(), masked[by_budget].sum(), violating.sum())
+        rows.append((r.step, r.update, r.uid, *map(float, counts)))
+    columns = ["step", "update", "prompt", "tokens", "masked", "by_budget", "violating"]
+    return pd.DataFrame(rows, columns=columns).set_index(columns[:3])
 
 
 @dataclass
@@ -105,32 +88,29 @@ class Sample:
     setting: Setting
     responses: list[Response]
     """Each with at least one generated token."""
-    _known: dict[Thresholds, Counts] = field(default_factory=dict)
+    header: dict
+    """Of the last step's file."""
+    _known: dict[Thresholds, pd.DataFrame] = field(default_factory=dict)
 
-    def at(self, thresholds: Thresholds) -> Counts:
-        """What these thresholds mask."""
+    def at(self, thresholds: Thresholds) -> pd.DataFrame:
+        """The `count` with these thresholds."""
         if thresholds not in self._known:
             self._known[thresholds] = count(self.responses, self.decisions(thresholds))
         return self._known[thresholds]
 
     def decisions(self, thresholds: Thresholds) -> list[Decisions]:
-        return list(replay.decisions(with_thresholds(self.setting, thresholds), self.responses))
+        values: dict[str, Any] = thresholds.given
+        actor = replace(self.setting.actor, policy_loss=replace(self.rule, **values))
+        return list(replay.decisions(Setting(self.setting.label, actor), self.responses))
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len({response.uid for response in self.responses})
 
     @property
     def rule(self) -> CPPOLossConfig:
         return cast(CPPOLossConfig, self.setting.actor.policy_loss)
-
-    @property
-    def updates(self) -> np.ndarray:
-        return np.array([response.update for response in self.responses])
-
-    @property
-    def steps(self) -> np.ndarray:
-        return np.array([response.step for response in self.responses])
-
-    @property
-    def prompts(self) -> list[str]:
-        return [response.uid for response in self.responses]
 
 
 def sample_of(text: str | None, responses: list[Response], headers: dict[int, dict], notes: list[str]) -> Sample:
@@ -170,105 +150,95 @@ def sample_of(text: str | None, responses: list[Response], headers: dict[int, di
             f'{header["divergence"]}: choose --method "cppo divergence={header["divergence"]}" or "cppo '
             'divergence=binary_tv"'
         )
-    return Sample(setting, responses)
+    return Sample(setting, responses, header)
 
 
-def with_thresholds(setting: Setting, thresholds: Thresholds) -> Setting:
-    values: dict[str, Any] = thresholds.given
-    rule = replace(setting.actor.policy_loss, **values)
-    return Setting(setting.label, replace(setting.actor, policy_loss=rule))
-
-
-def insufficient(responses: Sequence[Response]) -> str | None:
-    """Why no share can be measured on these responses; None if it can."""
+def _refuse_insufficient(responses: Sequence[Response]) -> None:
+    """Raise `Unreachable` if no share can be measured on these responses."""
     if not any(response.update for response in responses):
-        return (
+        raise Unreachable(
             "every response is of the first update of a batch, where pi differs from mu only by engine mismatch; "
             "dump a run with several updates a batch (actor_rollout_ref.actor.ppo_mini_batch_size below "
             "data.train_batch_size)"
         )
-    if not any(response.advantage[response.mask].any() for response in responses):
-        return "no token has an advantage other than zero, so that no update moves away from one"
-    drifted = sum(bool(r.update and r.advantage[r.mask].any()) for r in responses)
+    with_advantage = [response for response in responses if response.advantage[response.mask].any()]
+    if not with_advantage:
+        raise Unreachable("no token has an advantage other than zero, so that no update moves away from one")
+    drifted = sum(response.update > 0 for response in with_advantage)
     if drifted < RESPONSES_AT_LEAST:
-        return (
+        raise Unreachable(
             f"{drifted} response(s) with an advantage at later updates of a batch, at least {RESPONSES_AT_LEAST} are "
             "needed: dump more (trust_region.dump.responses, trust_region.dump.every)"
         )
-    return None
 
 
-def propose(sample: Sample, wanted: Wanted) -> Thresholds:
+def propose(sample: Sample, masked: float, by_budget: float | None) -> Thresholds:
     """The smallest thresholds with three digits that mask no more than wanted.
+
+    Args:
+        masked: the wanted share of the tokens, in (0, 1).
+        by_budget: the wanted share of the masked tokens that the prefix budget rejects; None for a method without one.
 
     Raises:
         Unreachable: there are none; the message says what can be reached.
     """
+    _refuse_insufficient(sample.responses)
     values = [value for value in DIGITS if value <= sample.rule.largest_divergence]
-    by_token = wanted.masked * (1 - (wanted.by_budget or 0.0))
-    found = Thresholds(values[-1], None if wanted.by_budget is None else values[-1])
+    by_token = masked * (1 - (by_budget or 0.0))
+    found = Thresholds(values[-1], None if by_budget is None else values[-1])
 
-    def smallest(name: str, most: float, share: Callable[[Counts], float]) -> tuple[Thresholds, Thresholds]:
+    def smallest(name: str, most: float, share: str) -> tuple[Thresholds, Thresholds]:
         """``found`` with the smallest value of one threshold that masks ``most`` or less, and with the one before."""
-        place = bisect_left(values, -most, key=lambda value: -share(sample.at(found._replace(**{name: value}))))
-        at, before = values[place], values[max(0, place - 1)]
-        return found._replace(**{name: at}), found._replace(**{name: before})
+        candidates = [found._replace(**{name: value}) for value in values]
+        place = bisect_left(candidates, -most, key=lambda thresholds: -getattr(Shares.of(sample.at(thresholds)), share))
+        return candidates[place], candidates[max(0, place - 1)]
 
-    most = sample.at(found._replace(delta=values[0])).token_masked_share
+    most = Shares.of(sample.at(found._replace(delta=values[0]))).by_token
     if most < by_token:
         raise Unreachable(
             f"{percent(by_token, 2)} of the tokens are to be masked by delta, but only {percent(most, 2)} move away "
             "from one at all: ask for a smaller --masked-share, or dump later steps"
         )
-    found, next_lower = smallest("delta", by_token, lambda counts: counts.token_masked_share)
-    if wanted.by_budget is not None:
-        most = sample.at(found._replace(delta_b=values[0])).masked_share
-        if most < wanted.masked:
+    found, next_lower = smallest("delta", by_token, "by_token")
+    if by_budget is not None:
+        most = Shares.of(sample.at(found._replace(delta_b=values[0]))).masked
+        if most < masked:
             raise Unreachable(
-                f"{percent(wanted.masked, 2)} of the tokens are to be masked, {percent(wanted.by_budget, 0)} of them "
+                f"{percent(masked, 2)} of the tokens are to be masked, {percent(by_budget, 0)} of them "
                 f"by the prefix budget; with delta={found.delta:g} for the others, delta_b=0 would still mask only "
                 f"{percent(most, 2)}: ask for a smaller --budget-share or --masked-share"
             )
-        found, next_lower = smallest("delta_b", wanted.masked, lambda counts: counts.masked_share)
-    below, above = sample.at(found), sample.at(next_lower)
-    if wanted.masked - below.masked_share > max(GAP * wanted.masked, 1 / below.tokens.sum()):
+        found, next_lower = smallest("delta_b", masked, "masked")
+    below, above = Shares.of(sample.at(found)), Shares.of(sample.at(next_lower))
+    if masked - below.masked > max(GAP * masked, 1 / below.tokens):
         raise Unreachable(  # one digit of a threshold steps over the wanted share
-            f"no thresholds with three digits mask between {percent(below.masked_share, 2)} and "
-            f"{percent(above.masked_share, 2)} of these {below.tokens.sum():,.0f} tokens, {percent(wanted.masked, 2)} "
-            "are wanted: ask for one of these shares, or dump more responses (trust_region.dump.responses)"
+            f"no thresholds with three digits mask between {percent(below.masked, 2)} and {percent(above.masked, 2)} "
+            f"of these {below.tokens:,.0f} tokens, {percent(masked, 2)} are wanted: ask for one of these "
+            "shares, or dump more responses (trust_region.dump.responses)"
         )
     return found
 
 
-# --- what the proposal is worth --------------------------------------------------------------------------------
-
-
-def intervals(counts: Counts, prompts: Sequence[str], seed: int = 0) -> tuple[Interval, Interval]:
+def intervals(counts: pd.DataFrame, seed: int = 0) -> tuple[Interval, Interval]:
     """95% intervals of the masked share and of the budget's share of it, by resampling prompts with their responses.
 
     Responses to one prompt resemble each other, as do tokens of one response; resampling these instead would make the
     intervals too short.
     """
-    _, index = np.unique(prompts, return_inverse=True)
-    n = index.max() + 1
-    columns = np.stack([counts.tokens, counts.masked, counts.by_budget], axis=1)
-    sums = np.stack([np.bincount(index, weights=column) for column in columns.T], axis=1)
-    rng = np.random.default_rng(seed)
-    tokens, masked, by_budget = np.stack([sums[rng.integers(0, n, n)].sum(0) for _ in range(RESAMPLES)]).T
+    sums = counts.groupby(level="prompt").sum().to_numpy()
+    n, rng = len(sums), np.random.default_rng(seed)
+    tokens, masked, by_budget, _ = np.stack([sums[rng.integers(0, n, n)].sum(0) for _ in range(RESAMPLES)]).T
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    any_masked = masked > 0
-    of_masked = by_budget[any_masked] / masked[any_masked] if any_masked.any() else [np.nan]
+    of_masked = by_budget[masked > 0] / masked[masked > 0] if masked.any() else [np.nan]
     return Interval(*np.quantile(masked / tokens, ends).tolist()), Interval(*np.quantile(of_masked, ends).tolist())
 
 
-def curve(sample: Sample, proposed: Thresholds, name: str) -> list[tuple[float, Counts]]:
-    """[(value, what it masks)] for other values of one threshold, the other as proposed."""
-    at = getattr(proposed, name)
-    values = {float(f"{at * factor:.3g}") for factor in FACTORS}
-    points = sorted(value for value in values if value <= sample.rule.largest_divergence)
-    return [(value, sample.at(proposed._replace(**{name: value}))) for value in points]
+def others(sample: Sample, proposed: Thresholds, name: str) -> list[Thresholds]:
+    """The proposal with other values of one threshold, in order."""
+    values = {float(f"{getattr(proposed, name) * factor:.3g}") for factor in FACTORS}
+    return [proposed._replace(**{name: x}) for x in sorted(values) if x <= sample.rule.largest_divergence]
 
 
-def recorded(responses: Sequence[Response]) -> Counts | None:
-    """What the run itself masked; None if it trained with one of verl's own losses."""
+def recorded(responses: Sequence[Response]) -> pd.DataFrame | None:
+    """The `count` of what the run itself masked; None if it trained with one of verl's own losses."""
     return None if any(r.update_mask is None or r.reason is None for r in responses) else count(responses, responses)

@@ -2,43 +2,21 @@
 
 import io
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib import rc_context
+from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-
-from cppo_verl.analysis.html.page import caption
 
 SERIES = ("#3b7fc4", "#d9822b", "#3a9d6c", "#a864b8", "#cf5b56", "#8f7355", "#2f9fae", "#878d97")
 """Legible on white and on near black."""
 BLUE, ORANGE, GREEN, PURPLE, RED, _, _, GREY = SERIES
-# The page replaces this colour by that of its text; no series has it.
 INK = "#010203"
-_STYLE: Any = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": INK,
-    "grid.alpha": 0.15,
-    "legend.frameon": False,
-    "legend.fontsize": "small",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "font.family": "sans-serif",
-    # Text stays text, so that it can be read aloud, searched, and set in the reader's own font.
-    "svg.fonttype": "none",
-}
+"""Colour of text and axes, which a page replaces by that of its text; no series has it."""
+_STYLE: Any = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
 
 
 @dataclass
@@ -48,10 +26,8 @@ class Figure:
     name: str
     """The name of its files and its anchor in the page."""
     title: str
-    caption: str = ""
-    """The name of its text in ``templates/captions.txt``, if that is not the figure's own."""
-    facts: Mapping[str, object] = field(default_factory=dict)
-    """Values for that text."""
+    text: str
+    """The caption: what is seen and how to read it."""
     width: float = 5.6
     """Inches."""
     height: float = 3.4
@@ -60,10 +36,6 @@ class Figure:
         with rc_context(_STYLE):
             self.canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
             self.axes: Axes = self.canvas.add_subplot(title=self.title)
-
-    def text(self) -> str:
-        """The caption: what is seen and how to read it."""
-        return caption(self.caption or self.name, **self.facts)
 
     def legend(self, **kwargs) -> None:
         """Add a legend of the labelled artists, if any; ``loc="outside ..."`` puts it beside the axes."""

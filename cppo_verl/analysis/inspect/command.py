@@ -12,26 +12,14 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dump", type=Path, help="a token dump: one file, its folder, or the folder of a run")
-    parser.add_argument(
-        "--method",
-        action="append",
-        metavar="'NAME OVERRIDES'",
-        help="a method with hydra overrides, such as 'cppo trust_region.delta=0.1'; 'run' is the run's own; may be "
-        "repeated (default: the run's own and every shipped method, at the run's thresholds)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("inspect.html"),
-        help="the page to write; replaces an earlier page of this command (default: %(default)s)",
-    )
+    method = "a method with hydra overrides, such as 'cppo trust_region.delta=0.1'; 'run' is the run's own; may be "
+    method += "repeated (default: the run's own and every shipped method, at the run's thresholds)"
+    parser.add_argument("--method", action="append", metavar="'NAME OVERRIDES'", help=method)
+    output = "the page to write; replaces an earlier page of this command (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("inspect.html"), help=output)
     parser.add_argument("--tokenizer", help="a local folder (default: the tokenizer that the dump names)")
-    parser.add_argument(
-        "--responses",
-        type=int,
-        default=24,
-        help="most responses in the page (default: %(default)s); the tables always cover all",
-    )
+    responses = "most responses in the page (default: %(default)s); the tables always cover all"
+    parser.add_argument("--responses", type=int, default=24, help=responses)
     parser.add_argument("--step", type=int, nargs="+", help="only these steps (default: all that the dump has)")
 
 

@@ -1,6 +1,5 @@
 """What `inspect` compares: on one dump the run's own method, and others replayed at the run's thresholds."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,59 +11,45 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.analysis import replay
 from cppo_verl.analysis.replay import Setting
-from cppo_verl.artifacts.token_dump import Decisions, Response, read_tokens
+from cppo_verl.analysis.text import flattened
+from cppo_verl.artifacts.token_dump import Decisions, Response, TokenDump, read_tokens
 from cppo_verl.plugin.config import CPPOLossConfig, NeighbourLossConfig, TRMLossConfig
-from cppo_verl.plugin.constants import CLIP_RATIOS
 
 RUN = "run"
 """Names the run's own method among those asked for."""
 _NEEDED = ("method", "divergence", "clip_ratio_low", "clip_ratio_high", "trust_region", "max_response_length")
 
 
-@dataclass
-class ReplayableDump:
-    """Responses with at least one generated token, from files whose header says what a replay needs to know."""
-
-    path: Path
-    responses: list[Response]
-    """Ordered by step and update."""
-    headers: dict[int, dict]
-    """{step: header}."""
-    notes: list[str]
-
-    @property
-    def header(self) -> dict:
-        """The last step's header; other methods are replayed at its thresholds."""
-        return self.headers[max(self.headers)]
-
-
-def read(path: Path, steps: Sequence[int] | None = None) -> ReplayableDump:
+def read(path: Path, steps: Sequence[int] | None = None) -> TokenDump:
     """Read the dump at ``path``, or the given steps of it.
+
+    Its responses have at least one generated token, its headers say what a replay needs to know.
 
     Raises:
         FileNotFoundError: there is no dump.
         ValueError: nothing in it is readable, or it lacks one of ``steps``.
     """
     dump = read_tokens(path)
-    notes, headers = dump.notes, dict(dump.headers)
-    for step, header in dump.headers.items():
+    for step, header in list(dump.headers.items()):
         missing = [key for key in _NEEDED if key not in header]
         missing += [key for key in ("method", "trust_region") if not isinstance(header.get(key, {}), dict)]
         if missing:
-            notes.append(f"step {step}: its header lacks {', '.join(missing)}, skipped")
-            del headers[step]
-    readable = [r for r in dump.responses if r.step in headers]
+            dump.notes.append(f"step {step}: its header lacks {', '.join(missing)}, skipped")
+            del dump.headers[step]
+    readable = [r for r in dump.responses if r.step in dump.headers]
     responses = [r for r in readable if r.mask.any()]
     if len(responses) < len(readable):
-        notes.append(f"{len(readable) - len(responses)} response(s) without a generated token were skipped")
+        dump.notes.append(f"{len(readable) - len(responses)} response(s) without a generated token were skipped")
     if not responses:
-        raise ValueError("\n".join([*notes, f"no response in {path} is readable"]))
+        raise ValueError("\n".join([*dump.notes, f"no response in {path} is readable"]))
     present = sorted({r.step for r in responses})
     for step in steps or ():
         if step not in present:
             raise ValueError(f"no step {step} in {path}: it has {', '.join(map(str, present))}")
     chosen = steps or present
-    return ReplayableDump(path, [r for r in responses if r.step in chosen], {s: headers[s] for s in chosen}, notes)
+    dump.responses = [r for r in responses if r.step in chosen]
+    dump.headers = {step: dump.headers[step] for step in chosen}
+    return dump
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,7 @@ class Method:
             yield from part if recorded else replay.decisions(setting, part)
 
 
-def choose(dump: ReplayableDump, asked: Sequence[str] | None) -> list[Method]:
+def choose(dump: TokenDump, asked: Sequence[str] | None) -> list[Method]:
     """The methods asked for; by default the run's own and every shipped one.
 
     Those that cannot be replayed on this dump are left out and noted.
@@ -108,15 +93,16 @@ def choose(dump: ReplayableDump, asked: Sequence[str] | None) -> list[Method]:
     """
     texts = [RUN, *replay.METHODS] if asked is None else list(dict.fromkeys(asked))
     settings = [replay.setting(text, dump.header) for text in texts if text != RUN]
-    methods, own = [], None
+    methods = []
     if RUN in texts:
-        own = _unchanged_setting(dump)
+        changed = _note_changes(dump)
         try:
             methods.append(_of_run(dump, settings if asked is None else []))
         except ValueError as error:
             dump.notes.append(str(error))
-    if asked is None and methods and own is not None:  # do not show the run's own again under its shipped name
-        settings = [setting for setting in settings if not _equal(setting, own)]
+        if asked is None and methods and not changed:  # do not show the run's own again under its shipped name
+            own = methods[0].settings[max(dump.headers)]
+            settings = [setting for setting in settings if setting.actor != own.actor]
     lacking = defaultdict(list)
     for setting in settings:
         if all(replay.is_replayable(setting, header) for header in dump.headers.values()):
@@ -134,7 +120,7 @@ def choose(dump: ReplayableDump, asked: Sequence[str] | None) -> list[Method]:
     return methods
 
 
-def _of_run(dump: ReplayableDump, shipped: Sequence[Setting]) -> Method:
+def _of_run(dump: TokenDump, shipped: Sequence[Setting]) -> Method:
     """The run's own method, named after the shipped ones that it equals."""
     settings = {}
     for step, header in dump.headers.items():
@@ -143,40 +129,25 @@ def _of_run(dump: ReplayableDump, shipped: Sequence[Setting]) -> Method:
         except (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
             line = str(error).splitlines()[0]
             raise ValueError(f"the run's own method: not readable from the header of step {step} ({line})") from error
-    names = dict.fromkeys(s.label for setting in settings.values() for s in shipped if _equal(s, setting))
+    names = dict.fromkeys(s.label for setting in settings.values() for s in shipped if s.actor == setting.actor)
     return Method(f"this run ({', then '.join(names)})" if names else "this run", settings, recorded=True)
 
 
-def _unchanged_setting(dump: ReplayableDump) -> Setting | None:
-    """The run's setting if it is the same at all steps; otherwise note what changed, and return None."""
-    flat = {step: _flat({k: v for k, v in header.items() if k != "step"}) for step, header in dump.headers.items()}
-    steps_of = defaultdict(list)
-    for step, values in flat.items():
-        steps_of[json.dumps(values, sort_keys=True)].append(step)
-    last = flat[max(flat)]
-    for steps in steps_of.values():
-        values = flat[steps[0]]
-        changed = [key for key in sorted(values.keys() | last.keys()) if values.get(key) != last.get(key)]
+def _note_changes(dump: TokenDump) -> bool:
+    """Note what of the run's settings changed before its last dumped step; return whether anything did."""
+    last, steps_of = flattened(dump.header), defaultdict(list)
+    for step, header in dump.headers.items():
+        values = flattened(header)
+        keys = sorted((values.keys() | last.keys()) - {"step"})
+        changed = [f"{k} {values.get(k)} instead of {last.get(k)}" for k in keys if values.get(k) != last.get(k)]
         if changed:
-            changes = ", ".join(f"{key} {values.get(key)} instead of {last.get(key)}" for key in changed)
-            dump.notes.append(
-                f"step {', '.join(map(str, steps))}: dumped under other settings than step {max(flat)} ({changes}); "
-                "the run's own masks are the recorded ones, other methods are replayed at the last step's thresholds"
-            )
-    try:
-        return replay.run_setting(dump.header) if len(steps_of) == 1 else None
-    except Exception:  # `_of_run` notes it
-        return None
-
-
-def _flat(value, prefix: str = "") -> dict:
-    if not isinstance(value, dict):
-        return {prefix.removesuffix("."): value}
-    return {key: x for name, part in value.items() for key, x in _flat(part, f"{prefix}{name}.").items()}
-
-
-def _equal(a: Setting, b: Setting) -> bool:
-    return all(getattr(a.actor, name) == getattr(b.actor, name) for name in ("policy_loss", *CLIP_RATIOS))
+            steps_of[", ".join(changed)].append(str(step))
+    for changes, steps in steps_of.items():
+        dump.notes.append(
+            f"step {', '.join(steps)}: dumped under other settings than step {max(dump.headers)} ({changes}); "
+            "the run's own masks are the recorded ones, other methods are replayed at the last step's thresholds"
+        )
+    return bool(steps_of)
 
 
 def _about(setting: Setting) -> str:

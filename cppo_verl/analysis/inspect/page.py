@@ -2,17 +2,16 @@
 
 import base64
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from cppo_verl.analysis.inspect import token_text
-from cppo_verl.analysis.inspect.masks import Masks
-from cppo_verl.analysis.inspect.methods import Method, ReplayableDump
-from cppo_verl.analysis.inspect.tables import tables
+from cppo_verl.analysis.inspect.methods import Method
+from cppo_verl.analysis.inspect.tables import Masks, tables
 from cppo_verl.analysis.text import counted
-from cppo_verl.artifacts.token_dump import DECISION_COLUMNS, REASONS, REJECTING, Decisions, Response
+from cppo_verl.artifacts.token_dump import DECISION_COLUMNS, REASONS, REJECTING, Decisions, Response, TokenDump
 
 MEGABYTES = 10
 """Most that the responses may take in a page; of longer responses there are fewer."""
@@ -20,7 +19,7 @@ _SIGNS = {(1.0,): "> 0", (-1.0,): "< 0", (0.0,): "= 0"}
 _ARRAYS = tuple(name for name in DECISION_COLUMNS if name != "reason")
 
 
-def page_values(dump: ReplayableDump, methods: Sequence[Method], limit: int, tokenizer_path: str | None) -> dict:
+def page_values(dump: TokenDump, methods: Sequence[Method], limit: int, tokenizer_path: str | None) -> dict:
     """The values of the page's template; ``data`` is for its script. Adds to the dump's notes.
 
     Args:
@@ -48,11 +47,11 @@ def page_values(dump: ReplayableDump, methods: Sequence[Method], limit: int, tok
         **_texts(dump, shown, tokenizer_path),
         "responses": shown,
     }
-    steps, updates = sorted(dump.headers), len(np.unique(masks.update))
+    steps, updates = sorted(dump.headers), masks.groups["update"].nunique()
     return {
         "dump": str(dump.path),
         "summary": (
-            f"{counted(masks.rejected.shape[1], 'generated token')} of {counted(len(responses), 'response')}, "
+            f"{counted(len(masks.rejected), 'generated token')} of {counted(len(responses), 'response')}, "
             f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}, {counted(updates, 'update')} per step; "
             f"D_t in the dump is {dump.header['divergence']}"
         ),
@@ -66,18 +65,14 @@ def page_values(dump: ReplayableDump, methods: Sequence[Method], limit: int, tok
 
 def most_masked(responses: Sequence[Response], decisions: Sequence[Decisions], limit: int) -> list[int]:
     """Rows of the responses to show: from every step and update in turn, those with the largest masked share first."""
-
-    def masked_share(row: int) -> tuple:
-        response = responses[row]
-        return decisions[row].rejected[response.mask].mean(), response.divergence.max()
-
-    groups = defaultdict(list)
-    for row, response in enumerate(responses):
-        groups[response.step, response.update].append(row)
-    place: dict[int, int] = {}
-    for rows in groups.values():
-        place |= {row: n for n, row in enumerate(sorted(rows, key=masked_share, reverse=True))}
-    return sorted(sorted(place, key=masked_share, reverse=True), key=place.__getitem__)[:limit]
+    rows = [
+        (response.step, response.update, decided.rejected[response.mask].mean(), response.divergence.max())
+        for response, decided in zip(responses, decisions, strict=True)
+    ]
+    ranked = pd.DataFrame(rows, columns=["step", "update", "share", "largest"])
+    ranked = ranked.sort_values(["share", "largest"], ascending=False)
+    place = ranked.groupby(["step", "update"]).cumcount()
+    return place.sort_values(kind="stable").index[:limit].tolist()
 
 
 def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence[float | None]) -> dict:
@@ -112,23 +107,18 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
         } | {name: put(values) for name, values in columns.items()}
 
     return {
-        "step": response.step,
-        "update": response.update,
-        "key": response.key,
-        "score": response.score,
+        **{name: getattr(response, name) for name in ("step", "update", "key", "score")},
+        **{name: put(getattr(response, name)) for name in ("log_mu", "log_pi", "advantage")},
         "sign": _SIGNS.get(tuple(np.unique(np.sign(response.advantage[response.mask]))), "of both signs"),
         "prompt": response.prompt.tolist(),
         "ids": response.response.tolist(),
         "mask": None if response.mask.all() else "".join("01"[int(m)] for m in response.mask),
-        "log_mu": put(response.log_mu),
-        "log_pi": put(response.log_pi),
-        "advantage": put(response.advantage),
         "decisions": [of_method(*pair) for pair in zip(decisions, deltas, strict=True)],
         "arrays": arrays,
     }
 
 
-def _texts(dump: ReplayableDump, shown: Sequence[dict], tokenizer_path: str | None) -> dict:
+def _texts(dump: TokenDump, shown: Sequence[dict], tokenizer_path: str | None) -> dict:
     """``texts``, {token id: text to show}, and ``special``, the ids of special tokens, of the tokens in the page."""
     tokenizer = token_text.of_dump(dump.header, tokenizer_path, dump.notes)
     ids = {token for response in shown for token in [*response["prompt"], *response["ids"]]}

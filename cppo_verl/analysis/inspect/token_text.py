@@ -3,9 +3,13 @@
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte that a character stands for in the names of GPT-2's byte-level tokens."""
 _SHOWN = {" ": "·", "\n": "¶", "\t": "\\t", "\r": "\\r"}
 
 
@@ -61,25 +65,13 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
 
 def visible(text: str) -> str:
     """Replace blanks, line ends, control and format characters by signs; give a combining character a base."""
-    shown = []
-    for position, character in enumerate(text):
-        category = unicodedata.category(character)
-        if character in _SHOWN:
-            shown.append(_SHOWN[character])
-        elif category[0] in "CZ":
-            shown.append(f"‹U+{ord(character):04X}›")
-        elif category[0] == "M" and (position == 0 or text[position - 1] in _SHOWN):
-            shown.append("◌" + character)
-        else:
-            shown.append(character)
-    return "".join(shown)
+    return "".join(_sign(character, before) for before, character in pairwise(f" {text}"))
 
 
-def _byte_level() -> dict[str, int]:
-    """{character: the byte that it stands for in the names of GPT-2's byte-level tokens}."""
-    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_level()
+def _sign(character: str, before: str) -> str:
+    category = unicodedata.category(character)[0]
+    if character in _SHOWN:
+        return _SHOWN[character]
+    if category in "CZ":
+        return f"‹U+{ord(character):04X}›"
+    return f"◌{character}" if category == "M" and before in _SHOWN else character

@@ -8,18 +8,12 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", metavar="[LABEL=]RUN", help="a run's folder or metrics file, or a folder of runs"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("report.html"),
-        help="the page to write; replaces an earlier report (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--figures", type=Path, help="folder for each figure as PNG and SVG (default: beside the page, NAME_figures)"
-    )
+    runs = "a run's folder or metrics file, or a folder of runs"
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help=runs)
+    output = "the page to write; replaces an earlier report (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
+    figures = "folder for each figure as PNG and SVG (default: beside the page, NAME_figures)"
+    parser.add_argument("--figures", type=Path, help=figures)
     parser.add_argument("--tokenizer", help="a local folder (default: the tokenizer that the dump names)")
 
 
@@ -49,20 +43,21 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
     from cppo_verl.analysis.report.drawing import draw
-    from cppo_verl.analysis.report.page import report
+    from cppo_verl.analysis.report.page import page_values
+    from cppo_verl.analysis.report.panels import Panel
     from cppo_verl.analysis.text import counted, print_notes
     from cppo_verl.evaluation.comparability import unequal
 
     with warnings.catch_warnings():
         # The font of the PNG files lacks some characters; readers of the page have other fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        result = report(runs, [*unequal(runs), *notes], args.tokenizer)
-        figures = {section.id: [draw(panel) for panel in section.panels] for section in result.sections}
-        write_page(args.output, "report", report=result, figures=figures)
+        values = page_values(runs, [*unequal(runs), *notes], args.tokenizer)
+        figures = {id: [draw(x) for x in items if isinstance(x, Panel)] for id, items in values["sections"].items()}
+        write_page(args.output, "report", figures=figures, **values)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
         for figure in chain.from_iterable(figures.values()):
             figure.save(folder)
-    print_notes(result.notes)
+    print_notes(values["notes"])
     count = sum(map(len, figures.values()))
     print(f"{args.output}: {counted(len(runs), 'run')}, {counted(count, 'figure')}, each as PNG and SVG in {folder}")
     return 0

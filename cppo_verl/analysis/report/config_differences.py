@@ -1,19 +1,20 @@
-"""The settings that hydra saved with a run, and those in which runs differ."""
+"""What hydra saved with a run: its settings, method and overrides."""
 
 import json
 import re
-from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cppo_verl.analysis.text import MISSING
+from cppo_verl.analysis.text import MISSING, flattened
 from cppo_verl.artifacts.run_reader import Run
 
 OWN_FOLDER = "<run>"
 # Do not resolve `${oc.env:...}`, `${now:...}` and the like: they would show the reader's environment and date, not the
 # run's, and an environment may hold secrets.
-_RESOLVER = re.compile(r"\$\{(?!oc\.select:)[\w.]+:")
+_RESOLVER = re.compile(r"\$(?=\{\s*(?!oc\.select:)[\w.]+:)")
+_UNRESOLVED = "\ue000"
+"""Stands for the dollar sign of an interpolation that is not to be resolved."""
 
 
 def settings(run: Run) -> dict[str, str]:
@@ -22,18 +23,11 @@ def settings(run: Run) -> dict[str, str]:
     folder = _saved(run, "hydra.yaml", "hydra.runtime.output_dir")
     if not isinstance(config, DictConfig):
         return {}
-    try:
-        config = OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
-    except OmegaConfBaseException:  # a resolver within a key, which cannot be left unresolved
-        return {}
-    flat: dict[str, str] = {}
-    _flatten(config, "", flat)
+    flat = _resolved(OmegaConf.create(_RESOLVER.sub(_UNRESOLVED, OmegaConf.to_yaml(config))))
     root = run.path if run.path.is_dir() else run.path.parent
-    own = sorted({str(x) for x in (folder, root, root.resolve()) if x and str(x) not in (".", "/")}, key=len)
-    for key, value in flat.items():
-        for name in reversed(own):
-            value = value.replace(name, OWN_FOLDER)
-        flat[key] = value
+    own = {str(path) for path in (folder, root, root.resolve())} - {"None", ".", "/"}
+    for name in sorted(own, key=len, reverse=True):
+        flat = {key: value.replace(name, OWN_FOLDER) for key, value in flat.items()}
     return flat
 
 
@@ -58,40 +52,17 @@ def _saved(run: Run, name: str, key: str | None = None):
         return None
 
 
-def differences(runs: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """{key: its value in each run}, for the keys whose values differ."""
-    keys = sorted(set().union(*runs))
-    columns = {key: [run.get(key, MISSING) for run in runs] for key in keys}
-    return {key: values for key, values in columns.items() if len(set(values)) > 1}
-
-
-def same_but_for_seeds(first: dict[str, str], second: dict[str, str]) -> bool:
-    changed = differences([first, second])
-    return all(key.rsplit(".", 1)[-1] in ("seed", "experiment_name") for key in changed)
-
-
-def _flatten(config: DictConfig, prefix: str, flat: dict[str, str]) -> None:
-    for key in map(str, config):
-        text = OmegaConf.to_container(config, resolve=False)[key]  # type: ignore[index, call-overload]  # a dict
-        name = f"{prefix}{key}"
+def _resolved(config) -> dict[str, str]:
+    """{key: its value as text}; an interpolation that cannot be resolved, or to a group of keys, stays as it is."""
+    flat = {}
+    for key, text in flattened(OmegaConf.to_container(config, resolve=False)).items():
         try:
-            value = config[key]
-            if isinstance(value, DictConfig):
-                if OmegaConf.is_interpolation(config, key):  # shown where it points to, which may contain this key
-                    value = text
-                elif value:
-                    _flatten(value, f"{name}.", flat)
-                    continue
-            if OmegaConf.is_config(value):
+            value = OmegaConf.select(config, key, default=text)
+            if OmegaConf.is_dict(value):
+                value = text
+            elif OmegaConf.is_list(value):
                 value = OmegaConf.to_container(value, resolve=True)
         except (OmegaConfBaseException, ValueError, RecursionError):
             value = text
-        flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _unresolved(value):
-    if isinstance(value, dict):
-        return {key: _unresolved(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_unresolved(x) for x in value]
-    return _RESOLVER.sub(lambda match: "\\" + match[0], value) if isinstance(value, str) else value
+        flat[key] = (value if isinstance(value, str) else json.dumps(value, default=str)).replace(_UNRESOLVED, "$")
+    return flat

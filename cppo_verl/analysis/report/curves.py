@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 
 import numpy as np
 import pandas as pd
 
+from cppo_verl.analysis.html.page import caption
 from cppo_verl.analysis.positions import BIN_CENTRES
-from cppo_verl.analysis.report.panels import Band, LinePanel, Missing, PhasePanel, Trace, Values
-from cppo_verl.analysis.report.runs import Line, ReportedRun
-from cppo_verl.artifacts.run_reader import Run, read_generations
+from cppo_verl.analysis.report.panels import LinePanel, Missing, PhasePanel
+from cppo_verl.analysis.report.runs import DELTA_B, Line, ReportedRun
+from cppo_verl.artifacts.run_reader import read_generations
 from cppo_verl.core.metrics import POSITION_BINS
 from cppo_verl.evaluation.statistics import Interval, interval_over_problems, interval_over_seeds
 
@@ -22,26 +22,38 @@ POINTS = 500
 INTERVALS = 12
 """Most validations per run whose saved answers are read, because files of long answers are large."""
 TOP = 0.1
-MARKER_SIZE = 6
+NONE = pd.Series(dtype=float)
 
-Metric = Callable[[dict[str, float]], float | None]
-"""Takes a step's logged metrics and returns the value to draw; None if the step has none."""
+Lines = Sequence[Line]
+Frames = dict[Line, pd.DataFrame]
+Drawn = LinePanel | Missing
+Quantity = Callable[[ReportedRun], pd.Series]
+"""Takes a run and returns the values to draw, by step; empty if the run has none."""
 
 
-def logged(*names: str) -> Metric:
+def logged(*names: str) -> Quantity:
     """The first of these metrics that a step has."""
-    return lambda values: next((values[name] for name in names if name in values), None)
+    return lambda item: item.log.reindex(columns=names).bfill(axis=1).iloc[:, 0].dropna()
 
 
-def product(share: str, part: str) -> Metric:
+def product(share: str, part: str) -> Quantity:
     """The product of two shares; the second is a share of the first, and logged only where the first is not zero."""
-    return lambda values: values[share] * values.get(part, 0.0) if share in values else None
+    return lambda item: item.log.reindex(columns=[share, part]).fillna({part: 0.0}).prod(axis=1, skipna=False).dropna()
 
 
-def series(run: Run, metric: Metric) -> pd.Series:
-    """The metric at the steps that have it."""
-    found = {step: metric(values) for step, values in run.steps.items()}
-    return pd.Series({step: value for step, value in found.items() if value is not None}, dtype=float)
+SHARE = "trust_region/masked_share"
+MASKED = logged(SHARE, "actor/pg_clipfrac")
+STEP_SECONDS = logged("timing_s/step", "perf/time_per_step")
+
+
+def effective_budget(item: ReportedRun) -> pd.Series:
+    """The effective budget at the steps that have one; it is logged as zero if there is no budget."""
+    return logged(DELTA_B)(item).loc[lambda values: values > 0]
+
+
+def dumped(name: str) -> Quantity:
+    """A quantity of `DumpSummary`, at the steps that were dumped."""
+    return lambda item: getattr(item.dumped, name, NONE)
 
 
 def thinned(lines: pd.DataFrame) -> pd.DataFrame:
@@ -54,226 +66,174 @@ def thinned(lines: pd.DataFrame) -> pd.DataFrame:
     return lines.iloc[sorted(extremes | {0, len(lines) - 1})]
 
 
-def _complete(lines: Sequence[Line], quantity: Callable[[ReportedRun], pd.Series]) -> dict[Line, list[pd.Series]]:
+def _complete(lines: Lines, quantity: Quantity) -> dict[Line, list[pd.Series]]:
     """{line: the quantity by step in each of its runs}, of the lines whose runs all have it."""
     found = {line: [quantity(item) for item in line.runs] for line in lines}
     return {line: parts for line, parts in found.items() if all(map(len, parts))}
 
 
 def _over_runs(parts: Sequence[pd.Series]) -> pd.DataFrame:
-    """Mean, lowest and highest of the runs' values, at the steps that all of them have."""
+    """The mean of the runs' values at the steps that all of them have; of several runs the lowest and highest too."""
     common = pd.concat(parts, axis=1, join="inner")
-    return pd.DataFrame({"mean": common.mean(axis=1), "low": common.min(axis=1), "high": common.max(axis=1)})
+    frame = pd.DataFrame({"mean": common.mean(axis=1)})
+    return frame.assign(low=common.min(axis=1), high=common.max(axis=1)) if len(parts) > 1 else frame
 
 
-def _left_out(lines: Sequence[Line], drawn: Mapping[Line, object], without: str) -> dict[str, object]:
-    """Facts for a caption: the lines that are not drawn, and why."""
-    return {"left_out": [line.label for line in lines if line not in drawn], "without": without}
+def _panel(
+    name: str, title: str, lines: Lines, drawn: Frames, without: str, facts: dict, text: str = "", **kwargs
+) -> Drawn:
+    """A panel of the ``lines`` that are ``drawn``; the caption names the others and what they are ``without``.
+
+    Args:
+        facts: values for the caption, which is ``text`` in ``templates/captions.txt``, by default of the panel's name.
+    """
+    if not drawn:
+        return Missing(title, without)
+    facts = {**facts, "left_out": [line.label for line in lines if line not in drawn], "without": without}
+    return LinePanel(name=name, title=title, lines=drawn, text=caption(text or name, **facts), **kwargs)
 
 
 def curve(
-    name: str,
-    title: str,
-    lines: Sequence[Line],
-    metric: Metric,
-    without: str,
-    *,
-    facts: Mapping | None = None,
-    **kwargs,
-) -> LinePanel | Missing:
-    """A metric over the steps, smoothed by a running mean.
+    name: str, title: str, lines: Lines, quantity: Quantity | str, without: str = "", smooth: bool = True, **kwargs
+) -> Drawn:
+    """A quantity over the steps.
 
     Args:
-        without: why a run may lack the metric.
-        kwargs: further fields of the panel.
+        quantity: or the name of a metric.
+        without: why a run may lack it; by default that the metric is not logged.
+        smooth: whether to draw its running mean.
+        kwargs: further arguments of `_panel`.
 
     Returns:
         `Missing` if no run has it.
     """
-    complete = _complete(lines, lambda item: series(item.run, metric))
-    if not complete:
-        return Missing(title, without)
-    window = max(WINDOW, max(len(part) for parts in complete.values() for part in parts) // STRETCHES)
-    several = any(len(parts) > 1 for parts in complete.values())
-    faint = len(complete) <= 4 and not several
-    traces, bands = [], []
+    facts: dict = {}
+    if isinstance(quantity, str):
+        facts["metric"] = quantity
+        quantity, without = logged(quantity), without or f"{quantity} is not logged"
+    complete, window, faint = _complete(lines, quantity), 1, False
+    if smooth:
+        window = max([WINDOW, *(len(part) // STRETCHES for parts in complete.values() for part in parts)])
+        several = any(len(parts) > 1 for parts in complete.values())
+        faint = len(complete) <= 4 and not several
+        facts |= {"window": window, "faint": faint, "several": several}
+    drawn = {}
     for line, parts in complete.items():
-        if faint:
-            each = thinned(parts[0].to_frame("each"))
-            traces.append(Trace(line, each.index, each["each"], "each step"))
-        drawn = thinned(_over_runs([part.rolling(window, min_periods=1).mean() for part in parts]))
-        traces.append(Trace(line, drawn.index, drawn["mean"], marker_size=MARKER_SIZE if len(drawn) == 1 else 0))
-        if len(parts) > 1:
-            bands.append(Band(line, drawn.index, drawn["low"], drawn["high"]))
-    reading = {"window": window, "faint": faint, "several": several}
-    facts = {**(facts or {}), **reading, **_left_out(lines, complete, without)}
-    return LinePanel(name=name, title=title, facts=facts, traces=traces, bands=bands, **kwargs)
+        frame = _over_runs([part.rolling(window, min_periods=1).mean() for part in parts])
+        drawn[line] = thinned(pd.DataFrame({"each": parts[0], **frame}) if faint else frame)
+    return _panel(name, title, lines, drawn, without, facts, **kwargs)
 
 
-def dumped(
-    name: str, title: str, lines: Sequence[Line], quantity: str, without: str, log: bool = False
-) -> LinePanel | Missing:
-    """A quantity of `DumpSummary` over the steps that were dumped."""
-    complete = _complete(
-        lines, lambda item: pd.Series(getattr(item.dumped, quantity) if item.dumped else {}, dtype=float)
-    )
-    if not complete:
-        return Missing(title, without)
-    traces, bands = [], []
-    for line, parts in complete.items():
-        drawn = _over_runs(parts)
-        traces.append(Trace(line, drawn.index, drawn["mean"], marker_size=MARKER_SIZE if len(drawn) <= 60 else 0))
-        if len(parts) > 1:
-            bands.append(Band(line, drawn.index, drawn["low"], drawn["high"]))
-    facts = _left_out(lines, complete, without)
-    return LinePanel(name=name, title=title, facts=facts, traces=traces, bands=bands, log=log)
+def validation(lines: Lines, benchmarks: Sequence[str], name: str, title: str, notes: list[str]) -> Drawn:
+    """The unweighted mean accuracy on ``benchmarks``; for one benchmark, with intervals over its problems.
 
-
-def validation(lines: Sequence[Line], benchmarks: Sequence[str], name: str, title: str) -> LinePanel | Missing:
-    """The unweighted mean accuracy on ``benchmarks``; for one benchmark, with intervals over its problems."""
-    complete = _complete(lines, lambda item: _accuracy(item.run, benchmarks))
-    if not complete:
-        return Missing(title, "no run validated on it")
-    over_seeds = any(len(parts) > 1 for parts in complete.values())
-    over_problems, traces, bands, unread, notes = False, [], [], [], []
+    Adds to ``notes`` what was skipped of the saved answers.
+    """
+    complete = _complete(lines, lambda item: item.accuracies.reindex(columns=benchmarks).dropna().mean(axis=1))
+    drawn, over_problems, unread = {}, False, []
     for line, parts in complete.items():
         common = pd.concat(parts, axis=1, join="inner")
-        mean = thinned(common.mean(axis=1).to_frame("mean"))["mean"]
-        traces.append(Trace(line, mean.index, mean, marker_size=3 if len(mean) <= 40 else 0))
         intervals: dict[int, Interval] = {}
         if len(parts) > 1:
             intervals = {step: interval_over_seeds(values) for step, values in common.T.items()}
         elif len(benchmarks) == 1:
-            intervals, skipped = _intervals(line.runs[0], benchmarks[0], common.index)
-            notes += skipped
+            intervals = _intervals(line.runs[0], benchmarks[0], common.index, notes)
             over_problems |= bool(intervals)
             unread += [] if intervals else [line.label]
-        if intervals:
-            bands.append(Band(line, list(intervals), *zip(*intervals.values(), strict=True)))
+        bands = pd.DataFrame.from_dict(intervals, orient="index", columns=["low", "high"], dtype=float)
+        drawn[line] = common.mean(axis=1).to_frame("mean").join(bands)
+    over_seeds = any(len(parts) > 1 for parts in complete.values())
     facts = {"over_problems": over_problems, "most_read": INTERVALS, "over_seeds": over_seeds, "unread": unread}
-    return LinePanel(
-        name=name,
-        title=title,
-        caption="validation",
-        facts=facts | _left_out(lines, complete, "no validation"),
-        notes=notes,
-        traces=traces,
-        bands=bands,
-        percent=True,
-    )
+    kwargs: dict = {"text": "validation", "percent": True, "points": 40}
+    return _panel(name, title, lines, drawn, "no validation" if drawn else "no run validated on it", facts, **kwargs)
 
 
-def _accuracy(run: Run, benchmarks: Sequence[str]) -> pd.Series:
-    accuracies = pd.DataFrame.from_dict(run.accuracies(), orient="index")
-    return accuracies.reindex(columns=benchmarks).dropna().mean(axis=1)
-
-
-def _intervals(item: ReportedRun, benchmark: str, steps: pd.Index) -> tuple[dict[int, Interval], list[str]]:
-    """{step: interval over problems} of some of the steps, from the first to the last; and what was skipped."""
+def _intervals(item: ReportedRun, benchmark: str, steps: pd.Index, notes: list[str]) -> dict[int, Interval]:
+    """{step: interval over problems} of some of the steps, from the first to the last; notes what was skipped."""
     folder = item.run.generations
     if folder is None:
-        return {}, []
+        return {}
     saved = [step for step in steps if (folder / f"{step}.jsonl").exists()]
-    chosen = sorted({saved[round(i)] for i in np.linspace(0, len(saved) - 1, min(INTERVALS, len(saved)))})
-    result, notes = {}, []
-    for step in chosen:
+    result = {}
+    for step in sorted({saved[round(i)] for i in np.linspace(0, len(saved) - 1, min(INTERVALS, len(saved)))}):
         answers = read_generations(folder, step)
         notes += [f"{item.name}: {note}" for note in answers.notes]
         of_one = {name for name, _ in answers.correct} == {"all"}  # the dump does not say the data sources
         interval = interval_over_problems(list(answers.accuracy(None if of_one else benchmark).values()))
         if not math.isnan(interval.low):
             result[step] = interval
-    return result, notes
+    return result
 
 
-def drift_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
+def drift_by_position(lines: Lines) -> Drawn:
     """Mean D_t of the later updates by t / T, from the log or else from the token dump, with delta / w_t beside it."""
     names = [f"trust_region/later_updates/divergence/position_{b}" for b in range(POSITION_BINS)]
-    found, from_dump = {}, []
+    means, from_dump = {}, []
     for line in lines:
-        rows = []
+        parts = []
         for item in line.runs:
-            bins: Sequence[Values] = [series(item.run, logged(name)) for name in names]
-            if not all(map(len, bins)) and item.dumped and item.dumped.by_position:
-                bins = item.dumped.by_position
+            part = item.log.reindex(columns=names).mean().set_axis(range(POSITION_BINS))
+            if part.isna().any() and item.dumped and len(item.dumped.by_position):
+                part = item.dumped.by_position.groupby(level=0).mean()
                 from_dump.append(line.label)
-            if all(map(len, bins)):
-                rows.append([float(np.asarray(values, dtype=float).mean()) for values in bins])
-        if len(rows) == len(line.runs):
-            found[line] = np.mean(rows, axis=0)
+            parts.append(part)
+        means[line] = pd.concat(parts, axis=1).mean(axis=1, skipna=False)
     without = "neither logged nor dumped, as with one update per batch"
     title, facts = "Mean D_t by position, later updates", {"from_dump": list(dict.fromkeys(from_dump))}
-    return _by_position("divergence_by_position", title, lines, found, without, facts)
+    return _by_position("divergence_by_position", title, means, without, facts)
 
 
-def largest_by_position(lines: Sequence[Line]) -> LinePanel | Missing:
+def largest_by_position(lines: Lines) -> Drawn:
     """Mean of the largest tenth of D_t in each bin of positions."""
-    found = {}
-    for line in lines:
-        parts = [item.dumped.by_position for item in line.runs if item.dumped and item.dumped.by_position]
-        bins = [np.concatenate(values) for values in zip(*parts, strict=True)]
-        if bins and all(map(len, bins)):
-            found[line] = np.array([np.sort(x)[-max(1, round(TOP * len(x))) :].mean() for x in bins])
-    title = "The largest tenth of D_t by position"
-    return _by_position("largest_by_position", title, lines, found, "no dumped tokens of later updates", {})
+
+    def mean_of_largest(values: pd.Series) -> float:
+        return values.nlargest(max(1, round(TOP * len(values)))).mean()
+
+    dumps = {line: [item.dumped.by_position for item in line.runs if item.dumped] for line in lines}
+    means = {line: pd.concat(parts).groupby(level=0).agg(mean_of_largest) for line, parts in dumps.items() if parts}
+    title, without = "The largest tenth of D_t by position", "no dumped tokens of later updates"
+    return _by_position("largest_by_position", title, {line: means.get(line, NONE) for line in lines}, without, {})
 
 
-def _by_position(
-    name: str, title: str, lines: Sequence[Line], found: Mapping[Line, Values], without: str, facts: Mapping
-) -> LinePanel | Missing:
-    """A quantity in each bin of positions, with the threshold delta / w_t of each drawn run."""
-    if not found:
-        return Missing(title, without)
-    traces = [Trace(line, BIN_CENTRES, values, marker_size=MARKER_SIZE) for line, values in found.items()]
+def _by_position(name: str, title: str, values: Mapping[Line, pd.Series], without: str, facts: dict) -> Drawn:
+    """A quantity by bin of positions, with the threshold delta / w_t of each drawn run; drawn are lines without NaN."""
+    frames = {line: by_bin.reindex(range(POSITION_BINS)).to_frame("mean") for line, by_bin in values.items()}
+    drawn = {line: frame.set_axis(BIN_CENTRES) for line, frame in frames.items() if frame.notna().all(axis=None)}
     first: dict[tuple[float, float], Line] = {}  # each threshold once
-    for line in found:
+    for line in drawn:
         if line.runs[0].thresholds:
             first.setdefault(line.runs[0].thresholds, line)
     x = np.linspace(0, 1, 33)
-    traces += [Trace(line, x, delta / (1 - (1 - w_min) * x), "delta / w_t") for (delta, w_min), line in first.items()]
-    facts = {**facts, "thresholds": bool(first), **_left_out(lines, found, without)}
-    return LinePanel(name=name, title=title, facts=facts, traces=traces, log=True, over_positions=True)
+    thresholds = {line: pd.Series(delta / (1 - (1 - w_min) * x), index=x) for (delta, w_min), line in first.items()}
+    facts = {**facts, "thresholds": bool(thresholds)}
+    kwargs: dict = {"thresholds": thresholds, "log": True, "over_positions": True, "points": POSITION_BINS}
+    return _panel(name, title, list(values), drawn, without, facts, **kwargs)
 
 
-PHASES = (
-    "gen",
-    "reward",
-    "old_log_prob",
-    "ref",
-    "values",
-    "adv",
-    "update_critic",
-    "update_actor",
-    "dump_tokens",
-    "update_weights",
-    "save_checkpoint",
-    "testing",
-)
+UPDATE_PHASES = ("update_critic", "update_actor", "dump_tokens", "update_weights")
+PHASES = ["gen", "reward", "old_log_prob", "ref", "values", "adv", *UPDATE_PHASES, "save_checkpoint", "testing"]
 """verl's timers in their order within a step; `dump_tokens` is ours, and a part of update_actor."""
 
 
-def stacked_phases(lines: Sequence[Line]) -> PhasePanel | Missing:
+def stacked_phases(lines: Lines) -> PhasePanel | Missing:
     title = "Seconds per step, by phase"
-    bars = {}
-    for line in lines:
-        runs = [phases(item.run) for item in line.runs]
-        if any(runs):
-            bars[line.label] = pd.DataFrame(runs, columns=[*PHASES, "rest"]).fillna(0.0).mean()
-    if not bars:
+    bars = {line.label: pd.DataFrame([phases(item) for item in line.runs]).mean() for line in lines}
+    drawn = pd.DataFrame({label: seconds for label, seconds in bars.items() if len(seconds)}).T
+    if drawn.empty:
         return Missing(title, "no run logged timing_s/step")
-    return PhasePanel(name="phases", title=title, bars=pd.DataFrame(bars).T)
+    return PhasePanel(name="phases", title=title, text=caption("phases"), bars=drawn)
 
 
-def phases(run: Run) -> dict[str, float]:
-    """{phase: mean seconds per step}, with "rest" for what no timer covers; empty if the steps were not timed."""
-    timed = [values for values in run.steps.values() if "timing_s/step" in values]
-    if not timed:
-        return {}
-    mean = {name: fmean(values.get(f"timing_s/{name}", 0.0) for values in timed) for name in ("step", *PHASES)}
+def phases(item: ReportedRun) -> pd.Series:
+    """Mean seconds per step of each phase, with "rest" for what no timer covers; empty if the steps were not timed."""
+    seconds = item.log.reindex(columns=[f"timing_s/{name}" for name in ("step", *PHASES)])
+    timed = seconds[seconds["timing_s/step"].notna()].set_axis(["step", *PHASES], axis=1)
+    if timed.empty:
+        return NONE
+    mean = timed.fillna(0.0).mean()
     mean["update_actor"] = max(0.0, mean["update_actor"] - mean["dump_tokens"])
-    step = mean.pop("step")
-    mean["rest"] = max(0.0, step - sum(seconds for name, seconds in mean.items() if name != "testing"))
-    return mean
+    mean["rest"] = max(0.0, mean["step"] - mean[PHASES].sum() + mean["testing"])
+    return mean.drop("step")
 
 
 MEASURES = {
@@ -283,14 +243,13 @@ MEASURES = {
 }
 
 
-def memory(lines: Sequence[Line]) -> list[LinePanel | Missing]:
+def memory(lines: Lines) -> list[Drawn]:
     """A panel for each measure of memory that a run logged, for each of verl's workers."""
-    keys = sorted({key for line in lines for item in line.runs for values in item.run.steps.values() for key in values})
     panels = []
-    for key in keys:
+    for key in sorted({key for line in lines for item in line.runs for key in item.log}):
         *who, measure = (part for part in key.split("/") if part != "perf")
         if measure in MEASURES and "perf" in key.split("/"):
             title = f"{MEASURES[measure]}, {' '.join(who) or 'trainer'} (GB)"
-            name, without = "memory_" + "_".join((*who, measure)), f"{key} is not logged"
-            panels.append(curve(name, title, lines, logged(key), without, caption="memory", facts={"key": key}))
+            name = "memory_" + "_".join((*who, measure))
+            panels.append(curve(name, title, lines, key, text="memory"))
     return panels or [Missing("Memory", "no run logged perf/max_memory_allocated_gb or the like")]

@@ -1,6 +1,7 @@
 """Draws the panels of a report."""
 
 import math
+from functools import singledispatch
 
 import numpy as np
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, PercentFormatter
@@ -14,10 +15,6 @@ WIDTH = 4.7
 NAMED_TOKENS = 32
 """Up to this length of a response, its tokens are written below the bars."""
 OUTSIDE = "outside lower center"
-_LINES: dict = {
-    "each step": {"linestyle": "-", "linewidth": 0.8, "alpha": 0.3},
-    "delta / w_t": {"linestyle": "--", "linewidth": 1},
-}
 _BARS = {
     "kept": (GREY, "within the region"),
     "towards_one": (BLUE, "kept, moves towards one"),
@@ -26,37 +23,32 @@ _BARS = {
 }
 
 
+@singledispatch
 def draw(panel: Panel) -> Figure:
-    if isinstance(panel, LinePanel):
-        return _lines(panel)
-    if isinstance(panel, PhasePanel):
-        return _phases(panel)
-    assert isinstance(panel, TokenPanel)
-    return _tokens(panel)
+    raise TypeError(f"no drawing of a {type(panel).__name__}")
 
 
 def _figure(panel: Panel, height: float) -> Figure:
-    return Figure(panel.name, plain(panel.title), panel.caption, panel.facts, WIDTH, height)
+    return Figure(panel.name, plain(panel.title), panel.text, WIDTH, height)
 
 
+@draw.register
 def _lines(panel: LinePanel) -> Figure:
-    labels = [trace.line.label for trace in panel.traces if trace.role == "mean"]
+    labels = [line.label for line in panel.lines]
     figure = _figure(panel, 2.9 + 0.2 * (math.ceil(len(labels) / 2) if len(labels) > 1 else 0))
     axes = figure.axes
-    for band in panel.bands:
-        axes.fill_between(band.x, band.low, band.high, color=band.line.color, alpha=0.15, linewidth=0)
-    for trace in panel.traces:
-        look: dict = {
-            "color": trace.line.color,
-            "markersize": trace.marker_size,
-            "marker": "o" if trace.marker_size else "",
-        }
-        if trace.role == "mean":
-            look |= {"linestyle": trace.line.style, "linewidth": 1.5, "label": plain(trace.line.label)}
-        else:
-            look |= {"gid": trace.role, **_LINES[trace.role]}
-        axes.plot(trace.x, trace.y, **look)
-    if panel.log and any((np.asarray(trace.y) > 0).any() for trace in panel.traces):
+    for line, frame in panel.lines.items():
+        if "low" in frame:
+            band = frame.dropna(subset="low")
+            axes.fill_between(band.index, band["low"], band["high"], color=line.color, alpha=0.15, linewidth=0)
+        if "each" in frame:
+            axes.plot(frame["each"], color=line.color, linewidth=0.8, alpha=0.3, gid="each step")
+        marks: dict = {"marker": "o", "markersize": 4} if len(frame) <= panel.points else {}
+        look: dict = {"color": line.color, "linestyle": line.style, "linewidth": 1.5, "label": plain(line.label)}
+        axes.plot(frame["mean"], **look, **marks)
+    for line, threshold in panel.thresholds.items():
+        axes.plot(threshold, color=line.color, linestyle="--", linewidth=1, gid="delta / w_t")
+    if panel.log and any((frame["mean"] > 0).any() for frame in panel.lines.values()):
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 1)))
@@ -72,6 +64,7 @@ def _lines(panel: LinePanel) -> Figure:
     return figure
 
 
+@draw.register
 def _phases(panel: PhasePanel) -> Figure:
     figure = _figure(panel, 1.7 + 0.3 * len(panel.bars))
     axes, rows = figure.axes, range(len(panel.bars))
@@ -90,32 +83,30 @@ def _phases(panel: PhasePanel) -> Figure:
     return figure
 
 
+@draw.register
 def _tokens(panel: TokenPanel) -> Figure:
     figure = _figure(panel, 3.6)
-    axes, response, delta, drawn = figure.axes, panel.response, panel.delta, panel.drawn
-    assert response.weighted_divergence is not None and response.threshold is not None and response.reason is not None
-    mask = response.mask
-    weighted, threshold, reason = response.weighted_divergence[mask], response.threshold[mask], response.reason[mask]
-    t, total = response.position[mask], int(mask.sum())
+    axes, tokens, delta, total = figure.axes, panel.tokens, panel.delta, panel.total
     axes.set_axisbelow(True)
-    width = 0.8 if len(drawn) == total else total / len(drawn)
     for cause, (color, label) in _BARS.items():
-        at = drawn[reason[drawn] == CODE[cause]]
-        if not len(at):
+        of_cause = tokens[tokens["reason"] == CODE[cause]]
+        if of_cause.empty:
             continue
-        axes.bar(t[at], weighted[at], width=width, color=color, label=label, linewidth=0)
+        width = total / len(tokens) * (0.8 if len(tokens) == total else 1)
+        axes.bar(of_cause["t"], of_cause["weighted"], width=width, color=color, label=label, linewidth=0)
         if cause in ("budget", "token"):  # marked at the top as well, as the bar may be too low to be seen
             edge, mark = axes.get_xaxis_transform(), "v" if total <= NAMED_TOKENS else "|"
-            axes.plot(t[at], np.full(len(at), 1.0), mark, color=color, clip_on=False, transform=edge, gid=cause)
+            top = np.ones(len(of_cause))
+            axes.plot(of_cause["t"], top, mark, color=color, clip_on=False, transform=edge, gid=cause)
     axes.axhline(delta, color=PURPLE, linestyle="--", linewidth=1.2, label="token threshold δ")
-    shown = np.sort(drawn)
-    axes.step(t[shown], threshold[shown], where="mid", color=GREEN, linewidth=1.4, label="effective threshold c_t")
+    effective: dict = {"color": GREEN, "linewidth": 1.4, "label": "effective threshold c_t"}
+    axes.step(tokens["t"], tokens["threshold"], where="mid", **effective)
     axes.set(xlabel="t", xlim=(0.4, total + 0.6))
-    low, high = min(0.0, float(threshold[shown].min())), max(float(weighted[shown].max()), delta)
+    low, high = min(0.0, tokens["threshold"].min()), max(tokens["weighted"].max(), delta)
     # A bar far above all others would flatten them, so it extends beyond the axes.
     axes.set_ylim(max(1.1 * low, -2 * delta), min(1.1 * high, 4 * delta))
     if panel.texts and total <= NAMED_TOKENS:
-        axes.set_xticks(t, [plain(text[:12]) for text in panel.texts], rotation=60, ha="right", fontsize=7)
+        axes.set_xticks(tokens["t"], [plain(text[:12]) for text in panel.texts], rotation=60, ha="right", fontsize=7)
         axes.set_xlabel("")
     figure.legend(loc=OUTSIDE, ncols=2)
     return figure

@@ -3,13 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 
 from cppo_verl.analysis.report.runs import Line
-from cppo_verl.artifacts.token_dump import Response
-
-Values = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -27,45 +23,23 @@ class Panel:
     name: str
     """The name of its files and its anchor in the page."""
     title: str
-    caption: str = ""
-    """The name of its text in ``templates/captions.txt``, if that is not the panel's own."""
-    facts: Mapping[str, object] = field(default_factory=dict)
-    """Values for that text."""
-    notes: Sequence[str] = ()
-    """What was skipped while its data were read."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A line through points; it looks as ``line`` does in all figures."""
-
-    line: Line
-    x: Values
-    y: Values
-    role: str = "mean"
-    """What it shows: "mean", "each step" or "delta / w_t"."""
-    marker_size: float = 0
-    """Of the points; 0 for none."""
-
-
-@dataclass(frozen=True)
-class Band:
-    """The area between two lines."""
-
-    line: Line
-    x: Values
-    low: Values
-    high: Values
+    text: str
+    """The caption: what is seen and how to read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinePanel(Panel):
-    traces: Sequence[Trace]
-    bands: Sequence[Band] = ()
+    lines: Mapping[Line, pd.DataFrame]
+    """{line: columns "mean", and where there are such "each" (step, drawn faint), "low" and "high" (a band, which need
+    not have all of the points)}."""
+    thresholds: Mapping[Line, pd.Series] = field(default_factory=dict)
+    """{line: delta / w_t of its runs}."""
     log: bool = False
     percent: bool = False
     over_positions: bool = False
-    """Whether x is t / T rather than the step."""
+    """Whether the index is t / T rather than the step."""
+    points: int = 1
+    """Up to this number of points, each is marked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +54,10 @@ class PhasePanel(Panel):
 class TokenPanel(Panel):
     """w_t D_t of the tokens of one response against the thresholds."""
 
-    response: Response
     delta: float
-    drawn: np.ndarray
-    """Which of the generated tokens are drawn, as positions among them."""
+    tokens: pd.DataFrame
+    """Columns "t", "weighted", "threshold" and "reason" of the tokens to draw, in order."""
+    total: int
+    """Number of generated tokens, which are not all drawn of a long response."""
     texts: Sequence[str]
     """The generated tokens as text; empty without a tokenizer."""

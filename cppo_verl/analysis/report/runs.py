@@ -3,9 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
 
 from cppo_verl.analysis.html.figures import SERIES
-from cppo_verl.analysis.report.config_differences import same_but_for_seeds, settings
+from cppo_verl.analysis.report.config_differences import settings
 from cppo_verl.analysis.report.dump_summary import DumpSummary, summarise
 from cppo_verl.artifacts.run_reader import Run
 from cppo_verl.artifacts.token_dump import read_tokens
@@ -15,6 +18,8 @@ STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 LEGEND_LENGTH = 26
 """Most characters of a name in a legend."""
 NO_DUMP = "no token dump; trust_region.dump.every=10 writes one"
+SEEDS = ("seed", "experiment_name")
+"""Last parts of the keys in which runs of one setting may differ."""
 LOSS = "actor_rollout_ref.actor.policy_loss"
 OLD_DELTA_B, DELTA_B = "trust_region/delta_b", "trust_region/effective_delta_b"
 """The metric's name in older versions, and now."""
@@ -32,6 +37,16 @@ class ReportedRun:
     dumped: DumpSummary | None
     notes: Sequence[str]
     """What was skipped of this run."""
+
+    @cached_property
+    def log(self) -> pd.DataFrame:
+        """The logged metrics [steps, metrics]; NaN where a step lacks one."""
+        return _frame(self.run.steps)
+
+    @cached_property
+    def accuracies(self) -> pd.DataFrame:
+        """Avg@n [steps, benchmarks] of the validations."""
+        return _frame(self.run.accuracies())
 
     @property
     def has_two_constraints(self) -> bool:
@@ -53,12 +68,15 @@ class ReportedRun:
 class Line:
     """Runs that are drawn as one line: a single run, or several that differ only in their seeds."""
 
-    name: str
     label: str
     """Its name in legends, shortened."""
     runs: Sequence[ReportedRun]
     color: str
     style: object
+
+
+def _frame(by_step: dict[int, dict[str, float]]) -> pd.DataFrame:
+    return pd.DataFrame(list(by_step.values()), index=list(by_step), dtype=float)
 
 
 def shown(text: str) -> str:
@@ -93,38 +111,32 @@ def _reported(run: Run, name: str) -> ReportedRun:
 
 def unique_names(runs: Sequence[Run]) -> list[str]:
     """Labels; where several runs share one, with the name of their folder, or its path if that is not enough."""
-    folders = [run.path if run.path.is_dir() else run.path.parent for run in runs]
-    names = [run.label for run in runs]
-    for further in ([folder.resolve().name for folder in folders], [str(run.path) for run in runs]):
-        count = Counter(names)
-        names = [
-            f"{run.label} ({what})" if count[name] > 1 else name
-            for run, name, what in zip(runs, names, further, strict=True)
-        ]
-    return names
+    folders = [(run.path if run.path.is_dir() else run.path.parent).resolve().name for run in runs]
+    choices = [
+        (x.label, f"{x.label} ({folder})", f"{x.label} ({x.path})") for x, folder in zip(runs, folders, strict=True)
+    ]
+    counts = [Counter(names) for names in zip(*choices, strict=True)]
+    return [
+        next((name for name, count in zip(names, counts, strict=True) if count[name] == 1), names[-1])
+        for names in choices
+    ]
 
 
 def lines(runs: Sequence[ReportedRun]) -> list[Line]:
     """One line per run, or per group of runs with one label that differ only in their seeds."""
-    groups: list[list[ReportedRun]] = []
+    groups: dict[object, list[ReportedRun]] = {}
     for item in runs:
-        for group in groups:
-            known = group[0].settings and item.settings
-            same_label = group[0].run.label == item.run.label
-            if known and same_label and same_but_for_seeds(item.settings, group[0].settings):
-                group.append(item)
-                break
-        else:
-            groups.append([item])
-    count = Counter(group[0].run.label for group in groups)
+        same = frozenset((key, x) for key, x in item.settings.items() if key.rpartition(".")[2] not in SEEDS)
+        groups.setdefault((item.run.label, same) if item.settings else item.name, []).append(item)
+    count = Counter(group[0].run.label for group in groups.values())
     names = []
-    for group in groups:
+    for group in groups.values():
         label = group[0].run.label
         name = shown(label) if count[label] == 1 else group[0].name
         names.append(name + (f" ({len(group)} runs)" if len(group) > 1 else ""))
     return [
-        Line(name, label, group, SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)])
-        for number, (name, label, group) in enumerate(zip(names, legend_labels(names), groups, strict=True))
+        Line(label, group, SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)])
+        for number, (label, group) in enumerate(zip(legend_labels(names), groups.values(), strict=True))
     ]
 
 

@@ -51,8 +51,7 @@ def test_calibrated_thresholds_mask_the_promised_share(quickstart, proposal, cal
 
     given, before = steps_of_the_dump(calibrated.output), steps_of_the_dump(quickstart.output)
     assert sorted(given) == sorted(before) == [2, 4, 6]
-    responses = read_tokens(calibrated.output).responses
-    interval, _ = intervals(recorded(responses), [response.uid for response in responses])
+    interval, _ = intervals(recorded(read_tokens(calibrated.output).responses))
     # Both shares are estimates. Three standard errors of their difference, each a quarter of its interval.
     low, high = (float(end) / 100 for end in ends)
     allowed = 3 * math.hypot(high - low, interval.high - interval.low) / 4

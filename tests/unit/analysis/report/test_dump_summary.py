@@ -8,7 +8,7 @@ import pytest
 from report_runs import data_of, drawn, dump, make, read
 
 from cppo_verl.analysis.report.dump_summary import summarise
-from cppo_verl.analysis.report.page import report
+from cppo_verl.analysis.report.page import page_values
 from cppo_verl.artifacts.token_dump import read_tokens
 
 
@@ -29,12 +29,12 @@ def test_sums_of_the_dump_agree_with_sums_token_by_token(tmp_path):
             for n, t in enumerate(kept, start=1):
                 (place,) = [b for b in range(8) if b * len(kept) < 8 * n <= (b + 1) * len(kept)]
                 bins[place].append(abs(math.exp(pi[t]) - math.exp(mu[t])))
-    assert got.relative_error == {3: pytest.approx(apart / size, rel=1e-5)}
-    assert got.entropy == {3: pytest.approx(surprise / tokens, rel=1e-5)}
-    for values, wanted in zip(got.by_position, bins, strict=True):
-        np.testing.assert_allclose(np.sort(values), sorted(wanted), atol=1e-6)
+    assert got.relative_error.to_dict() == {3: pytest.approx(apart / size, rel=1e-5)}
+    assert got.entropy.to_dict() == {3: pytest.approx(surprise / tokens, rel=1e-5)}
+    for b, wanted in enumerate(bins):
+        np.testing.assert_allclose(np.sort(got.by_position[b]), sorted(wanted), atol=1e-6)
     make(tmp_path, answers=False)
-    figures = drawn(report(read(tmp_path)))
+    figures = drawn(page_values(read(tmp_path)))
     tops = [fmean(sorted(values)[-max(1, round(len(values) / 10)) :]) for values in bins]
     np.testing.assert_allclose([y for _, y in data_of(figures["largest_by_position"], "cppo")[0]], tops, rtol=1e-4)
     assert data_of(figures["relative_error"], "cppo")[0] == [[3, pytest.approx(apart / size, rel=1e-5)]]

@@ -10,16 +10,16 @@ from matplotlib.colors import to_hex
 from report_runs import ACCURACY, data_of, drawn, dump, make, means_of_ten, read
 from scipy import stats
 
-from cppo_verl.analysis.report.drawing import draw
-from cppo_verl.analysis.report.page import report
-from cppo_verl.analysis.report.runs import NO_DUMP, legend_labels, lines, unique_names
+from cppo_verl.analysis.report.page import page_values
+from cppo_verl.analysis.report.runs import NO_DUMP, legend_labels, lines, reported, unique_names
 
 
 def test_seeds_of_one_setting_are_one_line_with_a_band(tmp_path):
     folders = [make(tmp_path / str(seed), seed=seed, steps=10 + seed) for seed in (1, 2, 3)]
     other = make(tmp_path / "other", seed=1, config="lr: 1.0")
-    made = report(read(*folders, other))
-    assert [line.name for line in lines(made.runs)] == ["cppo (1) (3 runs)", "cppo (other)"]
+    runs = read(*folders, other)
+    made = page_values(runs)
+    assert [line.label for line in lines(reported(runs))] == ["cppo (1) (3 runs)", "cppo (other)"]
     figures = drawn(made)
     logs = [[json.loads(t) for t in (f / "logs" / "metrics-0.jsonl").read_text().splitlines()] for f in folders]
     smoothed = [means_of_ten([[r["step"], r["data"]["critic/score/mean"]] for r in log]) for log in logs]
@@ -40,13 +40,14 @@ def test_seeds_of_one_setting_are_one_line_with_a_band(tmp_path):
 
 def test_a_run_keeps_its_colour_and_more_than_eight_their_style(tmp_path):
     folders = [make(tmp_path / f"run{i}", f"method{i}", answers=False) for i in range(10)]
-    made = report(read(*folders))
-    styles = [(line.color, str(line.style)) for line in lines(made.runs)]
+    runs = read(*folders)
+    made, expected = page_values(runs), lines(reported(runs))
+    styles = [(line.color, str(line.style)) for line in expected]
     assert len(set(styles)) == 10 and styles[0][0] == styles[8][0]
     for name in ("reward", "masked", "validation", "divergence_by_position"):
         shown = [line for line in drawn(made)[name].axes.lines if line.get_gid() is None]
         assert {line.get_label(): to_hex(line.get_color()) for line in shown} == {
-            line.label: line.color for line in lines(made.runs)
+            line.label: line.color for line in expected
         }
 
 
@@ -66,23 +67,23 @@ def test_a_run_of_an_older_version_is_named_with_what_the_report_lacks(tmp_path)
     folder = make(tmp_path / "old", answers=False)
     log = folder / "logs" / "metrics-0.jsonl"
     log.write_text(log.read_text().replace("trust_region/effective_delta_b", "trust_region/delta_b"))
-    made = report(read(folder))
-    (note,) = [note for note in made.notes if "older version" in note]
+    made = page_values(read(folder))
+    (note,) = [note for note in made["notes"] if "older version" in note]
     assert note == (
         "cppo: an older version logged this run, with trust_region/delta_b in the place of "
         "trust_region/effective_delta_b: the figure and the summary of δ_b lack it"
     )
     assert "delta_b" not in drawn(made)
-    assert report(read(make(tmp_path / "new", answers=False))).notes == ("cppo: " + NO_DUMP,)
+    assert page_values(read(make(tmp_path / "new", answers=False)))["notes"] == ["cppo: " + NO_DUMP]
 
 
 def test_making_and_drawing_a_report_does_not_change_the_runs(tmp_path):
     dump(make(tmp_path / "a"))
     runs = read(tmp_path / "a")
     notes = [list(item.notes) for item in runs]
-    first = report(runs)
-    figures = [draw(panel).text() for section in first.sections for panel in section.panels]
+    first = page_values(runs)
+    figures = [figure.text for figure in drawn(first).values()]
     assert [item.notes for item in runs] == notes
-    again = report(runs)
-    assert again.notes == first.notes
-    assert figures == [draw(panel).text() for section in again.sections for panel in section.panels]
+    again = page_values(runs)
+    assert again["notes"] == first["notes"]
+    assert figures == [figure.text for figure in drawn(again).values()]

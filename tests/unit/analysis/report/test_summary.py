@@ -4,12 +4,12 @@ from statistics import fmean, median
 
 from report_runs import ACCURACY, SHARE, make, read
 
-from cppo_verl.analysis.report.page import report
+from cppo_verl.analysis.report.page import page_values
 
 
 def test_the_summary_agrees_with_the_log(tmp_path):
     (run,) = read(make(tmp_path / "a", steps=30))
-    table = report([run]).summary
+    table = page_values([run])["summary"]
     got = dict(zip(table.header, table.cells()[0], strict=True))
     rows = list(run.steps.values())
     # asked for 20 steps: later validations do not count

@@ -10,16 +10,16 @@ from token_dumps import DELTA, DELTA_B, W_MIN, make_response
 
 from cppo_verl.analysis.report import token_panels
 from cppo_verl.analysis.report.drawing import draw
-from cppo_verl.analysis.report.dump_summary import ChosenResponse
-from cppo_verl.analysis.report.page import report
+from cppo_verl.analysis.report.dump_summary import ChosenResponse, summarise
+from cppo_verl.analysis.report.page import page_values
 from cppo_verl.artifacts.token_dump import REASONS, read_tokens
 
 
 def test_threshold_pictures_agree_with_the_oracle(tmp_path):
     make(tmp_path, answers=False)
     data, log_pi = dump(tmp_path)
-    made = report(read(tmp_path))
-    chosen = made.runs[0].dumped.chosen
+    made = page_values(read(tmp_path))
+    chosen = summarise(read_tokens(tmp_path)).chosen
     assert [one.kind for one in chosen] == ["budget", "token", "kept"]
     counts = {r.key: Counter(REASONS[code] for code in r.reason) for r in read_tokens(tmp_path).responses}
     for kind, item in ((one.kind, one.response) for one in chosen):

@@ -7,7 +7,7 @@ import pytest
 from token_dumps import METHODS, actor, dumped
 
 from cppo_verl.analysis import replay
-from cppo_verl.analysis.inspect.masks import Masks
+from cppo_verl.analysis.inspect.tables import Masks
 from cppo_verl.artifacts.token_dump import REASONS
 
 NAMES = ("cppo", "soft", "dppo", "trm_max", "minpro", "vanilla")
@@ -50,22 +50,25 @@ def mean(values):
 def test_shares_agree_with_the_oracle(counted):
     masks, rows = counted
     for i, name in enumerate(NAMES):
-        assert masks.share()[i] == pytest.approx(mean(r[0] for r in rows[name]), abs=1e-6)
-        by_reason = masks.share_by_reason()[i]
+        assert masks.rejected[i].mean() == pytest.approx(mean(r[0] for r in rows[name]), abs=1e-6)
+        by_reason = masks.share_by_reason().loc[i]
         for reason, share in by_reason.items():
             wanted = [float(r[1] == reason) * (1 if reason == "towards_one" else r[0]) for r in rows[name]]
             assert share == pytest.approx(mean(wanted), abs=1e-6), (name, reason)
-        assert sum(v for k, v in by_reason.items() if k != "towards_one") == pytest.approx(masks.share()[i], abs=1e-6)
+        assert sum(v for k, v in by_reason.items() if k != "towards_one") == pytest.approx(
+            masks.rejected[i].mean(), abs=1e-6
+        )
     # something to count of every kind
-    assert masks.share_by_reason()[0]["budget"] > 0.05 < masks.share_by_reason()[0]["towards_one"]
-    assert masks.share_by_reason()[3]["response"] > 0.05 < masks.share_by_reason()[4]["clipped"]
+    by_reason = masks.share_by_reason()
+    assert by_reason["budget"][0] > 0.05 < by_reason["towards_one"][0]
+    assert by_reason["response"][3] > 0.05 < by_reason["clipped"][4]
 
 
 @pytest.mark.parametrize("group", ["sign", "bin", "update"])
 def test_shares_by_sign_position_and_update_agree_with_the_oracle(group, counted):
     masks, rows = counted
     place = 2 + ("sign", "bin", "update").index(group)
-    got = masks.share_within(getattr(masks, group))
+    got = masks.share_within(group)
     assert sorted(got) == sorted({row[place] for row in rows["cppo"]}) and len(got) > 1
     for value, shares in got.items():
         for i, name in enumerate(NAMES):
