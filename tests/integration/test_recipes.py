@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -96,6 +97,22 @@ def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
     assert (actor.loss_agg_mode, actor.loss_scale_factor) == ("seq-mean-token-sum-norm", response)
     assert (data.max_prompt_length, config.reward.custom_reward_function.name) == (1024, "math_verify")
     assert config.algorithm.norm_adv_by_std_in_grpo == rule.mask_std_0 == (method not in RELEASES)
+
+
+def test_the_30b_run_is_laid_out_for_fsdp2_and_as_the_pull_request_lays_out_megatron(recipe):
+    scale = "scale=qwen3_30b_a3b_base"
+    fsdp = recipe(scale).actor_rollout_ref.actor
+    assert (fsdp.strategy, fsdp.fsdp_config.param_offload, fsdp.fsdp_config.optimizer_offload) == ("fsdp2", True, True)
+    config = recipe(scale, "backend=megatron")
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    actor, layout = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.megatron
+    assert (actor.strategy, config.actor_rollout_ref.rollout.tensor_model_parallel_size) == ("megatron", 2)
+    parallel = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+    assert [layout[f"{name}_parallel_size"] for name in parallel] == [4, 1, 8, 1]
+    assert layout.param_offload and layout.optimizer_offload and actor.optim.lr == 1e-6
+    assert omega_conf_to_dataclass(actor).policy_loss.divergence == "binary_tv"
+    with pytest.raises(InstantiationException, match="set actor_rollout_ref.actor.strategy=fsdp2 or divergence=binary"):
+        omega_conf_to_dataclass(recipe(scale, "backend=megatron", "divergence=topk_tv").actor_rollout_ref.actor)
 
 
 @pytest.mark.parametrize("method", ["cppo", "grpo", "cppo_pr6731"])
