@@ -189,26 +189,38 @@ def test_verls_own_command_says_what_is_missing(arguments, message):
     assert message in result.stderr
 
 
-COMMAND = re.compile(r"`(scale=[^`]* method=[^`]*)`")
-
-
-def test_the_readmes_table_is_the_papers_and_its_commands_compose(recipe):
-    text = (RECIPES / "README.md").read_text()
-    commands = COMMAND.findall(text)
-    for command in commands:
+def test_the_pages_table_is_the_papers_and_its_runs_compose(recipe):
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    for command in re.findall(r"`(scale=[^`]* method=[^`]*)`", text):
         recipe(*command.split())
-    for model, rows in paper_results.TABLE.items():
-        for method, values in rows.items():
-            row = next(line for line in text.splitlines() if f"`scale={model} method={method}`" in line)
-            printed = row.split("|")[3].split()
+    table = text.partition("## Table 1")[2]
+    models = re.findall(r"`scale=([\w.]+)`", next(line for line in table.splitlines() if line.startswith("| row")))
+    assert models == list(paper_results.MODELS)
+    for method in paper_results.TABLE[models[0]]:
+        row = next(line for line in table.splitlines() if f"`method={method}`" in line)
+        for model, cell in zip(models, row.split("|")[2:-1], strict=True):
+            recipe(f"scale={model}", f"method={method}")
+            values = paper_results.TABLE[model][method]
             if values is paper_results.COLLAPSE:
-                assert "collapse" in row
+                assert "collapse" in cell
             else:
-                assert [float(value) for value in printed] == [float(value) for value in values]
-    assert len(commands) >= len(TABLE) * 7
+                assert [float(value) for value in cell.split()] == [float(value) for value in values]
 
 
-@pytest.mark.parametrize("page", ["recipes/README.md"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_pages_table_of_costs_is_that_of_the_scales(recipe, scale):
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    row = next(line for line in text.splitlines() if re.search(rf"`{scale}`.* \| \d+ GB \|", line))
+    own = RECIPES / "scale" / f"{scale}.yaml"
+    comment = own.read_text() if "GB" in own.read_text() else (RECIPES / "scale" / "qwen3_1.7b_base.yaml").read_text()
+    parts = re.search(r"#   training(.*?)#   rollout(.*?)\n(?!#  )", comment, re.DOTALL).groups()
+    gigabytes = [sum(float(x) for x in re.findall(r"([\d.]+) GB$", part, re.MULTILINE)) for part in parts]
+    nodes = {"one": 1, "four": 4}[row.split("|")[2].strip()]
+    assert nodes == recipe(f"scale={scale}").trainer.nnodes
+    assert [int(cell.removesuffix(" GB ")) for cell in row.split("|")[3:5]] == [round(x) for x in gigabytes]
+
+
+@pytest.mark.parametrize("page", ["docs/recipes.md"])
 def test_a_sweep_that_a_page_shows_is_one_to_hydra(recipe, page):
     commands = [words for words in shown(page, "python -m verl.trainer.main_ppo") if words[1:3] == ["-m", MODULE]]
     sweeps = [words for words in commands if "-m" in words[3:] or "+sweep" in " ".join(words)]
