@@ -1,14 +1,10 @@
 """Names the settings beside the method in which compared runs differ."""
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.artifacts.run_reader import Run
+from cppo_verl.artifacts.saved_config import flattened, load, select
 
 _ACTOR = "actor_rollout_ref.actor."
 BESIDE_THE_METHOD = {
@@ -23,31 +19,22 @@ BESIDE_THE_METHOD = {
     "validation": [f"actor_rollout_ref.rollout.val_kwargs.{name}" for name in ("n", "temperature", "top_p")],
 }
 """{what a comparison of methods holds fixed: its keys}."""
-# An environment variable would be the reader's, not the run's, and may be a secret.
-_RESOLVER = re.compile(r"\$(?=\{\s*(?!oc\.select:)[\w.]+:)")
 
 
 def unequal(runs: Sequence[Run]) -> list[str]:
     """Return one line for each setting of `BESIDE_THE_METHOD` in which the runs with a readable config differ."""
     configs = []
     for run in runs:
-        with suppress(Exception):  # none was saved, or it is cut off, which `read_run` has noted
-            text = OmegaConf.to_yaml(OmegaConf.load(run.config))  # type: ignore[arg-type]
-            configs.append((run.label, OmegaConf.create(_RESOLVER.sub("(unresolved) ", text))))
+        with suppress(ValueError):  # `read_run` has noted it
+            if run.config is not None:
+                configs.append((run.label, flattened(load(run.config))))
     lines = []
     for what, keys in BESIDE_THE_METHOD.items():
         for key in keys:
             labels: dict[str, list[str]] = {}
             for label, config in configs:
-                labels.setdefault(_value(config, key), []).append(label)
+                labels.setdefault(str(select(config, key)), []).append(label)
             if len(labels) > 1:
                 found = "; ".join(f"{value} in {', '.join(dict.fromkeys(of))}" for value, of in labels.items())
                 lines.append(f"the runs differ in more than the method, {what}: {key} is {found}")
     return lines
-
-
-def _value(config: Any, key: str) -> str:
-    try:
-        return str(OmegaConf.select(config, key))
-    except OmegaConfBaseException:  # an interpolation that leads nowhere
-        return "(unresolved)"
