@@ -41,6 +41,12 @@ try:
         # The workers' side, which hands over weights, is verl's own.
         module._ROLLOUT_REGISTRY[TOP_K_ROLLOUT, "async"] = module._ROLLOUT_REGISTRY["vllm", "async"]
 
+    @wrapt.when_imported("verl.workers.rollout.vllm_rollout.vllm_async_server")
+    def _remember_failed_syncs(module):
+        from cppo_verl.plugin import health
+
+        health.remember_failed_syncs(module)
+
     @wrapt.when_imported("verl.trainer.ppo.v1")
     def _register_trainers(_module):
         from cppo_verl.plugin import trainer  # noqa: F401

@@ -4,7 +4,8 @@ verl 0.9.1's own import packages for accelerators or RDMA. With device=cpu too, 
 CUDA stream at every bucket, and mooncake asks for RDMA and rounds the weights to bf16.
 """
 
-import pickle
+import json
+import socket
 from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
@@ -32,8 +33,19 @@ class GlooCheckpointEngine(CheckpointEngine):
         if not self.is_master:
             return None
         host = ray.util.get_node_ip_address().strip("[]")
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        return host, self.store.port
+        # A socket of our own, because TCPStore's would listen on every interface of the machine.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, 0), family=family)
+        port = listening.getsockname()[1]
+        self.store = dist.TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=TIMEOUT,
+            master_listen_fd=listening.detach(),
+        )
+        return host, port
 
     @classmethod
     def build_topology(cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list):
@@ -61,18 +73,19 @@ class GlooCheckpointEngine(CheckpointEngine):
         index = 0
         for index, (name, weight) in enumerate(weights, 1):  # gathers over all ranks of the actor
             if self.group is not None:
-                self.store.set(f"weight_{index}", pickle.dumps((name, weight.shape, weight.dtype)))
+                meta = [name, list(weight.shape), str(weight.dtype).removeprefix("torch.")]
+                self.store.set(f"weight_{index}", json.dumps(meta))
                 self.group.broadcast(weight.contiguous(), 0).wait()
         if self.group is not None:
-            self.store.set(f"weight_{index + 1}", pickle.dumps(None))
+            self.store.set(f"weight_{index + 1}", json.dumps(None))
             self.group.barrier().wait()  # the store goes with this process
 
     @torch.no_grad()
     async def receive_weights(self, global_steps: int | None = None):
         index = 1
-        while (meta := pickle.loads(self.store.get(f"weight_{index}"))) is not None:
+        while (meta := json.loads(self.store.get(f"weight_{index}"))) is not None:
             name, shape, dtype = meta
-            weight = torch.empty(shape, dtype=dtype)
+            weight = torch.empty(shape, dtype=getattr(torch, dtype))
             self.group.broadcast(weight, 0).wait()
             yield name, weight
             index += 1

@@ -97,7 +97,12 @@ def run(jobs: list[Job], at_once: int) -> tuple[list[Job], int]:
     with suppress(KeyboardInterrupt), Trainers() as trainers:
         while trainers.running or (waiting and not trainers.received):
             if waiting and len(trainers.running) < at_once and not trainers.received:
-                start(waiting.pop(0), trainers)
+                job = waiting.pop(0)
+                try:
+                    start(job, trainers)
+                except BlockingIOError as error:
+                    log.info(f"{job.folder.name}: {error}")
+                    failed.append(job)
             time.sleep(0.2)
             for child in trainers.ended():
                 job, code = child.job, child.exit_code()

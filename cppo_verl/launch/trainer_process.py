@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from cppo_verl.artifacts import stop_request
+from cppo_verl.artifacts import run_lock, stop_request
 
 EXIT_CODE_STOPPED = 128 + signal.SIGTERM
 """Exit code of a program whose trainer was `Stopped`: not finished, and the same command continues."""
@@ -22,6 +22,8 @@ SAME_SIGNAL_SECONDS = 1.0
 """``timeout`` and others signal a process and then its group: signals that come this close count as one."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIBC = ctypes.CDLL(None)
+LINE, RUN_ENDS = "cppo_verl  ", "; the run ends; "
+"""How the lines begin that the plug-in's trainers print for people, and what the last one of a failed run holds."""
 PR_SET_PDEATHSIG = 1
 """The option of prctl(2) that names the signal for a process whose parent has ended."""
 
@@ -104,8 +106,12 @@ class Trainers:
 
         ``checkpoints`` is the run's ``trainer.default_local_dir``, or None for a run that saves nothing. The `Child`
         keeps ``job``. ``lock`` is a file that the trainer, and none of its own children, holds open as well.
+
+        Raises:
+            BlockingIOError: another run's trainer works in ``checkpoints``.
         """
         if checkpoints is not None:
+            run_lock.hold(checkpoints).close()  # the trainer itself does so a minute later
             if (left_over := stop_request.start_over(checkpoints)) is not None:
                 print(f"a request to stop from before this start is removed: {left_over}", file=sys.stderr)
             self._folders.append(checkpoints)
@@ -179,9 +185,14 @@ def trainer(
 
 
 def show_failure(trainer: subprocess.Popen, log: Path) -> None:
-    """Print the exit code of a trainer that failed, and the end of its log."""
+    """Print the exit code of a trainer that failed, the end of its log, and why it has ended itself, if it has.
+
+    Other processes may have logged much after that.
+    """
     print(f"\nverl's trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
-    print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), file=sys.stderr)
+    lines = log.read_text(errors="replace").splitlines()
+    why = [line.partition(LINE)[2] for line in lines if LINE in line and RUN_ENDS in line]
+    print("\n".join([*lines[-30:], *why[-1:]]), file=sys.stderr)
 
 
 def quoted(text: str | Path) -> str:

@@ -1,10 +1,13 @@
 """Files that a run writes beside verl's: metrics, the data sources of its answers, its best checkpoint."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
@@ -37,21 +40,42 @@ def log_to_file(config: DictConfig) -> Path:
 
 
 def check_resume(config: DictConfig) -> None:
-    """Refuse a tracker file with which verl would silently start from scratch, over the existing checkpoints.
+    """Let verl resume from the newest whole checkpoint, which is that of its tracker file or an earlier one.
+
+    verl would fail on a file that was cut off, and start from scratch, over the existing checkpoints, without a folder.
 
     Raises:
-        ValueError: the tracker file names no checkpoint, or one that does not exist.
+        ValueError: the tracker file names no checkpoint, or there is no whole one.
     """
     folder = Path(config.trainer.default_local_dir)
     step = newest(folder)
     if config.trainer.resume_mode != "auto" or step is None:
         return
-    if not (step.isdigit() and (folder / f"global_step_{step}").is_dir()):
-        found = ", ".join(map(str, _steps(folder))) or "none"
+    found = [n for n in _steps(folder) if is_whole(folder, n)]
+    known = step.isdigit() and int(step) in _steps(folder)
+    earlier = [n for n in found if known and n <= int(step)]
+    if not earlier:
+        names = ", ".join(map(str, found)) or "none"
         raise ValueError(
-            f"{folder / TRACKER} says {step!r}, but the steps with a checkpoint beside it are: {found}. Write one of "
-            "them into the file to resume from it, or use trainer.resume_mode=disable to start from scratch"
+            f"{folder / TRACKER} says {step!r}, but the steps with a whole checkpoint beside it are: {names}. Write "
+            "one of them into the file to resume from it, or use trainer.resume_mode=disable to start from scratch"
         )
+    if earlier[-1] != int(step):
+        print(f"cppo_verl  the checkpoint of step {step} is damaged: going on from step {earlier[-1]}", flush=True)
+        with replacing(folder / TRACKER) as (file,):
+            file.write_text(str(earlier[-1]))
+
+
+def is_whole(folder: Path, step: int) -> bool:
+    """Return whether this machine's part of a checkpoint is there, with all of its files to their ends.
+
+    Where no checkpoint has weights on this machine, the others' parts are not seen.
+    """
+    checkpoint = folder / f"global_step_{step}"
+    weights_are_here = any(folder.glob("global_step_*/actor"))
+    files = [*checkpoint.glob("*.pt"), *checkpoint.glob("actor/*.pt"), *checkpoint.glob("critic/*.pt")]
+    # torch.save writes a zip archive, whose table of contents comes last.
+    return bool(files) and (checkpoint / "actor").exists() >= weights_are_here and all(map(zipfile.is_zipfile, files))
 
 
 def not_written(folder: str | Path, step: int, error: Exception) -> str:
@@ -74,6 +98,12 @@ def newest(folder: str | Path) -> str | None:
     """The step in verl's tracker file: that of the newest checkpoint that all ranks have written."""
     tracker = Path(folder) / TRACKER
     return tracker.read_text().strip() if tracker.exists() else None
+
+
+def how_to_continue(folder: str | Path) -> str:
+    """The end of the message of a run that has failed."""
+    step = newest(folder)
+    return f"the same command continues from {f'the checkpoint of step {step}' if step else 'the start: no checkpoint'}"
 
 
 def rotate(folder: str | Path, step: int, role: str, keep: int | None) -> None:
@@ -119,6 +149,26 @@ def write_best(folder: str | Path, step: int, accuracy: float) -> None:
     best.mkdir(parents=True, exist_ok=True)
     with replacing(best / "best.json") as (file,):
         file.write_text(json.dumps({"step": step, "accuracy": accuracy}))
+
+
+def set_aside_best(folder: str | Path, step: int) -> str | None:
+    """Name the folder to which the best checkpoint goes if it is not of this run, which goes on after ``step``."""
+    best = best_so_far(folder)
+    if best is None or best["step"] <= step:
+        return None
+    taken = [path.name for path in Path(folder).glob(f"{BEST}-*")]
+    return next(name for n in itertools.count(1) if (name := f"{BEST}-{n}") not in taken)
+
+
+def unshare(folder: str | Path, step: int) -> None:
+    """Remove this machine's files of a checkpoint that are hard links, before it is saved again.
+
+    torch.save truncates a file in place, and with it the same file under ``folder``/best.
+    """
+    for file in (Path(folder) / f"global_step_{step}").rglob("*"):
+        with suppress(FileNotFoundError):  # another process of this machine was faster
+            if file.is_file() and file.stat().st_nlink > 1:
+                file.unlink()
 
 
 def link_checkpoint(folder: str | Path, step: int) -> None:

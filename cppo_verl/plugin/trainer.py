@@ -9,6 +9,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,9 +31,10 @@ from verl.utils.debug import marked_timer
 from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.utils.losses import ppo_loss
 
-from cppo_verl.artifacts import stop_request
+from cppo_verl.artifacts import run_lock, stop_request
 from cppo_verl.plugin import checkpoints
 from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
+from cppo_verl.plugin.health import Watch
 from cppo_verl.plugin.losses import METRIC_PREFIX
 from cppo_verl.plugin.preflight import captured_bytes, missing_files
 from cppo_verl.plugin.step_metrics import step_shares
@@ -68,7 +70,11 @@ class TrustRegionTrainer(VerlTrainer):
         self.captures = getattr(method, "captures", False)  # verl's own losses have no divergence
         if self.captures:
             capture_top_k(config)
+        if not config.trainer.get("val_only", False):
+            self.lock = run_lock.hold(config.trainer.default_local_dir)
         checkpoints.check_resume(config)
+        if config.actor_rollout_ref.actor.get("checkpoint", {}).get("async_save", False):
+            logger.warning("actor.checkpoint.async_save: nobody tells when it has saved, no best checkpoint is kept")
         stop_request.forget_answer(config.trainer.default_local_dir)
         self.saved_step, self.stopping = None, False
         dump = getattr(method, "dump", None)
@@ -99,9 +105,17 @@ class TrustRegionTrainer(VerlTrainer):
     def fit(self, agent_loop_manager):
         Path(self.config.trainer.default_local_dir).mkdir(parents=True, exist_ok=True)  # for a request to stop
         checkpoints.log_to_file(self.config)
+        self._set_aside_best()
         self.validation: dict[str, float] = {}
         self.step_seconds: list[float] = []
-        super().fit(agent_loop_manager)
+        trainer, self.timing_raw = self.config.trainer, {}
+        with Watch(
+            # A timer is added to, or grows, as a part of the step ends.
+            lambda: (self.global_steps, self.timing_raw.copy()),
+            trainer.get("stall_seconds"),
+            lambda: checkpoints.how_to_continue(trainer.default_local_dir),
+        ):
+            super().fit(agent_loop_manager)
 
     def on_train_begin(self):
         if not self._end_if_asked("before"):
@@ -141,6 +155,7 @@ class TrustRegionTrainer(VerlTrainer):
     def _save_checkpoint(self):
         trainer = self.config.trainer
         folder, step = os.path.abspath(trainer.default_local_dir), self.global_steps
+        self._everywhere(lambda: checkpoints.unshare(folder, step))
         try:
             super()._save_checkpoint()
         except Exception as error:
@@ -150,6 +165,22 @@ class TrustRegionTrainer(VerlTrainer):
             for role in ("actor", "critic"):
                 keep = trainer.get(f"max_{role}_ckpt_to_keep")
                 self._everywhere(lambda role=role, keep=keep: checkpoints.rotate(folder, step, role, keep))
+
+    def _set_aside_best(self) -> None:
+        """Keep the best checkpoint of a run that this one does not continue, apart from this one's."""
+        folder = Path(self.config.trainer.default_local_dir).absolute()
+        if (
+            self.config.trainer.get("val_only", False)
+            or (name := checkpoints.set_aside_best(folder, self.global_steps)) is None
+        ):
+            return
+
+        def move():
+            with suppress(FileNotFoundError):
+                (folder / checkpoints.BEST).rename(folder / name)
+
+        self._everywhere(move)
+        print(f"cppo_verl  {folder / checkpoints.BEST} is of a later step or another run: now {name}", flush=True)
 
     def _everywhere(self, function: Callable[[], None]) -> None:
         """Call on every machine that holds a part of a checkpoint, once per worker, and on the trainer's."""

@@ -82,6 +82,9 @@ def train(output, overrides, config, show):
     try:
         with trainer_process.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
             follow(trainer, metrics, show)
+    except BlockingIOError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
     except trainer_process.Stopped as stopped:
         print(f"\n{stopped}; the same command continues", flush=True)
         return trainer_process.EXIT_CODE_STOPPED

@@ -1,8 +1,8 @@
 """Loaded into every process of a test run by VERL_USE_EXTERNAL_MODULES=probe: what CPPO_VERL_PROBE names.
 
 dump:FOLDER saves the logits of every micro-batch with what stands beside them and their divergences; full:STEP leaves
-no room for the checkpoint of that step. Also holds an agent loop, "seeded", whose samples depend on nothing but the
-weights, the prompt, the step and the number of the sample.
+no room for the checkpoint of that step; phase:NAME prints a line as that part of the second step begins. Also holds an
+agent loop, "seeded", whose samples depend on nothing but the weights, the prompt, the step and the sample's number.
 """
 
 import json
@@ -49,6 +49,24 @@ def _full(module):
         original(self, local_path, hdfs_path, global_step, *args, **kwargs)
 
     module.FSDPCheckpointManager.save_checkpoint = save_checkpoint
+
+
+PHASES = {"generation": "on_sample_begin", "update": "_update_actor", "checkpoint": "_save_checkpoint"}
+
+
+@wrapt.when_imported("cppo_verl.plugin.trainer")
+def _tell_phase(module):
+    if WHAT != "phase":
+        return
+    trainer, method = module.TrustRegionTrainerSync, PHASES[ARGUMENT]
+    original = getattr(trainer, method)
+
+    def telling(self, *args, **kwargs):
+        if self.global_steps == 2:
+            print(f"the {ARGUMENT} of step 2 begins", flush=True)
+        return original(self, *args, **kwargs)
+
+    setattr(trainer, method, telling)
 
 
 @wrapt.when_imported("verl.experimental.agent_loop.single_turn_agent_loop")

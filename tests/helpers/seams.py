@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE, PLUGINS = ROOT / "cppo_verl", ROOT / "hydra_plugins"
 UPSTREAM = ("verl", "vllm", "ray", "hydra")
-PUBLIC = {"_replace", "_asdict", "_target_"}
-"""Of NamedTuple and of hydra's configs: public, in spite of their names."""
+PUBLIC = {"_replace", "_asdict", "_target_", "_exit"}
+"""Of NamedTuple, of hydra's configs and of os: public, in spite of their names."""
 RAYS = {"__ray_call__", "__ray_metadata__"}
 
 
@@ -71,9 +71,9 @@ def _written(value: object) -> bool:
 
 
 def patched() -> set[str]:
-    """Last name of each upstream attribute that the CPU room replaces, or the registration wraps."""
+    """Last name of each upstream attribute that the CPU room or the watch replaces, or the registration wraps."""
     found = set(re.findall(r'patch_function_wrapper\("[\w.]+", "(\w+)"\)', (PACKAGE / "register.py").read_text()))
-    for file in (PACKAGE / "cpu").glob("*_patches.py"):
+    for file in [*(PACKAGE / "cpu").glob("*_patches.py"), PACKAGE / "plugin" / "health.py"]:
         for node in ast.walk(ast.parse(file.read_text())):
             targets = [node.target] if isinstance(node, ast.AugAssign) else getattr(node, "targets", [])
             for target in targets:

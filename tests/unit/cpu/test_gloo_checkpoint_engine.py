@@ -1,8 +1,11 @@
 """Weights handed over between processes by gloo."""
 
 import asyncio
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
+import pytest
 import torch
 
 
@@ -44,6 +47,22 @@ def test_gloo_hands_over_weights_of_any_shape_and_type_sync_after_sync(monkeypat
                 for name, weight in sent.items():
                     assert result[name].dtype == weight.dtype
                     assert torch.equal(result[name], weight)
+
+
+def test_the_store_listens_on_rays_interface_alone_and_what_it_holds_is_no_code(monkeypatch):
+    import ray
+    from verl.checkpoint_engine import CheckpointEngineRegistry
+
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    engine = CheckpointEngineRegistry.new("gloo", bucket_size=1, is_master=True)
+    host, port = engine.prepare()
+    listening = [
+        c.laddr for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port
+    ]
+    assert [address.ip for address in listening] == [host] == ["127.0.0.1"]
+    engine.store.set("weight_1", pickle.dumps(pytest.fail))
+    with pytest.raises(ValueError):
+        asyncio.run(anext(engine.receive_weights()))
 
 
 def test_verl_has_no_way_of_its_own_to_hand_over_weights_between_processes_here():

@@ -1,8 +1,11 @@
 """What a run keeps: metrics files, the sources of its answers, the best checkpoint, and its line a step."""
 
 import json
+import os
 import re
+import shutil
 import socket
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,11 +47,15 @@ def checkpoint(folder, step, content):
     for name in ("actor/model_rank_0.pt", "actor/huggingface/config.json", "data.pt"):
         path = folder / f"global_step_{step}" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{content} {name}")
+        if path.suffix == ".pt":
+            with zipfile.ZipFile(path, "w") as file:  # as torch.save does
+                file.writestr("data", f"{content} {name}")
+        else:
+            path.write_text(f"{content} {name}")
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("linkable", [True, False])
@@ -118,6 +125,45 @@ def test_a_resume_that_would_start_from_scratch_is_refused(config, tmp_path):
             checkpoints.check_resume(config)
     config.trainer.resume_mode = "disable"
     checkpoints.check_resume(config)
+
+
+@pytest.mark.parametrize("file", ["actor/model_rank_0.pt", "data.pt"])
+@pytest.mark.parametrize("share", [0, 0.3, 0.999])
+def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(config, tmp_path, capsys, file, share):
+    run, tracker = tmp_path / "run", tmp_path / "run" / checkpoints.TRACKER
+    with open_dict(config):
+        config.trainer.resume_mode = "auto"
+    for step in (3, 6, 9):
+        checkpoint(run, step, "weights")
+    shutil.rmtree(run / "global_step_3" / "actor")  # as verl's rotation leaves it
+    tracker.write_text("9")
+    damaged = run / "global_step_9" / file
+    os.truncate(damaged, int(share * damaged.stat().st_size))
+    checkpoints.check_resume(config)
+    assert tracker.read_text() == "6"
+    assert "the checkpoint of step 9 is damaged: going on from step 6" in capsys.readouterr().out
+    os.truncate(run / "global_step_6" / file, 1)
+    with pytest.raises(ValueError, match="says '6', .* whole checkpoint beside it are: none"):
+        checkpoints.check_resume(config)
+
+
+def test_a_checkpoint_saved_anew_leaves_the_best_alone(tmp_path):
+    checkpoint(tmp_path, 3, "good weights")
+    whole = contents(tmp_path / "global_step_3")
+    checkpoints.link_checkpoint(tmp_path, 3)
+    checkpoints.unshare(tmp_path, 3)
+    checkpoint(tmp_path, 3, "worse weights")
+    assert contents(tmp_path / "best" / "global_step_3") == whole != contents(tmp_path / "global_step_3")
+
+
+def test_the_best_of_a_run_that_is_not_continued_is_set_aside(tmp_path):
+    assert checkpoints.set_aside_best(tmp_path, 0) is None
+    (tmp_path / "best").mkdir()
+    checkpoints.write_best(tmp_path, 6, 0.9)
+    assert checkpoints.set_aside_best(tmp_path, 6) is None
+    assert checkpoints.set_aside_best(tmp_path, 3) == "best-1"
+    (tmp_path / "best-1").mkdir()
+    assert checkpoints.set_aside_best(tmp_path, 0) == "best-2"
 
 
 def test_checkpoints_of_earlier_attempts_rotate_too(tmp_path):

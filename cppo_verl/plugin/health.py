@@ -1,0 +1,154 @@
+"""Ends a run that would wait for ever: for something dead, or with no progress.
+
+verl's trainer asks TransferQueue again and again for finished responses. Whether what should make them still lives it
+does not ask: a dead rollout engine, storage or reward worker leaves it waiting without a word.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cppo_verl.launch.trainer_process import LINE, RUN_ENDS
+
+INTERVAL = 3.0  # seconds between two looks
+PATIENCE = 20.0  # seconds for Ray to answer, and for the run to end once it is told
+ON_PURPOSE = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
+"""Ray's reasons for the end of an actor that somebody wanted."""
+
+
+class Watch:
+    """Looks after the actors of this Ray job while the ``with`` statement's body runs, in the main thread.
+
+    The body is ended by RuntimeError when an actor or the engine of a rollout server has died, when a weight sync has
+    failed in a server, when Ray does not answer, or when ``progress`` has returned the same for ``stall_seconds``
+    (None: for ever). A process whose body does not end then ends itself with exit code 1.
+
+    Args:
+        progress: returns what changes as the run goes on; called in another thread.
+        way_out: returns the message's last part: how to continue.
+    """
+
+    def __init__(self, progress: Callable[[], Any], stall_seconds: float | None, way_out: Callable[[], str]) -> None:
+        self.progress, self.stall_seconds, self.way_out = progress, stall_seconds, way_out
+        self.why: str | None = None
+        self.over, self.thread = threading.Event(), threading.get_ident()
+        self._pings: dict[str, ray.ObjectRef] = {}
+
+    def __enter__(self) -> "Watch":
+        self._dead_before = {key for key, actor in _actors().items() if actor["State"] == "DEAD"}
+        threading.Thread(target=self._look, name="health", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+        self.over.set()
+        if self.why is not None:
+            raise RuntimeError(self.why) from (None if kind is KeyboardInterrupt else error)
+
+    def _look(self) -> None:
+        last, moved = None, time.monotonic()
+        answered = time.monotonic()
+        while not self.over.wait(INTERVAL):
+            now = time.monotonic()
+            if (state := self.progress()) != last:
+                last, moved = state, now
+            try:
+                fault, answered = self._dead_actor() or self._broken_engine(), now
+            except Exception as error:
+                fault = f"Ray has not answered for {PATIENCE:.0f} s: {error}" if now - answered > PATIENCE else None
+            if fault is None and self.stall_seconds is not None and now - moved > self.stall_seconds:
+                fault = f"no progress for {self.stall_seconds:g} s (trainer.stall_seconds), and nothing has died"
+            if fault is not None:
+                return self._end(fault)
+
+    def _dead_actor(self) -> str | None:
+        for key, actor in _actors().items():
+            cause = actor["DeathCause"]
+            died = cause.actor_died_error_context
+            if actor["State"] != "DEAD" or key in self._dead_before or died.Reason.Name(died.reason) in ON_PURPOSE:
+                continue
+            _print_last_lines(actor)
+            why = (died.error_message or cause.oom_context.error_message or "no reason given").splitlines()[0]
+            return f"{_name(actor)} has died: {why}"
+        return None
+
+    def _broken_engine(self) -> str | None:
+        servers = {actor["Name"]: actor for actor in _actors().values() if _is_live_server(actor)}
+        for name in servers.keys() - self._pings.keys():
+            self._pings[name] = ray.get_actor(name).__ray_call__.remote(engine_fault)
+        pings = list(self._pings.values())
+        answers = ray.wait(pings, num_returns=len(pings), timeout=INTERVAL)[0] if pings else []
+        for name in [name for name, ping in self._pings.items() if ping in answers]:
+            try:
+                fault = ray.get(self._pings.pop(name))
+            except ray.exceptions.RayError:  # the server itself has died: Ray's table will tell
+                continue
+            if fault is not None and name in servers:
+                _print_last_lines(servers[name])
+                return fault.format(_name(servers[name]))
+        return None
+
+    def _end(self, fault: str) -> None:
+        self.why = f"{fault}{RUN_ENDS}{self.way_out()}"
+        print(f"{LINE}{self.why}", flush=True)
+        if not self.over.is_set():
+            # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
+            signal.pthread_kill(self.thread, signal.SIGINT)
+        time.sleep(PATIENCE)
+        os._exit(1)
+
+
+def engine_fault(server: Any) -> str | None:
+    """What is broken in a rollout server, or None; runs in its process."""
+    if getattr(getattr(server, "engine", None), "errored", False):
+        return "the engine process of {} (VLLM::EngineCore, or a worker of it) has died"
+    failed = getattr(server, "cppo_failed_sync", None)
+    return f"a weight sync has failed in {{}}: {failed}" if failed else None
+
+
+def remember_failed_syncs(module) -> None:
+    """Keep the error of a weight sync where `engine_fault` finds it.
+
+    The actor that sends the weights waits for the engine's receipt before it looks at the engine's answer.
+    """
+    server = module.vLLMHttpServer
+    original = server.collective_rpc
+
+    @wraps(original)
+    async def collective_rpc(self, method, *args, **kwargs):
+        try:
+            return await original(self, method, *args, **kwargs)
+        except Exception as error:
+            if method == "update_weights_from_ipc":
+                self.cppo_failed_sync = type(error).__name__
+            raise
+
+    server.collective_rpc = collective_rpc
+
+
+def _actors() -> dict[str, dict]:
+    """Ray's table of this job's actors, by id."""
+    return ray._private.state.actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
+
+
+def _is_live_server(actor: dict) -> bool:
+    return actor["State"] == "ALIVE" and "_server_" in actor["Name"]
+
+
+def _name(actor: dict) -> str:
+    address, died = actor["Address"]["IPAddress"], actor["DeathCause"].actor_died_error_context
+    return f"{actor['Name'] or actor['ActorClassName']} (pid {actor['Pid']} on {address or died.node_ip_address})"
+
+
+def _print_last_lines(actor: dict, most: int = 10) -> None:
+    """Print the end of what an actor has written, where its log is on this machine."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[attr-defined]
+    texts = [path.read_text(errors="replace") for path in logs.glob(f"worker-*-{actor['Pid']}.*")]
+    lines = [line for text in texts for line in text.splitlines() if line and not line.startswith(":")][-most:]
+    print("\n  ".join([f"the last lines of {_name(actor)}:", *lines]), flush=True)
