@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from cppo_verl.artifacts import run_lock, stop_request
+from cppo_verl.artifacts.log_lines import LINE, RUN_ENDS
 
 EXIT_CODE_STOPPED = 128 + signal.SIGTERM
 """Exit code of a program whose trainer was `Stopped`: not finished, and the same command continues."""
@@ -22,8 +23,6 @@ SAME_SIGNAL_SECONDS = 1.0
 """``timeout`` and others signal a process and then its group: signals that come this close count as one."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIBC = ctypes.CDLL(None)
-LINE, RUN_ENDS = "cppo_verl  ", "; the run ends; "
-"""How the lines begin that the plug-in's trainers print for people, and what the last one of a failed run holds."""
 PR_SET_PDEATHSIG = 1
 """The option of prctl(2) that names the signal for a process whose parent has ended."""
 

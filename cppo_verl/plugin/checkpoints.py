@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, open_dict
 
 from cppo_verl.artifacts.atomic import replacing
+from cppo_verl.artifacts.log_lines import LINE
 from cppo_verl.artifacts.run_reader import ACCURACY, SOURCES_SUFFIX
 
 METRICS_PATH = "VERL_FILE_LOGGER_PATH"
@@ -61,7 +62,7 @@ def check_resume(config: DictConfig) -> None:
             "one of them into the file to resume from it, or use trainer.resume_mode=disable to start from scratch"
         )
     if earlier[-1] != int(step):
-        print(f"cppo_verl  the checkpoint of step {step} is damaged: going on from step {earlier[-1]}", flush=True)
+        print(f"{LINE}the checkpoint of step {step} is damaged: going on from step {earlier[-1]}", flush=True)
         with replacing(folder / TRACKER) as (file,):
             file.write_text(str(earlier[-1]))
 
@@ -211,4 +212,4 @@ def progress_line(step: int, steps: int, seconds_left: float, metrics: dict[str,
     if metrics.get("perf/time_per_step"):
         rate = metrics.get("perf/total_num_tokens", 0) / metrics["perf/time_per_step"]
         parts.append(f"{rate:,.0f} tokens/s")
-    return "cppo_verl  " + "  ".join(parts)
+    return LINE + "  ".join(parts)

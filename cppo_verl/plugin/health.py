@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from cppo_verl.launch.trainer_process import LINE, RUN_ENDS
+from cppo_verl.artifacts.log_lines import LINE, RUN_ENDS
 
 INTERVAL = 3.0  # seconds between two looks
 PATIENCE = 20.0  # seconds for Ray to answer, and for the run to end once it is told

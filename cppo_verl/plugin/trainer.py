@@ -32,6 +32,7 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.artifacts import run_lock, stop_request
+from cppo_verl.artifacts.log_lines import LINE
 from cppo_verl.plugin import checkpoints
 from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
 from cppo_verl.plugin.health import Watch
@@ -138,7 +139,7 @@ class TrustRegionTrainer(VerlTrainer):
             with marked_timer("save_checkpoint", self.timing_raw, color="green"):
                 self._save_checkpoint()
         what = f"stopped {when} step {step} of {self.total_training_steps}: {reason}"
-        print(f"cppo_verl  {what}; the same command continues", flush=True)
+        print(f"{LINE}{what}; the same command continues", flush=True)
         stop_request.answer(folder, what)
         self.stopping = True
         # verl's fit ends at this step.
@@ -180,7 +181,7 @@ class TrustRegionTrainer(VerlTrainer):
                 (folder / checkpoints.BEST).rename(folder / name)
 
         self._everywhere(move)
-        print(f"cppo_verl  {folder / checkpoints.BEST} is of a later step or another run: now {name}", flush=True)
+        print(f"{LINE}{folder / checkpoints.BEST} is of a later step or another run: now {name}", flush=True)
 
     def _everywhere(self, function: Callable[[], None]) -> None:
         """Call on every machine that holds a part of a checkpoint, once per worker, and on the trainer's."""

@@ -24,6 +24,35 @@ def test_a_test_module_imports_no_other(file):
     assert not {file.stem for file in FILES} & set(imported(file))
 
 
+FLOORS = (
+    {"core", "artifacts", "config", "testing", "rewards"},
+    {"cpu", "data"},
+    {"plugin"},
+    {"doctor"},
+    {"launch"},
+    {"evaluation"},
+    {"analysis"},
+)
+"""The rooms of the package, lowest first. `config` holds no code."""
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_a_room_imports_no_room_above_it(floor):
+    above = {f"cppo_verl.{room}" for rooms in FLOORS[floor + 1 :] for room in rooms}
+    for room in FLOORS[floor]:
+        for file in (TESTS.parent / "cppo_verl" / room).rglob("*.py"):
+            modules = {
+                node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)
+            }
+            upward = {module for module in modules for name in above if f"{module}.".startswith(f"{name}.")}
+            assert not upward, file
+
+
+def test_every_room_has_a_floor():
+    rooms = {folder.name for folder in (TESTS.parent / "cppo_verl").iterdir() if (folder / "__init__.py").exists()}
+    assert rooms == set().union(*FLOORS)
+
+
 @pytest.mark.parametrize("file", sorted((TESTS / "unit").rglob("test_*.py")), ids=lambda file: file.name)
 def test_a_unit_test_starts_no_process_and_no_browser(file):
     assert not PROCESSES & set(imported(file))
