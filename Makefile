@@ -17,7 +17,7 @@ BROWSER := $(VENV)/browser
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
-.PHONY: install quickstart test test-unit lint clean
+.PHONY: install quickstart test test-unit test-fuzz lint clean
 
 install: $(VENV)/installed
 
@@ -38,6 +38,9 @@ test: install lint $(BROWSER)/chromium
 
 test-unit: install
 	$(PYTEST) tests/unit
+
+test-fuzz: install
+	FUZZ_CASES=1000 $(PYTEST) tests/integration/test_config_fuzz.py
 
 lint: install
 	$(BIN)/ruff check .
