@@ -17,7 +17,7 @@ BROWSER := $(VENV)/browser
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
-.PHONY: install quickstart test test-unit test-extras test-faults lint docs dist clean
+.PHONY: install quickstart test test-unit test-extras test-faults test-fuzz lint docs dist clean
 
 install: $(VENV)/installed
 
@@ -49,6 +49,10 @@ test-extras:
 # Each part of a run killed at each moment: about an hour.
 test-faults: install
 	$(BIN)/python -m pytest -m "nightly or not nightly" --durations=0 tests/e2e/faults
+
+# A thousand random settings, instead of the few that `make test` tries.
+test-fuzz: install
+	FUZZ_CASES=1000 $(PYTEST) tests/integration/test_config_fuzz.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ in each worker: what ``__post_init__`` refuses here never reaches a GPU.
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -143,21 +143,24 @@ def check_method(config: DictConfig) -> None:
         return
     omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
     key = "actor_rollout_ref.actor.policy_loss"
-    loss = instantiate(OmegaConf.select(config, key), _convert_="partial")
+    shipped = OmegaConf.select(OmegaConf.load(METHODS / "_common.yaml"), f"{key}.preflight")
+    wanted = cast(dict, OmegaConf.to_container(OmegaConf.create(shipped, parent=config), resolve=True))
+    node = OmegaConf.select(config, key)
+    if isinstance(node, DictConfig):
+        filled = OmegaConf.select(node, "preflight")
+        got = OmegaConf.to_container(filled, resolve=True) if isinstance(filled, DictConfig) else {}
+        for name in wanted.keys() | got.keys():
+            if got.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{key}.preflight.{name}={got.get(name)} hides the run's own {wanted.get(name)}: leave "
+                    f"{key}.preflight out, the method fills it from the run's settings"
+                )
+    loss = instantiate(node, _convert_="partial")
     if not isinstance(loss, MethodConfig):
         raise ValueError(
             f"{key} has become {type(loss).__name__}, so the run would train without its method's loss: leave "
             f"{key} and its _target_ as the method sets them, or leave the method out of the command"
         )
-    shipped = OmegaConf.select(OmegaConf.load(METHODS / "_common.yaml"), f"{key}.preflight")
-    wanted = omega_conf_to_dataclass(OmegaConf.create(shipped, parent=config))
-    for name in [name for name in shipped if name != "_target_"]:
-        got = loss.preflight and loss.preflight[name]
-        if got != wanted[name]:
-            raise ValueError(
-                f"{key}.preflight.{name}={got} hides the run's own {wanted[name]}: leave {key}.preflight out, the "
-                "method fills it from the run's settings"
-            )
 
 
 def is_number(value: object) -> bool:

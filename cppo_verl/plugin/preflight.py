@@ -262,7 +262,7 @@ def refuse_pinned(
     given: set[str] = set()
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         group, _, key = override.key_or_group.partition(".")
-        if group == "trust_region":
+        if group == "trust_region" and not override.is_delete():
             given.update([key] if key else cast(dict, override.value()))
     problems = []
     for key in ("delta", "delta_b", "budget", "partition"):

@@ -100,6 +100,7 @@ def test_a_pinned_key_may_be_set_to_the_pinned_value_or_in_a_config_file(command
     )
     with pytest.raises(InstantiationException, match=r"delta_b=0\.03, so trust_region\.delta_b=0\.05"):
         start_up(command("+method=cppo_fixed", "trust_region={budget:fixed,delta_b:0.05}"))
+    start_up(command("+method=cppo_fixed", "~trust_region.delta_b"))  # sets nothing
     # What no command line has set: here, what a scale's file does.
     config = command("+method=cppo_fixed")
     config.trust_region.delta_b = 0.05
