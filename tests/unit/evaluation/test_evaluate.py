@@ -110,6 +110,7 @@ class Owned:
         return os.mkdir, (str(self.folder),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_checkpoint_that_holds_more_than_tensors_is_refused_and_not_unpickled(protocol, evaluated, tmp_path, capsys):
     output, arguments, weights = evaluated
