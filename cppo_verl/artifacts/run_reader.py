@@ -73,28 +73,34 @@ def read_runs(path: Path, label: str | None = None) -> list[Run]:
 def read_run(path: Path, label: str | None = None) -> Run:
     """Read a run from its folder, or from one jsonl file of verl's file logger.
 
-    Every metrics file in the folder counts. Where attempts overlap, as after a resume, the later attempt's step
-    replaces the earlier one's. Raises FileNotFoundError if there is no such path, or there are no metrics in it.
+    Every metrics file in the folder counts, as an attempt. An attempt replaces the steps of earlier ones beside it from
+    its first step on, which led nowhere. Raises FileNotFoundError if there is no such path or no metrics in it.
     """
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}")
     files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"), key=_attempt)
     run = Run(path, label or (path.stem if path.is_file() else path.resolve().name))
-    found = []
+    found: dict[str, dict[int, dict[str, float]]] = {}  # {folder: its steps}
     for file in files:
-        records = list(_metrics(file, run.notes))
-        found += [file] if records else []
+        if not (records := list(_metrics(file, run.notes))):
+            continue
+        steps, (first, _) = found.setdefault(str(file.parent), {}), records[0]
+        if given_up := [step for step in sorted(steps) if step > first]:
+            run.notes.append(f"steps {given_up[0]} to {given_up[-1]} were given up: {file.name} begins at step {first}")
+        for step in given_up:
+            del steps[step]
         for step, values in records:
-            kept = run.steps.setdefault(step, {})
-            for name, value in values.items():
-                if name in kept and ACCURACY.match(name) and kept[name] != value:
-                    run.notes.append(f"step {step} was validated twice; {file.name} counts")
-                kept[name] = value
+            _merge(
+                steps.setdefault(step, {}), values, f"step {step} was validated twice; {file.name} counts", run.notes
+            )
     if not found:
         raise FileNotFoundError(f"no metrics of verl's file logger in {path}: expected jsonl lines of step and data")
-    folders = sorted({str(file.parent) for file in found})
-    if len(folders) > 1:
-        run.notes.append(f"metrics of {len(folders)} folders are taken for one run: {', '.join(folders)}")
+    if len(found) > 1:
+        run.notes.append(f"metrics of {len(found)} folders are taken for one run: {', '.join(found)}")
+    for folder, steps in found.items():
+        for step, values in steps.items():
+            twice = f"step {step} was validated twice; {folder} counts"
+            _merge(run.steps.setdefault(step, {}), values, twice, run.notes)
     run.steps = dict(sorted(run.steps.items()))
     _read_config(path if path.is_dir() else path.parent, run, label)
     if path.is_dir():
@@ -102,6 +108,12 @@ def read_run(path: Path, label: str | None = None) -> Run:
         dumps = sorted({p.parent for p in path.rglob("*.jsonl") if p.stem.isdigit()})
         run.generations = next((d for d in dumps if any(d.glob(f"*{SOURCES_SUFFIX}"))), dumps[0] if dumps else None)
     return run
+
+
+def _merge(kept: dict[str, float], values: dict[str, float], twice: str, notes: list[str]) -> None:
+    """Put a step's values over those that are kept; note it if that changes an accuracy."""
+    notes += [twice for name, value in values.items() if ACCURACY.match(name) and kept.get(name, value) != value]
+    kept |= values
 
 
 def _attempt(file: Path) -> tuple:

@@ -141,6 +141,8 @@ def _storage(hint) -> Storage:
 _HINTS = get_type_hints(Response, include_extras=True)
 _STORAGE = {f.name: _storage(_HINTS[f.name]) for f in fields(Response)}
 _OPTIONAL = [name for name in _STORAGE if NoneType in get_args(_HINTS[name])]
+_UNBOUNDED = ("threshold", "delta_b")
+"""Fields that may be infinite: a divergence without an upper bound may have thresholds that bound nothing."""
 _SCHEMA = pa.schema([(name, storage.type) for name, storage in _STORAGE.items()])
 TOKEN_COLUMNS = tuple(
     name for name, storage in _STORAGE.items() if pa.types.is_list(storage.type) and name not in ("prompt", "response")
@@ -206,7 +208,7 @@ def read_tokens(path: Path) -> TokenDump:
     for file in files:
         try:
             _read_file(file, dump)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             dump.notes.append(f"{file.name}: not readable, skipped ({reason})")
     dump.responses.sort(key=lambda response: (response.step, response.update))
@@ -215,7 +217,7 @@ def read_tokens(path: Path) -> TokenDump:
 
 def _read_file(file: Path, dump: TokenDump) -> None:
     # Without the checksums, a changed byte could pass for a recorded value.
-    with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+    with file.open("rb") as content, pq.ParquetFile(content, page_checksum_verification=True) as parquet:
         header, fault = _header(parquet.schema_arrow)
         if header is None:
             dump.notes.append(f"{file.name}: {fault}")
@@ -263,6 +265,10 @@ def _responses(table: pa.Table) -> list[Response]:
     return [Response(**dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
 
 
+def _usable(name: str, values: np.ndarray | float) -> np.ndarray:
+    return ~np.isnan(values) if name in _UNBOUNDED else np.isfinite(values)
+
+
 def _fault(response: Response) -> str | None:
     """Why a response is unusable; None if it is usable."""
     for name, storage in _STORAGE.items():
@@ -272,7 +278,7 @@ def _fault(response: Response) -> str | None:
                 return f"no {name}"
         elif name in TOKEN_COLUMNS and len(value) != len(response.response):
             return f"{name} of another length than the response"
-        elif pa.types.is_floating(getattr(storage.type, "value_type", storage.type)) and not np.isfinite(value).all():
+        elif pa.types.is_floating(getattr(storage.type, "value_type", storage.type)) and not _usable(name, value).all():
             return f"values of {name} that are not finite"
     if response.reason is not None and len(response.reason) and response.reason.max() >= len(REASONS):
         return "unknown reasons"

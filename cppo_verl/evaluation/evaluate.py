@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{result} is there: showing it; --force evaluates again")
             print(show(held))
             return 0
+        if args.checkpoint:
+            refuse_objects(Path(asked["checkpoint"]) / WEIGHTS)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -108,6 +110,23 @@ def held_result(result: Path, asked: dict) -> dict | None:
     return held
 
 
+def refuse_objects(weights: Path) -> None:
+    """Raise ValueError if a file of weights holds more than tensors: verl unpickles whatever it holds.
+
+    The optimizer's and the extra state, of which the latter does hold more, are not loaded.
+    """
+    import torch
+    import torch.distributed.tensor  # makes its sharded tensors known as harmless
+
+    for file in sorted(weights.rglob("*.pt")):
+        if not file.name.startswith(("optim_", "extra_state_")):
+            try:
+                torch.load(file, map_location="meta", mmap=True, weights_only=True)
+            except Exception as error:  # torch's, pickle's, and those of damaged files
+                reason = type(error).__name__
+                raise ValueError(f"{file} is damaged, or holds more than tensors ({reason})") from error
+
+
 def link_weights(checkpoint: Path, folder: Path) -> None:
     """Make a folder that holds nothing of a checkpoint but its weights, for verl to resume from.
 
@@ -143,9 +162,7 @@ def overrides(args: argparse.Namespace, output: Path) -> list[str]:
         f"hydra.run.dir={quoted(output)}",
         "hydra.output_subdir=null",
         *resume,
-        # The weights are unpickled as tensors, whoever made them, and nothing else of the checkpoint is.
-        "actor_rollout_ref.actor.checkpoint.load_contents=[model]",
-        "++ray_kwargs.ray_init.runtime_env.env_vars.TORCH_FORCE_WEIGHTS_ONLY_LOAD='1'",
+        "actor_rollout_ref.actor.checkpoint.load_contents=[model]",  # see `refuse_objects`
         f"{sampling}n={args.samples}",
         f"{sampling}do_sample={'true' if args.temperature else 'false'}",
         f"{sampling}temperature={args.temperature}",

@@ -148,7 +148,7 @@ def check_method(config: DictConfig) -> None:
     node = OmegaConf.select(config, key)
     if isinstance(node, DictConfig):
         filled = OmegaConf.select(node, "preflight")
-        got = OmegaConf.to_container(filled, resolve=True) if isinstance(filled, DictConfig) else {}
+        got = cast(dict, OmegaConf.to_container(filled, resolve=True)) if isinstance(filled, DictConfig) else {}
         for name in wanted.keys() | got.keys():
             if got.get(name) != wanted.get(name):
                 raise ValueError(

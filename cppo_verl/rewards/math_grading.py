@@ -55,10 +55,15 @@ def math_verify(
 ) -> dict[str, float]:
     """Score a response by equality as mathematics, 1 or 0, with math-verify.
 
-    Reads the last ``ANSWER_CHARACTERS``: the last ``\\boxed{}``, or without one the last "Answer:" line, or what "the
-    answer is" announces. A number or formula that nothing announces is no answer: a response cut off in the middle of
-    its work earns nothing. Arguments and errors are those of `math_dapo`; also raises ImportError if math-verify is
-    missing.
+    What the answer is, is decided here (`announced_answer`): in the last ``ANSWER_CHARACTERS`` the last ``\\boxed{}``,
+    or without one the last "Answer:" line, or the rest of the last sentence with "the answer is". It is one answer as a
+    whole, so that "not 6", "at least 6" and "between 6 and 100" are not 6. What nothing announces is no answer: a
+    response cut off in the middle of its work earns nothing.
+
+    What it means, and whether it equals the ground truth, is math-verify's decision. It leaves out units and some other
+    words after a number ("6 apples"), rounds nothing, and takes "x = 6" for 6, but not "50%" for 50.
+
+    Arguments and errors are those of `math_dapo`; also raises ImportError if math-verify is missing.
     """
     graded = _grade(_VERIFY, data_source, solution_str, ground_truth, time_limit)
     return {"score": graded["acc"], **graded}
@@ -96,6 +101,41 @@ def _accepted(ground_truth: Any) -> list[str]:
     return values
 
 
+_LINE = re.compile(r"(?i)answer\**\s*:\s*([^\n]+)")
+_FILLER = r"(?:\s*\b(?:thus|therefore|then|simply|just|exactly|equal to)\b)*"
+# A full stop ends a sentence, not a number; an exclamation mark may be a factorial.
+_SENTENCE = re.compile(
+    rf"(?i)\banswer\b[^.:\n]{{0,99}}?(?:\bis\b|\bequals\b|=):?{_FILLER}\s*((?:[^.!?\n]|\.(?=\d)|!(?!\s+(?-i:[A-Z])))+)"
+)
+_REASON = re.compile(r"(?i),?\s+(?:because|since|as|which|so)\b.*|,\s+not\b.*")
+# The library leaves \text{} out as a unit.
+_NO_UNIT = re.compile(
+    r"\\text\{([^{}]*\b(?:not|no|more|less|least|most|between|than|about|over|under|except)\b[^{}]*)\}"
+)
+
+
+def announced_answer(response: str) -> str:
+    """What a response gives as its answer, see `math_verify`; "" without one."""
+    begin = response.rfind(r"\boxed")
+    if begin >= 0:
+        answer = _braced(response[begin + len(r"\boxed") :].lstrip())
+    else:
+        text = re.sub(r"(?<!\\)\$|\\[()\[\]]", "", response)
+        found = _LINE.findall(text) or _SENTENCE.findall(text) or [""]
+        answer = _REASON.sub("", found[-1]).rstrip(" *.")
+    return _NO_UNIT.sub(r"\1", answer).strip(" *" if begin < 0 else " ").rstrip(".")
+
+
+def _braced(text: str) -> str:
+    """What stands between the brace that ``text`` begins with and the one that closes it; "" if none does."""
+    depth = 0
+    for end, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return text[1:end]
+    return ""
+
+
 def _load_math_dapo() -> Verify:
     verl = importlib.util.find_spec("verl")
     if verl is None or verl.submodule_search_locations is None:
@@ -124,20 +164,10 @@ def _load_math_verify() -> Verify:
     pairs |= {"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
     signs = str.maketrans(pairs)
 
-    def announced(answer):
-        # The library joins all boxes into one set, and takes the first number of an "Answer:" line that lists several.
-        # A response that boxes its steps means the last box, and the whole line is one answer.
-        box = answer.rfind(r"\boxed")
-        if box >= 0:
-            return answer[box:]
-        lines = re.findall(r"(?i)answer\**\s*:\s*([^\n]+)", answer)
-        line = re.sub(r"(?<!\\)\$|\\[()\[\]]", "", lines[-1]).lstrip(" *").rstrip(" *.") if lines else ""
-        return rf"\boxed{{{line}}}" if line else answer
-
     def verify(answer, accepted):
-        answer = announced(answer).translate(signs)
+        box = rf"\boxed{{{announced_answer(answer).translate(signs)}}}"
         # No timeout of its own: that is a signal, which Python handles between bytecodes, too late for a regex.
-        found = library.parse(answer, answer_forms, parsing_timeout=None)
+        found = library.parse(box, answer_forms, parsing_timeout=None)
         for truth in accepted if found else ():
             gold = library.parse(rf"\boxed{{{truth.translate(signs)}}}", truth_form, parsing_timeout=None)
             if library.verify(gold, found, timeout_seconds=None):

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import re
 from dataclasses import replace
 
@@ -192,6 +193,15 @@ def test_without_a_tokenizer_ids_are_shown_and_the_page_says_so(responses, inspe
     (tmp_path / "broken" / "tokenizer.json").write_text('{"model": ')
     code, _, err, _ = inspect(tmp_path, "--method", "run", "--tokenizer", str(tmp_path / "broken"))
     assert code == 0 and "no tokenizer at" in err
+
+
+def test_text_that_no_encoding_has_is_shown_as_well_as_can_be(responses, inspect, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    save(folder, 3, responses, **STATED, tokenizer="\ud800", note="\udfff")
+    code, _, err, data = inspect(folder, "--method", "run")
+    assert code == 0 and data["methods"] == ["this run"]
+    assert "no tokenizer at \\ud800" in err
 
 
 def test_a_damaged_dump_is_shown_as_far_as_it_goes(responses, inspect, tmp_path):

@@ -48,4 +48,4 @@ def write_page(path: Path, command: str, **values) -> None:
     text = environment.get_template(f"{command}.html").render(generator=Markup(_generator(command)), **values)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as (temporary,):
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a path may hold a lone surrogate

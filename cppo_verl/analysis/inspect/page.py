@@ -79,7 +79,7 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
     """A response for the page's script.
 
     Arrays of numbers are stored once in ``arrays`` and referred to by their place in it: as one number if all
-    generated tokens have the same value, otherwise as base64 of little-endian fp32.
+    generated tokens have the same finite value, otherwise as base64 of little-endian fp32.
     """
     arrays: list[float | str] = []
 
@@ -88,7 +88,11 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
             return None
         values = values.astype("<f4")
         valid = values[response.mask]
-        content = float(valid[0]) if (valid == valid[0]).all() else base64.b64encode(values.tobytes()).decode()
+        content = (
+            float(valid[0])
+            if (valid == valid[0]).all() and np.isfinite(valid[0])
+            else base64.b64encode(values.tobytes()).decode()
+        )
         if content not in arrays:
             arrays.append(content)
         return arrays.index(content)
@@ -102,8 +106,9 @@ def _packed(response: Response, decisions: Sequence[Decisions], deltas: Sequence
         return {
             "share": float(decided.rejected[response.mask].mean()),
             "reason": "".join(map(str, np.asarray(decided.reason))),
-            "delta": delta,
-            "delta_b": decided.delta_b,
+            # JSON knows no infinity, and a threshold that bounds nothing is none.
+            "delta": None if delta is None or np.isinf(delta) else delta,
+            "delta_b": None if decided.delta_b is None or np.isinf(decided.delta_b) else decided.delta_b,
         } | {name: put(values) for name, values in columns.items()}
 
     return {

@@ -18,6 +18,22 @@ def test_a_later_attempt_replaces_the_steps_it_did_again(tmp_path):
     assert run.notes == ["step 20 was validated twice; metrics-10.jsonl counts"]
 
 
+def test_steps_of_a_longer_attempt_that_was_given_up_do_not_count(tmp_path):
+    steps = [validation(step, aime24=step / 100) for step in (0, 10, 20, 30)]
+    write(tmp_path / "a" / "metrics-0.jsonl", *steps, validation(40, aime24=0.9))
+    write(tmp_path / "a" / "metrics-1.jsonl", validation(10, aime24=0.5), validation(20, aime24=0.6))
+    run = read_run(tmp_path / "a")
+    assert run.accuracies() == {0: {"aime24": 0.0}, 10: {"aime24": 0.5}, 20: {"aime24": 0.6}}
+    assert "steps 20 to 40 were given up: metrics-1.jsonl begins at step 10" in run.notes
+    # a fresh start, of which nothing but the first validation is there yet
+    write(tmp_path / "a" / "metrics-2.jsonl", validation(0, aime24=0.05))
+    assert read_run(tmp_path / "a").accuracies() == {0: {"aime24": 0.05}}
+    # another folder's metrics, such as those of an evaluation, are no attempt
+    write(tmp_path / "b" / "metrics.jsonl", *steps)
+    write(tmp_path / "b" / "evaluation" / "metrics.jsonl", validation(10, aime25=0.5))
+    assert list(read_run(tmp_path / "b").accuracies()) == [0, 10, 20, 30]
+
+
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     path = write(
         tmp_path / "m.jsonl",

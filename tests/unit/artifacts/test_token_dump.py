@@ -278,15 +278,18 @@ def test_another_version_and_other_files_are_named(tmp_path):
     pq.write_table(
         pa.table({"a": [1]}).replace_schema_metadata({HEADER: b'{"format": 1}'}), tmp_path / "step-000004.parquet"
     )
-    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({HEADER: b"{"}), tmp_path / "step-000005.parquet")
+    for step, header in ((5, b"{"), (7, b"[" * 100_000)):
+        table = pa.table({"a": [1]}).replace_schema_metadata({HEADER: header})
+        pq.write_table(table, tmp_path / f"step-{step:06d}.parquet")
     (tmp_path / "step-000006.parquet.123.tmp").write_text("being written")
     got = read_tokens(tmp_path)
     assert [r.step for r in got.responses] == [1]
-    two, three, four, five = got.notes
+    two, three, four, five, seven = got.notes
     assert two == "step-000002.parquet: of format 2, skipped; this version reads format 1"
     assert three == "step-000003.parquet: not a token dump, skipped"
     assert four.startswith("step-000004.parquet: columns missing or of another type ['advantage', 'delta_b', ")
     assert five.startswith("step-000005.parquet: not readable, skipped")
+    assert seven.startswith("step-000007.parquet: not readable, skipped")
 
 
 def test_responses_that_cannot_be_right_are_left_out_and_counted(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cppo_verl.cli import main
-from cppo_verl.doctor.checks import ConfigError, Report, _device, compose_command
+from cppo_verl.doctor.checks import ConfigError, Report, _compiler, _device, compose_command
 
 COMMAND = [
     "+method=cppo",
@@ -117,3 +117,22 @@ def test_the_folder_on_the_search_path_of_the_command_line_is_used(tmp_path):
 def test_arguments_that_hydra_refuses_are_refused_in_its_words(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         compose_command(arguments)
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_a_compiler_and_pythons_headers_are_looked_for(missing, capsys, monkeypatch, tmp_path):
+    headers = {"include": str(tmp_path)}
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", headers.__getitem__)
+    monkeypatch.setenv("CC", "sh -c")  # any program that is there
+    report = Report()
+    _compiler(report)
+    assert not report.failed and "ok    compiler                sh, and Python's headers" in capsys.readouterr().out
+    if missing == "compiler":
+        monkeypatch.setenv("CC", "no-such-compiler -O2")
+    else:
+        (tmp_path / "Python.h").unlink()
+    _compiler(report)
+    out = capsys.readouterr().out
+    named = "no-such-compiler" if missing == "compiler" else str(tmp_path / "Python.h")
+    assert report.failed and f"not found: {named}: install a C compiler and Python's headers (gcc, python3-dev)" in out

@@ -7,10 +7,11 @@ import re
 
 import pytest
 import torch
+import torch.distributed.tensor
 from run_folders import write_damaged_answers
 
 from cppo_verl.cli import main
-from cppo_verl.evaluation.evaluate import link_weights, request, show, summary
+from cppo_verl.evaluation.evaluate import link_weights, refuse_objects, request, show, summary
 
 
 def test_summary_counts_problems_with_fewer_answers_than_asked_for(tmp_path):
@@ -99,3 +100,33 @@ def test_verl_is_shown_the_weights_of_a_checkpoint_and_nothing_else(evaluated, t
         link_weights(weights.parents[1], tmp_path / "checkpoint" / "global_step_5")
     [only] = (tmp_path / "checkpoint" / "global_step_5").iterdir()
     assert only.name == "actor" and only.resolve() == weights.parent and weights.exists()
+
+
+class Owned:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_checkpoint_that_holds_more_than_tensors_is_refused_and_not_unpickled(protocol, evaluated, tmp_path, capsys):
+    output, arguments, weights = evaluated
+    torch.save({"model": Owned(tmp_path / "owned")}, weights, pickle_protocol=protocol)
+    assert main(["evaluate", "--output", str(output), "--force", *arguments]) == 1
+    assert "model.pt is damaged, or holds more than tensors (" in capsys.readouterr().err
+    assert not (tmp_path / "owned").exists() and (output / "result.json").exists()
+
+
+def test_the_sharded_weights_that_verl_saves_are_tensors(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = torch.distributed.tensor.distribute_tensor(torch.ones(2, 2), mesh)
+        torch.save({"weight": sharded}, tmp_path / "model_world_size_1_rank_0.pt")
+        torch.save({"rng": Owned(tmp_path / "owned")}, tmp_path / "extra_state_world_size_1_rank_0.pt")
+        refuse_objects(tmp_path)
+    finally:
+        torch.distributed.destroy_process_group()

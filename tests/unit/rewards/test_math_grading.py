@@ -153,6 +153,92 @@ def test_each_rule_grades_the_answers_that_models_write(response, truth, verify,
     }
 
 
+# What is given as the answer, and whether it is 6.
+SIX = [
+    *[(text, 1) for text in ("6", "6.", "6.0", "06", "+6", "$6$", "6 cm", "6\\text{ cm}", "6 apples", "6 ways")],
+    *[(text, 1) for text in ("x = 6", "5 + 1", "5 + 1 = 6", "6 = 2 \\cdot 3", "\\$6", "12/2", "\\frac{12}{2}", "2×3")],
+    *[
+        (text, 0)
+        for text in ("7", "-6", "60", "16", "0.6", "1/6", "6/7", "6x", "x", "6%", "6!", "6^2", "\\sqrt{6}", "6i")
+    ],
+    *[(text, 0) for text in ("not 6", "never 6", "not equal to 6", "\\text{not } 6", "≠ 6", "\\neq 6", "not -6")],
+    *[(text, 0) for text in ("anything but 6", "any number except 6", "unknown, not 6", "everything but 6", "no 6")],
+    *[
+        (text, 0)
+        for text in ("between 6 and 100", "between 1 and 6", "\\text{between }6\\text{ and }100", "from 6 to 9")
+    ],
+    *[
+        (text, 0)
+        for text in ("6 to 100", "6-7", "6 \\text{ to } 7", "[6, 7]", "(6, 7)", "6 \\pm 1", "\\{6, 7\\}", "6, 7")
+    ],
+    *[
+        (text, 0)
+        for text in ("6 or 7", "6 and 7", "either 6 or 8", "6 or more", "6\\text{ or more}", "6\\text{ or less}")
+    ],
+    *[
+        (text, 0)
+        for text in ("at least 6", "at most 6", "more than 6", "less than 6", "> 6", "\\geq 6", "x > 6", "x < 6")
+    ],
+    *[
+        (text, 0)
+        for text in (
+            "about 6",
+            "approximately 6",
+            "\\approx 6",
+            "nearly 6",
+            "around 6",
+            "roughly 6",
+            "6 mod 7",
+            "six or seven",
+            "6 \\pmod 7",
+            "6 of the 9",
+        )
+    ],
+]
+GIVEN = {
+    "box": "Hence the result is \\boxed{{{}}}.",
+    "line": "We are done.\nAnswer: {}",
+    "sentence": "Adding up, the answer is {}.",
+    "sentence with more": "So the final answer is therefore {}. I hope it is correct.",
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_an_answer_is_judged_as_a_whole_however_it_is_given(given):
+    def verified(text):
+        return math_grading.math_verify("aime", GIVEN[given].format(text), "6", time_limit=AMPLE)["acc"]
+
+    assert len(SIX) >= 80
+    wrong = [(text, right) for text, right in SIX if verified(text) != right]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("The answer isn't 6.", 0),
+        ("I do not think that the answer is 6 or 7.", 0),
+        ("What is the answer? 6 would do.", 0),
+        ("The answer lies between 6 and 100.", 0),
+        ("The answer could be 6.", 0),
+        ("The answer must be found. There are 6 pairs.", 0),
+        ("The answer to the question is 6, because 2 times 3 is 6.", 1),
+        ("The answer is 6, not 7.", 1),
+        ("The answer is 6! Great.", 1),
+        ("First I thought that the answer is 7. No: the answer is 6.", 1),
+        ("First I thought that the answer is 6. No: the answer is 7.", 0),
+        ("Answer: **6**", 1),
+        ("The answer is **6**.", 1),
+        ("Answer: 6 since there are 3 pairs", 1),
+        ("\\boxed{}, so the answer is not 6", 0),
+        ("\\boxed{7} The answer is 6.", 0),
+        ("\\boxed{6} and more", 1),
+    ],
+)
+def test_what_a_response_announces(response, right):
+    assert math_grading.math_verify("aime", response, "6", time_limit=AMPLE)["acc"] == right
+
+
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr4 here')")
     monkeypatch.syspath_prepend(tmp_path)
