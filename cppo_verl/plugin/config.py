@@ -143,13 +143,13 @@ def check_method(config: DictConfig) -> None:
         return
     omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
     key = "actor_rollout_ref.actor.policy_loss"
-    shipped = OmegaConf.select(OmegaConf.load(METHODS / "_common.yaml"), f"{key}.preflight")
-    wanted = cast(dict, OmegaConf.to_container(OmegaConf.create(shipped, parent=config), resolve=True))
     node = OmegaConf.select(config, key)
     if isinstance(node, DictConfig):
+        shipped = OmegaConf.select(OmegaConf.load(METHODS / "_common.yaml"), f"{key}.preflight")
+        wanted = cast(dict, OmegaConf.to_container(OmegaConf.create(shipped, parent=config), resolve=True))
         filled = OmegaConf.select(node, "preflight")
         got = cast(dict, OmegaConf.to_container(filled, resolve=True)) if isinstance(filled, DictConfig) else {}
-        for name in wanted.keys() | got.keys():
+        for name in [*wanted, *got]:
             if got.get(name) != wanted.get(name):
                 raise ValueError(
                     f"{key}.preflight.{name}={got.get(name)} hides the run's own {wanted.get(name)}: leave "

@@ -132,7 +132,7 @@ def breaks(config, method, overrides):
     shipped = OmegaConf.load(QUICKSTART.parents[1] / "cppo_verl/config/method/_common.yaml")
     shipped = OmegaConf.to_container(shipped)["actor_rollout_ref"]["actor"]["policy_loss"]["preflight"]
     if hides(raw["actor_rollout_ref"]["actor"]["policy_loss"].get("preflight"), loss.get("preflight"), shipped, config):
-        broken |= {"preflight", "not found"}
+        return {"preflight", "not found", "loss_mode"}
 
     temperature = rollout["temperature"]
     recorded = engine.get("logprobs_mode") or rollout["logprobs_mode"]

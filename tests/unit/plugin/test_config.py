@@ -261,7 +261,7 @@ RULE_KEY = RULE.rstrip(".")
     [
         ([f"~{RULE_KEY}"], "policy_loss has become NoneType"),
         ([f"~{RULE_KEY}", "~trust_region"], "policy_loss has become NoneType"),
-        ([f"~{RULE_KEY}", f"+{RULE_KEY}={{loss_mode:vanilla}}"], "policy_loss has become dict"),
+        ([f"~{RULE_KEY}", f"+{RULE_KEY}={{loss_mode:vanilla}}"], "preflight._target_=None hides the run's own"),
         ([f"{RULE_KEY}={{loss_mode:vanilla}}"], "loss_mode='vanilla' is not permitted"),
         ([f"+{RULE_KEY}={{loss_mode:dppo_tv}}"], "loss_mode='dppo_tv' is not permitted"),
         ([f"++{RULE}loss_mode=vanilla"], "loss_mode='vanilla' is not permitted"),
