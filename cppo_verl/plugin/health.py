@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,18 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._dead_before = {key for key, actor in _actors().items() if actor["State"] == "DEAD"}
-        threading.Thread(target=self._look, name="health", daemon=True).start()
+        self.watcher = threading.Thread(target=self._look, name="health", daemon=True)
+        self.watcher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
         self.over.set()
+        if self.why is None and isinstance(error, Exception):  # it may come of a death that nobody has seen yet
+            self.watcher.join(3 * INTERVAL)
+            time.sleep(INTERVAL)  # Ray knows of a death a moment later
+            with suppress(Exception):
+                if fault := self._dead_actor() or self._broken_engine():
+                    self._tell(fault)
         if self.why is not None:
             raise RuntimeError(self.why) from (None if kind is KeyboardInterrupt else error)
 
@@ -64,8 +72,10 @@ class Watch:
                 fault = f"Ray has not answered for {PATIENCE:.0f} s: {error}" if now - answered > PATIENCE else None
             if fault is None and self.stall_seconds is not None and now - moved > self.stall_seconds:
                 fault = f"no progress for {self.stall_seconds:g} s (trainer.stall_seconds), and nothing has died"
-            if fault is not None:
-                return self._end(fault)
+            if fault is not None and not self.over.is_set():
+                self._tell(fault)
+                # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
+                return signal.pthread_kill(self.thread, signal.SIGINT)
 
     def _dead_actor(self) -> str | None:
         for key, actor in _actors().items():
@@ -94,14 +104,12 @@ class Watch:
                 return fault.format(_name(servers[name]))
         return None
 
-    def _end(self, fault: str) -> None:
+    def _tell(self, fault: str) -> None:
         self.why = f"{fault}{RUN_ENDS}{self.way_out()}"
         print(f"{LINE}{self.why}", flush=True)
-        if not self.over.is_set():
-            # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
-            signal.pthread_kill(self.thread, signal.SIGINT)
-        time.sleep(PATIENCE)
-        os._exit(1)
+        last_resort = threading.Timer(PATIENCE, os._exit, (1,))
+        last_resort.daemon = True
+        last_resort.start()
 
 
 def engine_fault(server: Any) -> str | None:

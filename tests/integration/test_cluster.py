@@ -204,6 +204,12 @@ def test_the_runs_own_exit_code_is_the_jobs(cluster, tmp_path):
     assert cluster.sbatch(*arguments(tmp_path / "run"), srun="exit 7").finish().code == 7
 
 
+def test_a_run_that_fails_after_the_warning_is_not_queued_again(cluster, tmp_path):
+    job = cluster.sbatch(*arguments(tmp_path / "run"), srun="kill -USR1 $PPID; sleep 5; exit 7").finish()
+    assert (job.code, cluster.requeued()) == (7, [])
+    assert "the job does not go back to the queue" in job.text
+
+
 # --- hosts by hand, and a dead node ------------------------------------------------------------------------------
 
 

@@ -41,6 +41,9 @@ try:
             while True:
                 try: time.sleep(100)
                 except KeyboardInterrupt: pass
+        if sys.argv[1] == "error":
+            os.kill(pid, 9)
+            raise KeyError("of something that came of it")
         ray.get(Helper.options(num_cpus=100).remote().pid.remote())
 except RuntimeError as error:
     print(f"ended: {error}")
@@ -52,6 +55,7 @@ except RuntimeError as error:
     "fault, code, message",
     [
         ("dead", 3, "ended: vllm_server_0_0 (pid "),
+        ("error", 3, "ended: vllm_server_0_0 (pid "),
         ("engine", 3, "ended: the engine process of vllm_server_0_0 (pid "),
         ("sync", 3, "ended: a weight sync has failed in vllm_server_0_0 (pid "),
         ("stalled", 3, "ended: no progress for 3 s (trainer.stall_seconds), and nothing has died; the run ends"),

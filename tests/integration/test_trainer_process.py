@@ -12,6 +12,9 @@ import psutil
 import pytest
 from trainer_run import default_signals
 
+from cppo_verl.artifacts import run_lock
+from cppo_verl.launch.trainer_process import Trainers, show_failure
+
 HELPERS = Path(__file__).parents[1] / "helpers"
 LAUNCHER = """
 import os, sys, time
@@ -133,3 +136,25 @@ def test_a_request_from_before_the_start_is_removed_and_told(tmp_path):
     assert launcher.process.poll() is None
     assert launcher.send(signal.SIGTERM).finish() == 143
     assert "a request to stop from before this start is removed: yesterday's" in launcher.err
+
+
+def test_a_folder_that_another_run_trains_in_is_refused_and_that_runs_request_stays(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    with run_lock.hold(checkpoints), Trainers() as trainers:
+        (checkpoints / "stop").write_text("for the run that has begun")
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .* trains in {checkpoints} already"):
+            trainers.start([], tmp_path / "log", {}, checkpoints)
+    assert (checkpoints / "stop").exists()
+    assert not (tmp_path / "log").exists()
+
+
+def test_the_reason_of_a_run_that_ended_itself_comes_last(tmp_path, capsys):
+    log = tmp_path / "log"
+    why = "storage has died; the run ends; the same command continues from the checkpoint of step 3"
+    log.write_text("\n".join([f"(TaskRunner pid=7) cppo_verl  {why}", *(["another process complains"] * 99)]))
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        subprocess.run([sys.executable, "-c", "exit(5)"], check=True)
+    show_failure(failed.value, log)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == f"verl's trainer failed with exit code 5; the end of {log}:"
+    assert lines[-2:] == ["another process complains", why]

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls
 
+from cppo_verl.artifacts import run_lock
 from cppo_verl.data.reasoning_gym import write_parquet
 from cppo_verl.testing import tiny_models
 
@@ -62,4 +63,10 @@ def start(inputs, output, *overrides):
 def test_a_trainer_refuses_what_it_cannot_run_before_its_workers_start(inputs, tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
         start(inputs, tmp_path, *overrides, "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=23")
+    assert not ray.is_initialized()
+
+
+def test_a_folder_that_another_run_trains_in_is_refused(inputs, tmp_path):
+    with run_lock.hold(tmp_path / "checkpoints"), pytest.raises(BlockingIOError, match=r"process \d+ on .* trains in"):
+        start(inputs, tmp_path)
     assert not ray.is_initialized()
