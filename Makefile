@@ -39,7 +39,7 @@ test: install lint $(BROWSER)/chromium
 test-unit: install
 	$(PYTEST) tests/unit
 
-# Each part of a run killed at each moment: about an hour.
+# Each part of a run killed at each moment: 36 runs of two to three minutes.
 test-faults: install
 	$(BIN)/python -m pytest -m "nightly or not nightly" --durations=0 tests/e2e/faults
 
