@@ -107,9 +107,12 @@ class Watch:
     def _tell(self, fault: str) -> None:
         self.why = f"{fault}{RUN_ENDS}{self.way_out()}"
         print(f"{LINE}{self.why}", flush=True)
-        last_resort = threading.Timer(PATIENCE, os._exit, (1,))
-        last_resort.daemon = True
-        last_resort.start()
+        threading.Thread(target=_exit_later, name="last resort", daemon=True).start()
+
+
+def _exit_later() -> None:
+    time.sleep(PATIENCE)
+    os._exit(1)
 
 
 def engine_fault(server: Any) -> str | None:
