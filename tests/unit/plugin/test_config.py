@@ -55,6 +55,7 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
     assert changed(before, after) == {
         "algorithm.rollout_correction.bypass_mode",
         "trainer.v1.trainer_mode",
+        "trainer.stall_seconds",
         "trust_region",
         *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "preflight", "delta", "delta_b", "budget")),
         *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),
