@@ -66,7 +66,10 @@ def read_runs(path: Path, label: str | None = None) -> list[Run]:
         with suppress(FileNotFoundError):  # of a command that ended before its first metric
             runs.append(read_run(root, label))
     if not runs:
-        raise FileNotFoundError(f"none of the {len(roots)} runs in {path} has metrics of verl's file logger")
+        raise FileNotFoundError(
+            f"none of the {len(roots)} runs in {path} has metrics of verl's file logger: the plug-in's trainers write "
+            "them, other runs with trainer.logger=[console,file]"
+        )
     return runs
 
 
@@ -77,7 +80,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     its first step on, which led nowhere. Raises FileNotFoundError if there is no such path or no metrics in it.
     """
     if not path.exists():
-        raise FileNotFoundError(f"no run at {path}")
+        raise FileNotFoundError(f"no run at {path}: give the folder of a run, or a metrics file")
     files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"), key=_attempt)
     run = Run(path, label or (path.stem if path.is_file() else path.resolve().name))
     found: dict[str, dict[int, dict[str, float]]] = {}  # {folder: its steps}

@@ -15,10 +15,20 @@ Kind = Literal["tv", "kl"]
 
 
 def binary_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
-    """D_t on {sampled token, all others}; TV is |pi_t - mu_t|, KL is KL(mu || pi).
+    """Divergence D_t on two categories: the sampled token, and all others.
+
+    TV is |pi_t - mu_t|; KL is KL(mu || pi) of the two-point distributions. Source: section 3 of the paper.
 
     Args:
-        log_pi, log_mu: log-probability of the sampled token, shape [...], as is the result: TV in [0, 1], KL in nats.
+        log_pi: log-probability of the sampled token under pi, [...].
+        log_mu: log-probability of the sampled token under mu, [...].
+        kind: "tv" or "kl".
+
+    Returns:
+        D_t, [...], fp32 or fp64: TV in [0, 1], KL in nats.
+
+    Raises:
+        ValueError: ``kind`` is neither.
     """
     log_pi, log_mu = as_float32(log_pi), as_float32(log_mu)
     if kind == "tv":
@@ -27,14 +37,19 @@ def binary_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tens
 
 
 def partition_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
-    """D_t on {each retained token, "other" = the remaining mass}.
+    """Divergence D_t on C retained tokens and "other", the remaining mass.
 
     Args:
-        log_pi, log_mu: log-probabilities of C distinct tokens, [..., C]; a column of -inf in both is unused.
+        log_pi: log-probabilities of C distinct tokens under pi, [..., C]. A column of -inf in both is unused.
+        log_mu: log-probabilities of the same tokens under mu, [..., C].
         kind: "tv" is half the L1 distance, "kl" is KL(mu || pi).
 
     Returns:
-        Shape [...]. KL is infinite where pi gives no mass to a retained token that mu can sample.
+        D_t, [...]: TV in [0, 1], KL in nats. KL is infinite where pi gives no mass to a retained token that mu can
+        sample.
+
+    Raises:
+        ValueError: ``kind`` is neither.
     """
     if kind not in ("tv", "kl"):
         raise ValueError(f"kind must be 'tv' or 'kl', got {kind!r}")
@@ -51,12 +66,20 @@ def partition_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> T
 
 
 def top_k_divergence(log_pi: Tensor, log_mu: Tensor, sampled: Tensor, k: int, kind: Kind = "tv") -> Tensor:
-    """D_t on {mu's K most likely tokens, the sampled token if not among them, "other"}.
+    """Divergence D_t on mu's K most likely tokens, the sampled token if it is not among them, and "other".
 
     Args:
-        log_pi, log_mu: log-probabilities of the whole vocabulary, shape [..., V].
-        sampled: token ids, shape [...].
+        log_pi: log-probabilities of the whole vocabulary under pi, [..., V].
+        log_mu: the same under mu, [..., V].
+        sampled: ids of the sampled tokens, [...].
         k: K >= 1. From K = V on, every token is retained and the value is the exact divergence.
+        kind: "tv" or "kl".
+
+    Returns:
+        D_t, [...]: TV in [0, 1], KL in nats.
+
+    Raises:
+        ValueError: ``k`` is below 1, or ``kind`` is neither.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -67,31 +90,55 @@ def top_k_divergence(log_pi: Tensor, log_mu: Tensor, sampled: Tensor, k: int, ki
 
 
 def candidate_divergence(log_pi: Tensor, log_mu: Tensor, sampled_is_top: Tensor, kind: Kind = "tv") -> Tensor:
-    """Top-K D_t from the log-probabilities of the retained tokens alone.
+    """Top-K divergence D_t from the log-probabilities of the retained tokens alone.
 
     Args:
-        log_pi, log_mu: those of mu's K most likely tokens and, in the last column, of the sampled token, [..., K + 1].
-        sampled_is_top: whether the sampled token is among the K, shape [...]; its column is unused then.
+        log_pi: log-probabilities under pi of mu's K most likely tokens and, in the last column, of the sampled token,
+            [..., K + 1].
+        log_mu: the same under mu, [..., K + 1].
+        sampled_is_top: whether the sampled token is among the K, [...]; its column is unused then.
+        kind: "tv" or "kl".
+
+    Returns:
+        D_t, [...]: TV in [0, 1], KL in nats.
+
+    Raises:
+        ValueError: ``kind`` is neither.
     """
     unused = torch.nn.functional.pad(sampled_is_top.unsqueeze(-1), (log_mu.shape[-1] - 1, 0))
     return partition_divergence(log_pi.masked_fill(unused, -torch.inf), log_mu.masked_fill(unused, -torch.inf), kind)
 
 
 def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
-    """D_t over the whole vocabulary: shape [..., V] -> [...]."""
+    """Divergence D_t over the whole vocabulary.
+
+    Args:
+        log_pi: log-probabilities under pi, [..., V].
+        log_mu: log-probabilities under mu, [..., V].
+        kind: "tv" or "kl".
+
+    Returns:
+        D_t, [...]: TV in [0, 1], KL in nats.
+
+    Raises:
+        ValueError: ``kind`` is neither.
+    """
     return partition_divergence(log_pi, log_mu, kind)
 
 
 def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
-    """log_softmax(logits[rows]).gather(ids) without gradient, reading the logits once, in fp32.
+    """Log-probabilities log_softmax(logits[rows]).gather(ids), without gradient, reading the logits once.
 
     The normaliser is summed over a few rows at a time, in a buffer that stays in the processor's cache and is all that
     is allocated beside the result.
 
     Args:
         logits: shape [N, V], any floating dtype.
-        ids: token ids, shape [R, C], as is the result.
+        ids: token ids, shape [R, C].
         rows: which rows of the logits, shape [R]; all of them if None.
+
+    Returns:
+        Shape [R, C], fp32.
     """
     logits = logits.detach()
     rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
@@ -119,7 +166,14 @@ def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) ->
 
 
 def as_float32(x: Tensor) -> Tensor:
-    """Raise half precision to fp32 and leave fp32 and fp64 alone."""
+    """Raise half precision to fp32 and leave fp32 and fp64 alone.
+
+    Args:
+        x: any shape and floating dtype.
+
+    Returns:
+        The same shape, fp32 or fp64.
+    """
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -23,7 +23,7 @@ def mask_sums(
     delta: float,
     p90: Tensor,
 ) -> Tensor:
-    """Sums over the batch, [3, 9]: a row per group of `GROUPS`, a column per name of TOKEN_SUMS + RESPONSE_SUMS.
+    """Sums over the batch that the step's metrics are made of.
 
     A token belongs to the sign of its advantage, a response to the sign of its advantages' sum; those of advantage zero
     count in "all" only.
@@ -31,10 +31,15 @@ def mask_sums(
     Args:
         region: the constraints of each token.
         update_mask: M_t, [B, L].
-        divergence, log_ratio, advantages: D_t, log rho_t and A_t, [B, L], zero outside the mask.
+        divergence: D_t, [B, L], zero outside the mask.
+        log_ratio: log rho_t, [B, L], zero outside the mask.
+        advantages: A_t, [B, L], zero outside the mask.
         valid: the mask as 0 and 1 in their dtype, [B, L].
         delta: token threshold.
         p90: 0.9-quantile of D_t per response, [B, 1].
+
+    Returns:
+        Sums, [3, 9]: a row per group of `GROUPS`, a column per name of TOKEN_SUMS + RESPONSE_SUMS.
     """
     # The token threshold comes first: what w_t D_t <= delta would have let pass, the budget rejected.
     below = (region.weighted_divergence <= delta).to(valid.dtype)
@@ -55,11 +60,16 @@ def mask_sums(
 
 @torch.no_grad()
 def position_sums(divergence: Tensor, valid: Tensor) -> Tensor:
-    """Tokens and sum of D_t by position in the response, shape [2, POSITION_BINS].
+    """Number of tokens and sum of D_t by position in the response.
 
     Bin b holds the valid tokens t = 1..T of a response with b T < POSITION_BINS t <= (b + 1) T.
 
-    ``divergence`` [B, L] is zero outside the mask, and ``valid`` [B, L] is the mask as 0.0 and 1.0.
+    Args:
+        divergence: D_t, [B, L], zero outside the mask.
+        valid: the mask as 0.0 and 1.0, [B, L].
+
+    Returns:
+        [2, POSITION_BINS]: the numbers, the sums.
     """
     count = valid.cumsum(-1)
     share = torch.arange(1, POSITION_BINS + 1, device=valid.device) / POSITION_BINS
@@ -84,10 +94,16 @@ def _sums_by_sign(columns: tuple[Tensor, ...], valid: Tensor, sign: Tensor) -> T
 
 
 def shares(sums: dict[str, float]) -> dict[str, float]:
-    """Metrics of one group from its sums, by name, which may all be scaled by one common factor.
+    """Metrics of one group, made of its sums.
 
     A share of nothing is left out, not reported as zero: the token metrics of a group without tokens, the rejection
     shares where none was masked, the response metrics of a group without responses.
+
+    Args:
+        sums: {name of TOKEN_SUMS and RESPONSE_SUMS: value}, which may all be scaled by one common factor.
+
+    Returns:
+        {name: value}.
     """
     metrics: dict[str, float] = {}
     if sums["tokens"] > 0:

@@ -16,13 +16,17 @@ MAX_LOG_RATIO = 20.0
 def surrogate_weight(
     log_ratio: Tensor, advantages: Tensor, update_mask: Tensor, ratio_cap: float | None = None
 ) -> Tensor:
-    """M_t min(rho_t, ratio_cap) A_t, what grad log pi_t is multiplied by in the surrogate (11).
+    """Weight M_t min(rho_t, ratio_cap) A_t, which multiplies grad log pi_t in the surrogate (11).
 
     Args:
-        log_ratio: log rho_t = log pi(y_t | s_t) - log mu(y_t | s_t), fp32 or fp64; shape and dtype of the result.
-        advantages, update_mask: A_t and M_t.
+        log_ratio: log rho_t = log pi(y_t | s_t) - log mu(y_t | s_t), [..., L], fp32 or fp64.
+        advantages: A_t, [..., L].
+        update_mask: M_t, [..., L].
         ratio_cap: upper bound of rho_t, which truncates the importance ratio without stopping the gradient, as DPPO
             does; None for exp(20), the numerical bound.
+
+    Returns:
+        [..., L], in the dtype of ``log_ratio``.
     """
     upper = MAX_LOG_RATIO if ratio_cap is None else min(math.log(ratio_cap), MAX_LOG_RATIO)
     return log_ratio.clamp(-MAX_LOG_RATIO, upper).exp_().mul_(advantages).mul_(update_mask)
@@ -30,7 +34,17 @@ def surrogate_weight(
 
 @torch.no_grad()
 def clipped_weight(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """clip(ratio, 1 - low, 1 + high) A_t, an importance weight per token, clipped without gradient as CISPO's is."""
+    """Weight clip(ratio, 1 - low, 1 + high) A_t, clipped without gradient as CISPO's is.
+
+    Args:
+        ratio: an importance ratio per token, [..., L].
+        advantages: A_t, [..., L].
+        low: 1 - low is the lower bound; none from 1 on.
+        high: 1 + high is the upper bound.
+
+    Returns:
+        [..., L], in the dtype of ``ratio``.
+    """
     return ratio.clamp(1 - low, 1 + high) * advantages
 
 
@@ -60,11 +74,14 @@ def masked_surrogate(
     """Per-token loss -M_t min(rho_t, ratio_cap) A_t, whose negative sum is the surrogate (11).
 
     Args:
-        log_pi, log_mu: log-probabilities of y_t; log_pi carries the gradient, which is the loss itself.
-        advantages, update_mask, ratio_cap: as for `surrogate_weight`.
+        log_pi: log pi(y_t | s_t), [..., L]; carries the gradient, which is the loss itself.
+        log_mu: log mu(y_t | s_t), [..., L].
+        advantages: A_t, [..., L].
+        update_mask: M_t, [..., L].
+        ratio_cap: as for `surrogate_weight`.
 
     Returns:
-        Same shape, fp32 (fp64 for fp64).
+        [..., L], fp32 (fp64 for fp64).
     """
     log_ratio = as_float32(log_pi.detach()) - as_float32(log_mu)
     return WeightedLogProb.apply(log_pi, surrogate_weight(log_ratio, advantages, update_mask, ratio_cap))
@@ -72,7 +89,7 @@ def masked_surrogate(
 
 @torch.no_grad()
 def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """rho_t min_{j<t} rho_j, and rho_1 at t = 1: MinPRO's (arXiv 2601.22718) surrogate for prod_{j<=t} rho_j.
+    """MinPRO's ratio (arXiv 2601.22718), rho_t min_{j<t} rho_j, in place of prod_{j<=t} rho_j; rho_1 at t = 1.
 
     The ratio is the abstract's; that it is clipped without gradient (`clipped_weight`) is confirmed second-hand, its
     bounds are printed nowhere. Ours: the minimum runs over the response's valid tokens before t and is not bounded by
@@ -80,7 +97,10 @@ def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         log_ratio: log rho_t, [..., L].
-        mask: true on valid tokens, [..., L]; the result is 1 elsewhere.
+        mask: valid tokens, [..., L].
+
+    Returns:
+        [..., L]; 1 outside the mask.
     """
     log_ratio = torch.where(mask, log_ratio, torch.inf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     before = torch.nn.functional.pad(log_ratio.cummin(-1).values[..., :-1], (1, 0), value=MAX_LOG_RATIO)
@@ -90,13 +110,16 @@ def minimum_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_prefix_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """(prod_{j<=t} rho_j)^(1/t), the geometric mean of the prefix's ratios, PNPO's (arXiv 2608.01418).
+    """PNPO's ratio (arXiv 2608.01418), (prod_{j<=t} rho_j)^(1/t): the geometric mean of the prefix's ratios.
 
     Only this definition is PNPO's; the clipping is `clipped_weight`'s, as for MinPRO.
 
     Args:
         log_ratio: log rho_t, [..., L].
-        mask: true on valid tokens, [..., L]; elsewhere the result is the ratio of the valid prefix.
+        mask: valid tokens, [..., L].
+
+    Returns:
+        [..., L]; outside the mask the ratio of the valid prefix.
     """
     log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio.cumsum(-1) / mask.cumsum(-1).clamp_min(1)).exp()

@@ -33,12 +33,18 @@ class TrustRegion(NamedTuple):
 def position_weights(
     mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32, horizon: int | None = None
 ) -> Tensor:
-    """w_t = 1 - (1 - w_min)(t - 1)/(T - 1), and w_1 = 1 when T = 1 (9); 0 outside the mask.
+    """Position weights w_t = 1 - (1 - w_min)(t - 1)/(T - 1) (9).
+
+    w_1 = 1 where T = 1: ours, the paper divides by zero.
 
     Args:
-        mask: may hold 0 and 1 in ``dtype`` too.
+        mask: valid tokens, [..., L]; may hold 0 and 1 in ``dtype`` too.
         w_min: weight of the last token, in (0, 1].
+        dtype: of the result.
         horizon: T for all responses alike, whose later tokens keep w_min; None for each one's number of valid tokens.
+
+    Returns:
+        w_t, [..., L]; 0 outside the mask.
     """
     valid = mask.to(dtype)
     elapsed = valid.cumsum(-1).sub_(1)
@@ -52,11 +58,16 @@ def position_weights(
 def shuffled_weights(
     mask: Tensor, w_min: float, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The weights of (9), randomly reassigned to positions within each response (the paper's ablation).
+    """The weights of (9) at random positions within each response: the ablation of Figure 5.
 
     Args:
+        mask: valid tokens, [..., L].
         w_min: weight of the last token before shuffling, in (0, 1].
+        dtype: of the result.
         generator: of the random order; torch's default if None.
+
+    Returns:
+        w_t, [..., L]; 0 outside the mask.
     """
     keys = torch.rand(mask.shape, device=mask.device, generator=generator)
     order = torch.where(mask, keys, torch.inf).argsort(-1)
@@ -69,15 +80,17 @@ def shuffled_weights(
 def adaptive_budget(
     divergence: Tensor, mask: Tensor, delta_b_min: float, upper: float = 2.0, p90: Tensor | None = None
 ) -> Tensor:
-    """delta_b(y) = clamp(P90(D_1..D_T), delta_b_min, upper * delta_b_min) per response (22).
+    """Adaptive budget of a response, delta_b(y) = clamp(P90(D_1..D_T), delta_b_min, upper delta_b_min) (22).
 
     Args:
-        delta_b_min: lower clamp, > 0.
-        upper: upper clamp in units of ``delta_b_min``, >= 1.
-        p90: ``masked_quantile(divergence, mask, 0.9)``, if the caller has it already.
+        divergence: D_t, [..., L].
+        mask: valid tokens, [..., L].
+        delta_b_min: lower clamp, > 0, in units of D_t.
+        upper: upper clamp in units of ``delta_b_min``, >= 1; the paper's is 2.
+        p90: ``masked_quantile(divergence, mask, 0.9)``, [..., 1], if the caller has it already.
 
     Returns:
-        Shape [..., 1]; delta_b_min for an empty response.
+        delta_b, [..., 1]; delta_b_min for an empty response.
     """
     p90 = masked_quantile(divergence, mask, 0.9) if p90 is None else p90
     return p90.clamp(delta_b_min, upper * delta_b_min)
@@ -85,9 +98,15 @@ def adaptive_budget(
 
 @torch.no_grad()
 def masked_quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
-    """q-quantile of each response's valid tokens, interpolated linearly between ranks, [..., 1]; 0 without tokens.
+    """Quantile over each response's valid tokens, interpolated linearly between ranks.
 
-    Between a finite and an infinite value it is infinite.
+    Args:
+        x: values, [..., L].
+        mask: valid tokens, [..., L].
+        q: the quantile, in [0, 1].
+
+    Returns:
+        [..., 1]; 0 for an empty response. Between a finite and an infinite value it is infinite.
     """
     ordered = _sort(torch.where(mask, x, torch.inf))
     length = mask.sum(-1, keepdim=True)
@@ -108,15 +127,21 @@ def build_trust_region(
     w_min: float = 1.0,
     weights: Tensor | None = None,
 ) -> TrustRegion:
-    """Effective threshold c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1}) (8).
+    """Both constraints of every token, with the effective threshold c_t (8).
 
-    DPPO is the limit w_min = 1, delta_b = None.
+    c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1}), where S_t and W_t are the sums of w_j D_j and of w_j over
+    j <= t. DPPO is the limit w_min = 1, delta_b = None.
 
     Args:
-        divergence: D_t >= 0 in fp32 or fp64; values outside the mask are ignored.
+        divergence: D_t >= 0, [..., L], fp32 or fp64; values outside the mask are ignored.
+        mask: valid tokens, [..., L].
+        delta: token threshold, > 0, in units of D_t.
         delta_b: prefix-average threshold, a number or [..., 1]; None for no prefix budget, which leaves c_t = delta.
         w_min: weight of the last token, in (0, 1].
-        weights: w_t in place of those that (9) makes of ``w_min``; zero outside the mask.
+        weights: w_t, [..., L], in place of those that (9) makes of ``w_min``; zero outside the mask.
+
+    Returns:
+        `TrustRegion`, in the dtype of the divergence.
     """
     w = position_weights(mask, w_min, divergence.dtype) if weights is None else weights.to(divergence.dtype)
     wd = torch.where(mask, w * divergence, 0.0)
@@ -131,7 +156,15 @@ def build_trust_region(
 
 @torch.no_grad()
 def violation(region: TrustRegion, delta: float) -> Tensor:
-    """x_t = max(w_t D_t / delta, S_t / (delta + delta_b W_{t-1})) (19); feasible iff x_t <= 1."""
+    """How far a token violates the constraints, x_t = max(w_t D_t / delta, S_t / (delta + delta_b W_{t-1})) (19).
+
+    Args:
+        region: the constraints of each token.
+        delta: token threshold of that region, > 0.
+
+    Returns:
+        x_t, [..., L]; the token is feasible iff x_t <= 1.
+    """
     token = region.weighted_divergence / delta
     if region.delta_b is None:
         return token
@@ -144,10 +177,13 @@ def violation(region: TrustRegion, delta: float) -> Tensor:
 def update_mask(
     region: TrustRegion, log_ratio: Tensor, advantages: Tensor, *, delta: float, gate: Gate = "hard", tau: float = 1.0
 ) -> Tensor:
-    """M_t (10): 1 where the update moves rho_t towards one, else the gate of the constraints.
+    """Mask M_t (10): 1 where the update moves rho_t towards one, else the gate of the constraints.
 
     Args:
-        log_ratio, advantages: log rho_t and A_t.
+        region: the constraints of each token.
+        log_ratio: log rho_t, [..., L].
+        advantages: A_t, [..., L].
+        delta: token threshold of that region, > 0.
         gate: of the violation x_t (19).
             "hard" is I_t = (w_t D_t <= c_t), the same as x_t <= 1.
             "soft" is g(x_t) = min(1, 1/x_t) (20).
@@ -156,11 +192,14 @@ def update_mask(
             "penalty" is 1 - x_t, and 1 + x_t towards one: the gradient of DRPO's quadratic penalty
             (arXiv 2606.09821), which pulls back beyond the boundary. DRPO itself has x_t = D_t / delta,
             which is w_min = 1, delta_b = None and binary TV.
-        tau: sharpness of "sapo".
+        tau: sharpness of "sapo", > 0.
 
     Returns:
-        M_t, shape and dtype of the divergence; in [0, 1] but for "penalty", which is unbounded: an infinite D_t makes
-        it infinite too, where the other gates are 0.
+        M_t, [..., L], in the dtype of the divergence; in [0, 1] but for "penalty", which is unbounded: an infinite D_t
+        makes it infinite too, where the other gates are 0.
+
+    Raises:
+        ValueError: there is no such ``gate``.
     """
     towards_one = advantages * log_ratio <= 0
     if gate == "hard":
@@ -182,14 +221,19 @@ def update_mask(
 def response_mask_by_divergence(
     divergence: Tensor, mask: Tensor, *, delta: float | None, delta_avg: float | None
 ) -> Tensor:
-    """M_t of TRM (arXiv 2512.23075), which keeps or drops a response whole, whatever the direction of its updates.
+    """Mask M_t of TRM (arXiv 2512.23075), which keeps or drops a response whole, whatever the direction of its updates.
 
     Args:
-        delta: TRM-Max keeps it if max_t D_t <= delta; None leaves this out.
+        divergence: D_t, [..., L]; values outside the mask are ignored.
+        mask: valid tokens, [..., L].
+        delta: TRM-Max keeps the response if max_t D_t <= delta; None leaves this out.
         delta_avg: TRM-Avg keeps it if the mean of D_t <= delta_avg; None leaves this out.
 
     Returns:
-        M_t in {0, 1}, in the dtype of the divergence.
+        M_t in {0, 1}, [..., L], in the dtype of the divergence.
+
+    Raises:
+        ValueError: both thresholds are None.
     """
     if delta is None and delta_avg is None:
         raise ValueError("TRM needs a threshold: delta on the maximum, delta_avg on the mean, or both")
@@ -203,7 +247,14 @@ def response_mask_by_divergence(
 
 
 def exclusive_cumsum(x: Tensor) -> Tensor:
-    """Sum over j < t along the last dimension; 0 at t = 1."""
+    """Sum over the positions before t, along the last dimension.
+
+    Args:
+        x: [..., L].
+
+    Returns:
+        [..., L]; 0 at t = 1.
+    """
     sums = torch.zeros_like(x)
     torch.cumsum(x[..., :-1], -1, out=sums[..., 1:])
     return sums

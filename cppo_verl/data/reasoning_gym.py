@@ -51,7 +51,9 @@ def make_rows(
     held_out = {row["prompt"][0]["content"] for row in validation}
     train = [row for row in train if row["prompt"][0]["content"] not in held_out]
     if not train:
-        raise ValueError(f"every training question of {task!r} {task_kwargs} is a validation question: widen the task")
+        raise ValueError(
+            f"every training question of {task!r} {task_kwargs} is a validation question: give wider --task-settings"
+        )
     return train, validation
 
 

@@ -154,7 +154,10 @@ def _divergence(partition: str, kind: Kind, tokens: Tokens) -> tuple[Tensor, Ten
     elif tokens.divergence is not None:
         divergence = tokens.divergence
     else:
-        raise RuntimeError(f"divergence={partition}_{kind} is measured in the forward pass by the plug-in's trainers")
+        raise RuntimeError(
+            f"divergence={partition}_{kind} is measured in the forward pass, for which the plug-in's trainers arrange: "
+            "set trainer.v1.trainer_mode=cppo_sync, or divergence=binary_tv"
+        )
     return divergence, trust_region.masked_quantile(divergence, tokens.mask, 0.9)
 
 

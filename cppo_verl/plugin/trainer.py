@@ -65,6 +65,9 @@ class TrustRegionTrainer(VerlTrainer):
         missing = missing_files(config)
         if missing:
             raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
+        stall = config.trainer.get("stall_seconds")
+        if stall is not None and (isinstance(stall, bool | str) or stall <= 0):
+            raise ValueError(f"trainer.stall_seconds={stall} is not permitted: seconds above 0, or null for never")
         # verl compares the mode with its own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
         method = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)

@@ -40,6 +40,7 @@ def start(inputs, output, *overrides):
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
+        (["trainer.stall_seconds=2h"], ValueError, "trainer.stall_seconds=2h is not permitted: seconds above 0"),
         (
             ["actor_rollout_ref.model.path=/nowhere/model"],
             FileNotFoundError,

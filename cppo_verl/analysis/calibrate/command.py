@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
         sample = sample_of(args.method, responses, dump.headers, notes)
         budget = sample.rule.budget != "none"
         if not budget and args.budget_share is not None:
-            raise ValueError(f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget")
+            raise ValueError(
+                f"--budget-share={args.budget_share}, but {sample.setting.label} has no prefix budget: leave it out, "
+                "or choose a method with a budget, such as --method cppo"
+            )
         by_budget = args.budget_share or BUDGET_SHARE if budget else None
         results = Results(sample, args.masked_share, propose(sample, args.masked_share, by_budget))
     except (FileNotFoundError, ValueError) as error:

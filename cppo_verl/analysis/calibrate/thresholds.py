@@ -126,7 +126,10 @@ def sample_of(text: str | None, responses: list[Response], headers: dict[int, di
     last = max(response.step for response in responses)
     header = headers[last]
     if missing := replay.lacking(header):
-        raise ValueError(f"the dump of step {last} does not say what its run's {', '.join(missing)} was")
+        raise ValueError(
+            f"the dump of step {last} does not say what its run's {', '.join(missing)} was: "
+            "dump it anew with this version"
+        )
     setting = replay.run_setting(header)
     if text is not None or not isinstance(setting.actor.policy_loss, CPPOLossConfig):
         setting = replay.setting(text or "cppo", header)
@@ -162,7 +165,10 @@ def _refuse_insufficient(responses: Sequence[Response]) -> None:
         )
     with_advantage = [response for response in responses if response.advantage[response.mask].any()]
     if not with_advantage:
-        raise Unreachable("no token has an advantage other than zero, so that no update moves away from one")
+        raise Unreachable(
+            "no token has an advantage other than zero, so no update is ever masked: dump steps in which the answers "
+            "to one prompt have different rewards"
+        )
     drifted = sum(response.update > 0 for response in with_advantage)
     if drifted < RESPONSES_AT_LEAST:
         raise Unreachable(

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if args.responses < 1:
-            raise ValueError(f"--responses {args.responses}: at least 1")
+            raise ValueError(f"--responses={args.responses} is not permitted: give at least 1")
         refuse_foreign(args.output, "inspect")
         read = methods.read(args.dump, args.step)
         chosen = methods.choose(read, args.method)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if not chosen:
         print_notes(read.notes)
-        print("no method is left that can be replayed on this dump", file=sys.stderr)
+        print("no method is left that can be replayed on this dump: the notes above say why", file=sys.stderr)
         return 1
     values = page.page_values(read, chosen, args.responses, args.tokenizer)
     print(values["summary"])

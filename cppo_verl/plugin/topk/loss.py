@@ -94,7 +94,8 @@ def _layout(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
     if short:
         got, wanted = entries[short[0]].item(), lengths[short[0]].item()
         raise ValueError(
-            f"row {short[0]} of this micro-batch has {got} rows of mu's most likely tokens for {wanted} response tokens"
+            f"response {short[0]} of this micro-batch has mu's most likely tokens for {got} of its {wanted} tokens: "
+            "the agent loop changed the response after it was captured; use divergence=binary_tv with it"
         )
     row, entry = (first.repeat_interleave(lengths) + position for first in (first_row, first_entry))
     return row, position, entry
