@@ -6,6 +6,12 @@ minutes later as an unknown loss mode. Ours is printed at once.
 
 import sys
 import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cppo_verl.plugin.topk.vllm_server import TopKReplica
 
 try:
     import wrapt
@@ -21,15 +27,17 @@ try:
 
     # No registration sees the whole config before Ray starts.
     @wrapt.patch_function_wrapper("verl.utils.config", "validate_config")
-    def _validate_config(wrapped, _instance, args, kwargs):
+    def _validate_config(
+        wrapped: Callable[..., None], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         check_method(kwargs["config"] if "config" in kwargs else args[0])
         return wrapped(*args, **kwargs)
 
     # verl's trainers and engines cost seconds to import, and few processes need them. The plug-in's register when verl
     # itself imports the registry that they belong to.
     @wrapt.when_imported("verl.workers.rollout.replica")
-    def _register_replica(module):
-        def load():
+    def _register_replica(module: ModuleType) -> None:
+        def load() -> "type[TopKReplica]":
             from cppo_verl.plugin.topk.vllm_server import TopKReplica
 
             return TopKReplica
@@ -37,18 +45,18 @@ try:
         module.RolloutReplicaRegistry.register(TOP_K_ROLLOUT, load)
 
     @wrapt.when_imported("verl.workers.rollout.base")
-    def _register_rollout(module):
+    def _register_rollout(module: ModuleType) -> None:
         # The workers' side, which hands over weights, is verl's own.
         module._ROLLOUT_REGISTRY[TOP_K_ROLLOUT, "async"] = module._ROLLOUT_REGISTRY["vllm", "async"]
 
     @wrapt.when_imported("verl.workers.rollout.vllm_rollout.vllm_async_server")
-    def _remember_failed_syncs(module):
+    def _remember_failed_syncs(module: ModuleType) -> None:
         from cppo_verl.plugin import health
 
         health.remember_failed_syncs(module)
 
     @wrapt.when_imported("verl.trainer.ppo.v1")
-    def _register_trainers(_module):
+    def _register_trainers(_module: ModuleType) -> None:
         from cppo_verl.plugin import trainer  # noqa: F401
 
     if platform.is_active():
@@ -57,11 +65,11 @@ try:
         verl_patches.apply()
 
         @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
-        def _register_cpu_engine(_module):
+        def _register_cpu_engine(_module: ModuleType) -> None:
             from cppo_verl.cpu import fsdp_engine  # noqa: F401
 
         @wrapt.when_imported("verl.checkpoint_engine.base")
-        def _register_gloo(_module):
+        def _register_gloo(_module: ModuleType) -> None:
             from cppo_verl.cpu import gloo_checkpoint_engine  # noqa: F401
 
 except Exception:

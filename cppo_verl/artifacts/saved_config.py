@@ -20,7 +20,7 @@ LONGEST = 1000
 class _Loader(yaml.SafeLoader):
     """Refuses aliases, which hydra never writes: a few of them can stand for more values than memory holds."""
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: yaml.Node | int | None) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias")
         return super().compose_node(parent, index)

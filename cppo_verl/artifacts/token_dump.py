@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -132,7 +132,7 @@ class Response(Decisions):
         return np.where(self.mask, np.cumsum(self.mask), 0)
 
 
-def _storage(hint) -> Storage:
+def _storage(hint: Any) -> Storage:
     """From a field's type, which may be optional."""
     annotated = next(part for part in (hint, *get_args(hint)) if hasattr(part, "__metadata__"))
     return annotated.__metadata__[0]

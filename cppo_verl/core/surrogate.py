@@ -1,6 +1,7 @@
 """The ratio-advantage surrogate that every masked method shares, and the weights of prefix ratios."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +56,14 @@ class WeightedLogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, log_pi: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, log_pi: Tensor, weight: Tensor) -> Tensor:
         loss = -weight
         ctx.save_for_backward(loss)
         ctx.dtype = log_pi.dtype
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (loss,) = ctx.saved_tensors
         return (grad * loss).to(ctx.dtype), None
 

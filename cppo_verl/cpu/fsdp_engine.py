@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+from torch import nn
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu"])
 class CPUEngineWithLMHead(FSDPEngineWithLMHead):
-    def _build_fsdp_module(self, module):
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         # A reference model is offloaded to pinned memory, which needs an accelerator. Its parameters
         # are on the CPU as they are.
         config = self.engine_config

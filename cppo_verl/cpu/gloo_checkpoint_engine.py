@@ -6,7 +6,7 @@ CUDA stream at every bucket, and mooncake asks for RDMA and rounds the weights t
 
 import json
 import socket
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from datetime import timedelta
 from typing import Any
 
@@ -23,12 +23,12 @@ class GlooCheckpointEngine(CheckpointEngine):
     """Broadcasts the actor's full weights from its rank 0 to every rollout worker, one tensor at a time, in a
     process group that lives as long as the weight sync. Of the actor's other ranks it needs the gathering only."""
 
-    def __init__(self, bucket_size: int, is_master: bool = False):
+    def __init__(self, bucket_size: int, is_master: bool = False) -> None:
         self.is_master = is_master
         self.store: Any = None  # a TCPStore, whose type does not know that it takes bytes
         self.group: Any = None  # a ProcessGroupGloo, whose type lacks its methods
 
-    def prepare(self):
+    def prepare(self) -> tuple[str, int] | None:  # type: ignore[override]  # verl's own engines return no dict either
         """The store's host and port, from the actor's rank 0; None from all others."""
         if not self.is_master:
             return None
@@ -48,8 +48,10 @@ class GlooCheckpointEngine(CheckpointEngine):
         return host, port
 
     @classmethod
-    def build_topology(cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list):
-        def kwargs(ranks):
+    def build_topology(
+        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        def kwargs(ranks: list[int]) -> dict[str, list[Any]]:
             size, n = rollout_world_size + 1, len(ranks)
             return {"rank": ranks, "world_size": [size] * n, "address": [metadata[0]] * n}
 
@@ -81,7 +83,9 @@ class GlooCheckpointEngine(CheckpointEngine):
             self.group.barrier().wait()  # the store goes with this process
 
     @torch.no_grad()
-    async def receive_weights(self, global_steps: int | None = None):
+    async def receive_weights(  # type: ignore[override]  # verl iterates over it with ``async for``
+        self, global_steps: int | None = None
+    ) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
         index = 1
         while (meta := json.loads(self.store.get(f"weight_{index}"))) is not None:
             name, shape, dtype = meta

@@ -9,12 +9,14 @@ this module.
 import contextlib
 import resource
 from types import ModuleType
+from typing import Any
 
 import psutil
 import torch
+from torch.types import Device
 
 
-def _nothing(*args, **kwargs) -> None:
+def _nothing(*args: object, **kwargs: object) -> None:
     """Stand for what only an accelerator has."""
 
 
@@ -26,26 +28,26 @@ class CPUDevice(ModuleType):
     get_rng_state = staticmethod(torch.get_rng_state)
     set_rng_state = staticmethod(torch.set_rng_state)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     @staticmethod
-    def get_device_name(index=None) -> str:
+    def get_device_name(index: Device = None) -> str:
         return "CPU"
 
     @staticmethod
-    def mem_get_info(device=None) -> tuple[int, int]:
+    def mem_get_info(device: Device = None) -> tuple[int, int]:
         """Free and total memory of the machine in bytes."""
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
     @staticmethod
-    def memory_allocated(device=None) -> int:
+    def memory_allocated(device: Device = None) -> int:
         """Resident memory of this process in bytes."""
         return psutil.Process().memory_info().rss
 
     @staticmethod
-    def max_memory_allocated(device=None) -> int:
+    def max_memory_allocated(device: Device = None) -> int:
         """Peak resident memory of this process in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -65,7 +67,7 @@ class PlatformCPU:
     def is_available(self) -> bool:
         return True
 
-    def is_platform_available(self, use_smi_check=False) -> bool:
+    def is_platform_available(self, use_smi_check: bool = False) -> bool:
         return torch.accelerator.current_accelerator() is None
 
     def current_device(self) -> torch.device:

@@ -1,10 +1,16 @@
 """The two places in verl 0.9.1 that offer no seam. Applied on the CPU platform only."""
 
 import os
+from collections.abc import Callable
 from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import verl.utils.distributed as distributed
 import wrapt
+
+if TYPE_CHECKING:
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver, BucketedWeightSender
 
 
 def apply() -> None:
@@ -17,7 +23,7 @@ def apply() -> None:
     wrapt.when_imported("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")(separate_sockets)
 
 
-def separate_sockets(module) -> None:
+def separate_sockets(module: ModuleType) -> None:
     """Give the weight transfers of each Ray cluster on a machine a socket of their own.
 
     verl names the socket after the Ray job, and the first job of every Ray cluster has the same id. Two trainers side
@@ -28,7 +34,12 @@ def separate_sockets(module) -> None:
         wrapt.wrap_function_wrapper(module, f"{name}.__init__", _with_own_socket)
 
 
-def _with_own_socket(wrapped, transfer, args, kwargs):
+def _with_own_socket(
+    wrapped: Callable[..., None],
+    transfer: "BucketedWeightSender | BucketedWeightReceiver",
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
     wrapped(*args, **kwargs)
     # Ray sets it in each of its workers; vLLM's processes inherit it from theirs.
     transfer.zmq_handle += f".{os.environ['RAY_RAYLET_PID']}"

@@ -6,6 +6,10 @@ longer needs one of the patches.
 """
 
 import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 
 def keep_plain_weights() -> None:
@@ -20,8 +24,8 @@ def keep_plain_weights() -> None:
     # dispatch_cpu_unquantized_gemm packs a linear layer's weight for a fast kernel and drops the
     # parameter, so that the next weight sync finds nothing to load into ("Parameter has no attribute
     # weight_loader").
-    def keep_weight(layer, remove_weight):
-        layer.cpu_linear = torch.nn.functional.linear
+    def keep_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]  # as vLLM does
 
     utils.dispatch_cpu_unquantized_gemm = keep_weight
 
@@ -30,7 +34,7 @@ def keep_plain_weights() -> None:
     process = UnquantizedFusedMoEMethod.process_weights_after_loading
 
     @functools.wraps(process)
-    def pack_each_time(self, layer):
+    def pack_each_time(self: UnquantizedFusedMoEMethod, layer: "RoutedExperts") -> None:
         self.moe_kernel = None
         process(self, layer)
 

@@ -6,7 +6,10 @@ makes them, and raises ValueError with the row's number for a row that cannot be
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # The words of DAPO-Math-17k: a policy is asked in validation as it was in training. math_dapo, unlike math_verify,
 # compares text and takes 033 for wrong where the answer is 33.
@@ -38,7 +41,7 @@ def rl_row(data_source: str, prompt: list[dict] | str, ability: str, ground_trut
     }
 
 
-def read_dapo(dataset, name: str, part: str) -> Iterator[Row]:
+def read_dapo(dataset: "Dataset", name: str, part: str) -> Iterator[Row]:
     """Read DAPO-Math-17k, which is in verl's schema already."""
     require_columns(dataset, name, "data_source", "prompt", "ability", "reward_model", "extra_info")
     for where, row in numbered_rows(dataset, name):
@@ -56,7 +59,7 @@ def read_dapo(dataset, name: str, part: str) -> Iterator[Row]:
         )
 
 
-def read_aime(dataset, name: str, year: str) -> Iterator[Row]:
+def read_aime(dataset: "Dataset", name: str, year: str) -> Iterator[Row]:
     """Read one year of AIME. Published copies name their columns differently."""
     problem = _find_column(dataset, name, "problem", "question")
     # A few copies have no column of answers, only solutions with the answer in a box.
@@ -74,7 +77,7 @@ def read_aime(dataset, name: str, year: str) -> Iterator[Row]:
         yield rl_row(f"aime{year[2:]}", content, "math", str(int(digits)), extra_info)
 
 
-def read_gsm8k(dataset, name: str, part: str) -> Iterator[Row]:
+def read_gsm8k(dataset: "Dataset", name: str, part: str) -> Iterator[Row]:
     """Read GSM8K, whose answers end in "#### " and the number."""
     require_columns(dataset, name, "question", "answer")
     for index, (where, row) in enumerate(numbered_rows(dataset, name)):
@@ -87,13 +90,13 @@ def read_gsm8k(dataset, name: str, part: str) -> Iterator[Row]:
         yield rl_row("openai/gsm8k", content, "math", number, extra_info)
 
 
-def read_prompts(dataset, name: str) -> list[list[dict]]:
+def read_prompts(dataset: "Dataset", name: str) -> list[list[dict]]:
     """Return the prompts of a file in verl's schema, each a list of messages."""
     require_columns(dataset, name, "prompt")
     return [messages(row["prompt"], where) for where, row in numbered_rows(dataset, name)]
 
 
-def numbered_rows(dataset, name: str) -> Iterator[tuple[str, dict]]:
+def numbered_rows(dataset: "Dataset", name: str) -> Iterator[tuple[str, dict]]:
     """Yield each row with its place for messages, behind a progress bar where there is a terminal."""
     from tqdm import tqdm
 
@@ -104,7 +107,7 @@ def numbered_rows(dataset, name: str) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{name} is not UTF-8: {error}; convert it") from error
 
 
-def require_columns(dataset, name: str, *columns: str) -> None:
+def require_columns(dataset: "Dataset", name: str, *columns: str) -> None:
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise ValueError(f"{name} has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}")
@@ -120,7 +123,7 @@ def messages(prompt: Any, where: str) -> list[dict]:
     return [{key: _text(message[key], where, f"prompt.{key}") for key in ("role", "content")} for message in prompt]
 
 
-def _find_column(dataset, name: str, *aliases: str) -> str:
+def _find_column(dataset: "Dataset", name: str, *aliases: str) -> str:
     """Return the column that is called like the first of ``aliases`` that exists; case does not matter."""
     columns = {column.lower(): column for column in dataset.column_names}
     for alias in aliases:

@@ -17,10 +17,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from cppo_verl.doctor.registrations import registrations
+
+if TYPE_CHECKING:
+    from verl.plugin.platform import PlatformBase
 
 STACK = ("torch", "verl", "vllm", "ray", "transformers", "tensordict", "TransferQueue", "flash-attn", "wandb")
 """The distributions whose versions decide whether a run works, in the order they are reported."""
@@ -29,7 +33,7 @@ STACK = ("torch", "verl", "vllm", "ray", "transformers", "tensordict", "Transfer
 class Report:
     """Findings, printed as they come; ``failed`` says whether one of them would break a run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.failed = False
 
     def say(self, finding: str, subject: str, text: str) -> None:
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return int(report.failed)
 
 
-def _device(report: Report, platform) -> None:
+def _device(report: Report, platform: "PlatformBase") -> None:
     import torch
 
     if platform.device_name == "cpu":

@@ -14,11 +14,15 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 from omegaconf import DictConfig, OmegaConf
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+if TYPE_CHECKING:
+    from cppo_verl.doctor.checks import Report
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and Adam's two moments in fp32
 LEAST_FREE = 1 << 30  # bytes that a checkpoint folder must have free where the model's size is not known
@@ -103,7 +107,7 @@ def _wandb_key() -> bool:
     return requests.utils.get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
 
 
-def check_cluster(report, config: DictConfig | None, distributions: list[str], patience: float) -> None:
+def check_cluster(report: "Report", config: DictConfig | None, distributions: list[str], patience: float) -> None:
     """Ask every node of the cluster that RAY_ADDRESS names, or that runs on this machine, and report what is missing.
 
     The ``distributions`` must have this process's versions on every node. The config's number of nodes must be there
@@ -124,7 +128,9 @@ def check_cluster(report, config: DictConfig | None, distributions: list[str], p
         ray.shutdown()
 
 
-def _check_nodes(report, config: DictConfig | None, distributions: list[str], expected: int, patience: float) -> None:
+def _check_nodes(
+    report: "Report", config: DictConfig | None, distributions: list[str], expected: int, patience: float
+) -> None:
     from cppo_verl.plugin.preflight import local_files
 
     nodes = sorted(_alive(expected, patience), key=lambda node: node["NodeManagerAddress"])
@@ -160,7 +166,7 @@ def _check_nodes(report, config: DictConfig | None, distributions: list[str], ex
             report.say("ok", f"{host} {address}", f"the versions of this machine, the plug-in registered{room}")
 
 
-def _check_slots(report, nodes: list[dict], trainer: DictConfig) -> None:
+def _check_slots(report: "Report", nodes: list[dict], trainer: DictConfig) -> None:
     """A node may have none, as a head that only schedules does, where enough others have."""
     resources = {node["NodeManagerAddress"]: node["Resources"] for node in nodes}
     slots = {address: int(has.get("GPU", has.get("NPU", 0))) for address, has in resources.items()}

@@ -7,7 +7,7 @@ in each worker: what ``__post_init__`` refuses here never reaches a GPU.
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -29,6 +29,9 @@ from cppo_verl.plugin.preflight import (
     top_k_rules,
     violations,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl"]
 Budget = Literal["adaptive", "fixed", "none"]
@@ -55,7 +58,7 @@ class DumpConfig(BaseConfig):
     megabytes: float
     folder: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.require(is_integer(self.every) and self.every >= 0, "every", "an integer >= 0")
         self.require(is_integer(self.responses) and self.responses >= 1, "responses", "an integer >= 1")
         self.require(is_number(self.megabytes) and self.megabytes > 0, "megabytes", "a number > 0")
@@ -79,13 +82,13 @@ class MethodConfig(PolicyLossConfig):
     mask_std_0: bool = True
     preflight: Preflight | None = None
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Self":
         known = {f.name for f in fields(cls)}
         for key in kwargs.keys() - known:
             raise TypeError(f"policy_loss has no key {key!r} (got {key}={kwargs[key]!r}); it has {sorted(known)}")
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         refuse_shared_process()
         modes: tuple[str, ...] = (type(self).loss_mode,)
         if type(self) is MethodConfig:  # a rule of the plug-in needs its own config, all others are verl's
@@ -100,8 +103,10 @@ class MethodConfig(PolicyLossConfig):
         if self.mask_std_0:
             self.refuse("mask_std_0", violations(mask_std_0_rules(self.preflight)))
         # verl's distillation has a loss of its own, which hides the policy loss.
-        distilled = self.dump.every and self.preflight.distillation
-        self.dump.require(not distilled, "every", "0 with distillation.enabled=true")
+        dump = self.dump
+        assert dump is not None  # because preflight is not
+        distilled = dump.every and self.preflight.distillation
+        dump.require(not distilled, "every", "0 with distillation.enabled=true")
         if HydraConfig.initialized():  # neither in a worker nor without hydra's command line
             hydra = HydraConfig.get()
             refuse_overridden_variant(hydra.overrides.task)
@@ -125,7 +130,7 @@ class MethodConfig(PolicyLossConfig):
         permitted = f"a number in ({low}, {high}]" + (", or null" if optional else "")
         self.require((optional and value is None) or (is_number(value) and low < value <= high), name, permitted)
 
-    def require_choice(self, name: str, choices) -> None:
+    def require_choice(self, name: str, choices: object) -> None:
         self.require(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}")
 
 
@@ -181,7 +186,7 @@ class SurrogateConfig(MethodConfig):
 
     ratio_cap: float | None = 20.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         cap = self.ratio_cap
         self.require(cap is None or (is_number(cap) and cap >= 1), "ratio_cap", "a number >= 1, or null for no cap")
@@ -200,7 +205,7 @@ class MaskedLossConfig(SurrogateConfig):
     divergence: Divergence = "binary_tv"
     top_k: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require_choice("divergence", Divergence)
         self.require(is_integer(self.top_k) and self.top_k >= 1, "top_k", "an integer >= 1")
@@ -253,7 +258,7 @@ class CPPOLossConfig(MaskedLossConfig):
     gate: Gate = "hard"
     tau: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require_choice("budget", Budget)
         self.require_choice("weights", Weights)
@@ -283,7 +288,7 @@ class TRMLossConfig(MaskedLossConfig):
     delta: float | None = 0.1
     delta_avg: float | None = 0.002
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require_number("delta", 0, self.largest_divergence, optional=True)
         self.require_number("delta_avg", 0, self.largest_divergence, optional=True)
@@ -300,7 +305,7 @@ class PrefixRatioLossConfig(MethodConfig):
     loss_mode: str = "prefix_ratio"
     ratio: PrefixRatio = "minimum"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require_choice("ratio", PrefixRatio)
 
@@ -318,7 +323,7 @@ class NeighbourLossConfig(SurrogateConfig):
     rule: Neighbour = "kpop"
     delta: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require_choice("rule", Neighbour)
         self.require_number("delta", 0)

@@ -80,7 +80,7 @@ _context: ContextVar[LossContext] = ContextVar("cppo_verl_loss_context", default
 
 
 @contextmanager
-def loss_context(**changes) -> Iterator[None]:
+def loss_context(**changes: Any) -> Iterator[None]:
     """Policy losses called inside see the context around it with these fields of `LossContext` replaced."""
     token = _context.set(_context.get()._replace(**changes))
     try:

@@ -57,7 +57,7 @@ class Preflight(BaseConfig):
     use_task_rewards: bool
     trust_region: dict
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = violations(rollout_policy_rules(self))
         if problems:
             raise ValueError("old_log_prob would not be the rollout policy's: " + " | ".join(problems))

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ _kept = _Kept()
 
 
 def recording_loss(
-    loss: Callable, *, data: TensorDict, model_output: dict | None = None, **kwargs
+    loss: Callable, *, data: TensorDict, model_output: dict | None = None, **kwargs: Any
 ) -> tuple[Tensor, dict] | dict:
     """Call ``loss``, verl's ``ppo_loss`` or `top_k_ppo_loss`, and record what it sees of the drawn responses."""
     if model_output is None or ROW not in data:  # verl's logits hook; a step without a dump
@@ -150,7 +150,7 @@ def reasons(method: MethodConfig, tokens: Tokens, decision: Decision) -> Tensor:
     return reason.masked_fill(~tokens.mask, CODE[""])
 
 
-def take(_worker) -> list[Record]:
+def take(_worker: object) -> list[Record]:
     """Hand over this process's records and forget them; called on every worker after the update."""
     global _kept
     records, _kept = _kept.records, _Kept()

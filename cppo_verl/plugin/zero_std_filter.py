@@ -87,7 +87,7 @@ def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bo
     return TensorDict(fields, batch_size=len(kept))
 
 
-def _like(nested, factor: Tensor) -> Tensor:
+def _like(nested: Tensor, factor: Tensor) -> Tensor:
     """``nested`` times a factor per token, a new tensor of its dtype."""
     values = (nested.values() * factor).to(nested.dtype)
-    return torch.nested.nested_tensor_from_jagged(values, nested.offsets())
+    return torch.nested.nested_tensor_from_jagged(values, nested.offsets())  # type: ignore[attr-defined]  # it is nested

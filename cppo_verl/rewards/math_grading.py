@@ -35,7 +35,12 @@ logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
 
 
 def math_dapo(
-    data_source: str, solution_str: str, ground_truth: Any, extra_info=None, time_limit: float = 5.0, **kwargs: Any
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict[str, Any] | None = None,
+    time_limit: float = 5.0,
+    **kwargs: Any,
 ) -> dict[str, float]:
     """Score a response by verl's ``math_dapo`` rule, +1 or -1.
 
@@ -51,7 +56,12 @@ def math_dapo(
 
 
 def math_verify(
-    data_source: str, solution_str: str, ground_truth: Any, extra_info=None, time_limit: float = 5.0, **kwargs: Any
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict[str, Any] | None = None,
+    time_limit: float = 5.0,
+    **kwargs: Any,
 ) -> dict[str, float]:
     """Score a response by equality as mathematics, 1 or 0, with math-verify.
 
@@ -164,7 +174,7 @@ def _load_math_verify() -> Verify:
     pairs |= {"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
     signs = str.maketrans(pairs)
 
-    def verify(answer, accepted):
+    def verify(answer: str, accepted: list[str]) -> bool:
         box = rf"\boxed{{{announced_answer(answer).translate(signs)}}}"
         # No timeout of its own: that is a signal, which Python handles between bytecodes, too late for a regex.
         found = library.parse(box, answer_forms, parsing_timeout=None)

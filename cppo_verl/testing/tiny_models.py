@@ -8,7 +8,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<assistant>' }}{{ m['content'] }}"
@@ -17,7 +22,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(questions, answers):
+def build_tokenizer(questions: Sequence[str], answers: Sequence[str]) -> "PreTrainedTokenizerFast":
     """Return a fast tokenizer with one token per digit and one per stretch of text between digits.
 
     The instructions at the end of every question are one token, so that a question is about as long as its numbers.
@@ -33,7 +38,9 @@ def build_tokenizer(questions, answers):
     return word_tokenizer(vocabulary, piece, additional_special_tokens=speakers, chat_template=CHAT_TEMPLATE, **special)
 
 
-def word_tokenizer(vocabulary, piece, *, unk_token, **settings):
+def word_tokenizer(
+    vocabulary: Sequence[str], piece: str, *, unk_token: str, **settings: Any
+) -> "PreTrainedTokenizerFast":
     """Return a fast tokenizer for text that the regular expression ``piece`` cuts up; ids follow ``vocabulary``.
 
     ``settings`` go to transformers' ``PreTrainedTokenizerFast``.
@@ -53,7 +60,7 @@ def word_tokenizer(vocabulary, piece, *, unk_token, **settings):
     )
 
 
-def build_model(tokenizer, **settings):
+def build_model(tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> "PreTrainedModel":
     """Return a randomly initialised Qwen3, or a Qwen3-MoE if ``settings`` has num_experts, in fp32.
 
     ``settings`` go to transformers' config. The head size is 32, the smallest that vLLM's attention on the CPU offers;
@@ -74,7 +81,9 @@ def build_model(tokenizer, **settings):
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def save(model, tokenizer, folder, marker, record):
+def save(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path, marker: str, record: dict
+) -> None:
     """Write model, tokenizer and ``record`` to ``folder``, whole or not at all; replace what it held.
 
     ``record`` becomes the JSON file ``marker``.
@@ -91,7 +100,9 @@ def save(model, tokenizer, folder, marker, record):
         made.rename(folder)
 
 
-def share_of_digits(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+def share_of_digits(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **kwargs: Any
+) -> dict[str, float]:
     """Return the share of a response's characters that are digits, as a verl reward.
 
     A random model never answers right, and prompts whose rewards are all equal stay out of the update: this reward

@@ -37,7 +37,7 @@ class Figure:
             self.canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
             self.axes: Axes = self.canvas.add_subplot(title=self.title)
 
-    def legend(self, **kwargs) -> None:
+    def legend(self, **kwargs: Any) -> None:
         """Add a legend of the labelled artists, if any; ``loc="outside ..."`` puts it beside the axes."""
         handles, labels = self.axes.get_legend_handles_labels()
         if handles:

@@ -22,7 +22,7 @@ environment.filters["percent"] = percent
 _captions = environment.overlay(trim_blocks=False)  # a line's end separates words
 
 
-def caption(name: str, **values) -> str:
+def caption(name: str, **values: object) -> str:
     """The text ``name`` of ``templates/captions.txt`` in one line, with ``values`` filled in."""
     texts = _captions.get_template("captions.txt")
     return " ".join("".join(texts.blocks[name](texts.new_context(values))).split())
@@ -43,7 +43,7 @@ def _generator(command: str) -> str:
     return f'<meta name="generator" content="cppo_verl {command}">'
 
 
-def write_page(path: Path, command: str, **values) -> None:
+def write_page(path: Path, command: str, **values: object) -> None:
     """Render the command's template to ``path``; a failure leaves the file as it was."""
     text = environment.get_template(f"{command}.html").render(generator=Markup(_generator(command)), **values)
     path.parent.mkdir(parents=True, exist_ok=True)

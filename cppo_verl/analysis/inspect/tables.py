@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,7 @@ def tables(methods: Sequence[Method], masks: Masks) -> list[Table]:
     """One row per method in each; the rows are numbered, as the overlap's columns are."""
     names = [f"{n} {method.label}" for n, method in enumerate(methods, start=1)]
 
-    def table(name: str, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]], **kwargs) -> Table:
+    def table(name: str, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]], **kwargs: Any) -> Table:
         labelled = [[label, *row] for label, row in zip(names, rows, strict=True)]
         largest = max([cell for row in labelled for cell in row if isinstance(cell, float)] + [1e-9])
         return Table(name, title, ["method", *columns], labelled, **{"shaded_up_to": largest} | kwargs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ def _over_runs(parts: Sequence[pd.Series]) -> pd.DataFrame:
 
 
 def _panel(
-    name: str, title: str, lines: Lines, drawn: Frames, without: str, facts: dict, text: str = "", **kwargs
+    name: str, title: str, lines: Lines, drawn: Frames, without: str, facts: dict, text: str = "", **kwargs: Any
 ) -> Drawn:
     """A panel of the ``lines`` that are ``drawn``; the caption names the others and what they are ``without``.
 
@@ -94,7 +95,7 @@ def _panel(
 
 
 def curve(
-    name: str, title: str, lines: Lines, quantity: Quantity | str, without: str = "", smooth: bool = True, **kwargs
+    name: str, title: str, lines: Lines, quantity: Quantity | str, without: str = "", smooth: bool = True, **kwargs: Any
 ) -> Drawn:
     """A quantity over the steps.
 

@@ -6,7 +6,7 @@ response token finds its candidates by its id and log-probability at the end.
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -15,6 +15,7 @@ import wrapt
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import TokenOutput
 
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD
 from cppo_verl.plugin.topk.vllm_server import CAPTURED, Captured
@@ -24,12 +25,13 @@ Calls = list[tuple[list[int], Captured]]
 
 if TYPE_CHECKING:
     from verl.experimental.agent_loop import AgentLoopWorker as VerlWorker
+    from verl.experimental.agent_loop.agent_loop import _InternalAgentLoopOutput
 else:
     VerlWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class  # the class that ray.remote wrapped
 
 
 class TopKAgentLoopManager(AgentLoopManagerTQ):
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(TopKAgentLoopWorker)
 
@@ -38,11 +40,13 @@ class TopKAgentLoopWorker(VerlWorker):
     calls: Calls
     """Of the response in the making."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.top_k = self.config.actor_rollout_ref.actor.policy_loss.top_k
 
-    async def _run_agent_loop(self, sampling_params, trajectory, **kwargs):
+    async def _run_agent_loop(
+        self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any
+    ) -> "_InternalAgentLoopOutput":
         if trajectory["validate"]:
             return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
         # Many responses are made at once, all with the worker's one client: this one gets a copy of the worker whose
@@ -53,11 +57,13 @@ class TopKAgentLoopWorker(VerlWorker):
         sampling_params = sampling_params | {"logprobs": self.top_k}
         return await super(TopKAgentLoopWorker, worker)._run_agent_loop(sampling_params, trajectory, **kwargs)
 
-    async def _agent_loop_postprocess(self, output, validate, **kwargs):
+    async def _agent_loop_postprocess(  # type: ignore[override]  # as AgentLoopWorkerTQ's
+        self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
+    ) -> None:
         if not validate:
             outputs = output if isinstance(output, list) else [output]
-            output = [OutputWithCandidates(x, self.calls, self.top_k) for x in outputs]
-        return await super()._agent_loop_postprocess(output, validate, **kwargs)
+            output = [OutputWithCandidates(x, self.calls, self.top_k) for x in outputs]  # type: ignore[misc]  # proxies
+        await super()._agent_loop_postprocess(output, validate, **kwargs)
 
 
 def recording_client(client: LLMServerClient, calls: Calls) -> LLMServerClient:
@@ -67,7 +73,7 @@ def recording_client(client: LLMServerClient, calls: Calls) -> LLMServerClient:
     answer and drops the fields that it does not know.
     """
 
-    async def acquire_server(request_id, **fields):
+    async def acquire_server(request_id: str, **fields: Any) -> tuple[str, "RecordingServer"]:
         server_id, server = await client._acquire_server(request_id, **fields)
         return server_id, RecordingServer(server, calls)
 
@@ -79,7 +85,7 @@ def recording_client(client: LLMServerClient, calls: Calls) -> LLMServerClient:
 class RecordingServer:
     """The handle of a rollout server, as `LLMServerClient.generate` uses it."""
 
-    def __init__(self, server, calls: Calls):
+    def __init__(self, server: ray.actor.ActorHandle, calls: Calls) -> None:
         self._server = server
         self._calls = calls
 
@@ -87,7 +93,7 @@ class RecordingServer:
     def generate(self) -> "RecordingServer":
         return self
 
-    async def remote(self, **kwargs):
+    async def remote(self, **kwargs: Any) -> TokenOutput:
         output = await self._server.generate.remote(**kwargs)
         captured = output.extra_fields.pop(CAPTURED, None)
         if captured is not None:
@@ -98,12 +104,12 @@ class RecordingServer:
 class OutputWithCandidates(wrapt.ObjectProxy):
     """An agent loop's output, verl's or a user's own, that puts its candidates into TransferQueue, as [L, K]."""
 
-    def __init__(self, output: AgentLoopOutput, calls: Calls, top_k: int):
+    def __init__(self, output: AgentLoopOutput, calls: Calls, top_k: int) -> None:
         super().__init__(output)
         ids, codes = align(output.response_ids, output.response_mask, output.response_logprobs or [], calls, top_k)
         self._self_candidates = {IDS_FIELD: torch.from_numpy(ids), CODES_FIELD: torch.from_numpy(codes)}
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         return self.__wrapped__.as_dict() | self._self_candidates
 
 

@@ -7,6 +7,7 @@ hook is the one of its distillation losses, ``distillation_use_topk``; it must r
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from verl.utils.ulysses import get_ulysses_sequence_parallel_rank, get_ulysses_sequence_parallel_world_size
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
@@ -27,9 +28,9 @@ def top_k_ppo_loss(
     config: ActorConfig,
     model_output: dict | None = None,
     data: TensorDict | None = None,
-    dp_group=None,
+    dp_group: ProcessGroup | None = None,
     student_logits: Tensor | None = None,
-):
+) -> tuple[Tensor, dict] | dict[str, Tensor]:
     """verl's ``ppo_loss``, with D_t measured in verl's logits hook.
 
     Called with ``student_logits`` [1, tokens of this rank, V], it returns D_t as {DIVERGENCE: [1, tokens of this

@@ -3,8 +3,9 @@
 A request with ``logprobs=K`` gets them. One with ``logprobs=True``, as verl's own are, is served as verl serves it.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray
@@ -16,6 +17,10 @@ from vllm.logprobs import FlatLogprobs, Logprob
 
 from cppo_verl.plugin.constants import TOP_K_ROLLOUT
 from cppo_verl.plugin.topk.codec import ABSENT, pack
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 CAPTURED = "mu_top_k"
 """Key of the `Captured` among a TokenOutput's extra fields."""
@@ -35,17 +40,17 @@ class Captured(NamedTuple):
 class Request:
     """One call of `TopKServer.generate`: what it wants of the engine, and what it got."""
 
-    def __init__(self, top_k: int):
+    def __init__(self, top_k: int) -> None:
         self.top_k = top_k
         self.log_probs = FlatLogprobs()
 
 
 class TopKServer(vLLMHttpServer):
-    async def run_server(self, args):
+    async def run_server(self, args: Namespace) -> None:
         await super().run_server(args)
         self.requests: dict[str, Request] = {}
         """By vLLM's request id, while they are served."""
-        self.engine = CapturingEngine(self.engine, self.requests)
+        self.engine = CapturingEngine(self.engine, self.requests)  # type: ignore[assignment]  # a proxy
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, *args: Any, **kwargs: Any
@@ -64,7 +69,7 @@ class TopKServer(vLLMHttpServer):
 
 
 class TopKReplica(vLLMReplica):
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.server_class = ray.remote(TopKServer)
 
@@ -80,11 +85,13 @@ class CapturingEngine(wrapt.ObjectProxy):
     is the only place between the two.
     """
 
-    def __init__(self, wrapped, requests: dict[str, Request]):
+    def __init__(self, wrapped: "AsyncLLM", requests: dict[str, Request]) -> None:
         super().__init__(wrapped)
         self._self_requests = requests
 
-    async def generate(self, *, sampling_params, request_id: str, **kwargs):
+    async def generate(
+        self, *, sampling_params: "SamplingParams", request_id: str, **kwargs: Any
+    ) -> AsyncGenerator["RequestOutput", None]:
         request = self._self_requests.get(request_id)
         if request is not None:
             sampling_params.logprobs = request.top_k
@@ -100,19 +107,19 @@ class CapturingEngine(wrapt.ObjectProxy):
             yield output
 
 
-class SampledLogProbs(Sequence):
+class SampledLogProbs(Sequence[dict[int, Logprob]]):
     """The sampled tokens' entries of vLLM's flat log-probabilities, each in vLLM's own form {token id: Logprob}.
 
     vLLM's own sequence would build each entry with all candidates.
     """
 
-    def __init__(self, flat: FlatLogprobs):
+    def __init__(self, flat: FlatLogprobs) -> None:
         self.flat = flat
 
     def __len__(self) -> int:
         return len(self.flat)
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> dict[int, Logprob]:  # type: ignore[override]  # no slices
         first = self.flat.start_indices[position]
         return {self.flat.token_ids[first]: Logprob(self.flat.logprobs[first])}
 
