@@ -194,7 +194,5 @@ def test_fewer_candidates_are_refused_where_they_are_needed():
     with pytest.raises(ValueError, match="gave 2 of mu's 3 most likely tokens at response position 3"):
         divergence_of_logits(logits, data, "tv")
     data[IDS_FIELD] = nested([*ids[:2], ids[2][:2], ids[3]])
-    with pytest.raises(
-        ValueError, match="response 2 .* most likely tokens for 2 of its 6 tokens"
-    ):
+    with pytest.raises(ValueError, match="response 2 .* most likely tokens for 2 of its 6 tokens"):
         divergence_of_logits(logits, data, "tv")
