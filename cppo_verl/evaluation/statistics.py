@@ -12,6 +12,8 @@ import numpy as np
 LEVEL = 0.95
 """Confidence level of every interval."""
 RESAMPLES = 9999
+COLLAPSE_SHARE = 0.5
+"""A run has collapsed whose accuracy falls below this share of its best and stays there."""
 
 
 class Interval(NamedTuple):
@@ -29,6 +31,7 @@ class Selection(NamedTuple):
     last: float  # mean of the last validation, which no choice has inflated
     smoothed: float  # best moving average of three validations; a single lucky one cannot lift it far
     candidates: int  # number of validations that the best was chosen from
+    collapsed: int | None  # the step of `collapse`
 
 
 class Comparison(NamedTuple):
@@ -40,12 +43,29 @@ class Comparison(NamedTuple):
     problems: int
 
 
+def collapse(means: Mapping[int, float], share: float = COLLAPSE_SHARE) -> int | None:
+    """Return the step from which on a run has collapsed, or None.
+
+    Ours, as the paper prints "collapse" without a rule: from that validation on, of which there are two at least, all
+    means lie below ``share`` of the best one before it. ``means`` is {step: accuracy}, in the order of the steps.
+    """
+    curve = list(means.values())
+    for i, step in enumerate(means):
+        if 1 <= i <= len(curve) - 2 and max(curve[i:]) < share * max(curve[:i]):
+            return step
+    return None
+
+
 def select(
-    steps: Mapping[int, Mapping[str, float]], benchmarks: Sequence[str], t_stop: int | None = None
+    steps: Mapping[int, Mapping[str, float]],
+    benchmarks: Sequence[str],
+    t_stop: int | None = None,
+    collapse_share: float = COLLAPSE_SHARE,
 ) -> Selection | None:
     """Choose the step in [0, t_stop] with the best unweighted mean over ``benchmarks``, the earliest step among ties.
 
     ``steps`` is {step: {benchmark: accuracy}}. Only a step with all benchmarks can be chosen; None if there is none.
+    ``collapse_share`` is that of `collapse`.
     """
     means = {
         step: math.fsum(values[name] for name in benchmarks) / len(benchmarks)
@@ -65,6 +85,7 @@ def select(
         last=means[max(means)],
         smoothed=max(math.fsum(window) / len(window) for window in windows),
         candidates=len(means),
+        collapsed=collapse(means, collapse_share),
     )
 
 

@@ -12,7 +12,14 @@ from statistics import fmean
 from cppo_verl.artifacts.run_reader import Run, labelled, read_generations, read_runs
 from cppo_verl.evaluation import paper_results
 from cppo_verl.evaluation.comparability import unequal
-from cppo_verl.evaluation.statistics import Interval, Selection, compare, interval_over_seeds, select
+from cppo_verl.evaluation.statistics import (
+    COLLAPSE_SHARE,
+    Interval,
+    Selection,
+    compare,
+    interval_over_seeds,
+    select,
+)
 
 NOT_RUN = "not run"
 
@@ -23,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmarks", help="data sources, comma-separated; default: all that the runs validated on")
     parser.add_argument("--t-stop", type=int, help="last step that counts; default: each run's total_training_steps")
     parser.add_argument("--paper", choices=paper_results.MODELS, help="the paper's rows of this model beside the runs")
+    collapse = (
+        "a run has collapsed that ends with two validations or more below this share of its best, all of them up to "
+        "t-stop; 0: never (default: %(default)s)"
+    )
+    parser.add_argument("--collapse-share", type=float, default=COLLAPSE_SHARE, help=collapse)
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two labels, compared on the same problems")
     parser.add_argument("--format", choices=sorted(FORMATS), default="markdown")
 
@@ -39,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         for note in item.notes:
             print(f"{item.path}: {note}", file=sys.stderr)
     benchmarks = args.benchmarks.split(",") if args.benchmarks else _benchmarks(runs, args.paper)
-    groups = score(runs, benchmarks, args.t_stop)
+    groups = score(runs, benchmarks, args.t_stop, args.collapse_share)
     if not groups and not args.paper:
         print(f"no run has a validation on {', '.join(benchmarks) or 'anything'}", file=sys.stderr)
         return 1
@@ -56,12 +68,14 @@ def run(args: argparse.Namespace) -> int:
 Scored = list[tuple[Run, Selection]]
 
 
-def score(runs: Sequence[Run], benchmarks: Sequence[str], t_stop: int | None) -> dict[str, Scored]:
+def score(
+    runs: Sequence[Run], benchmarks: Sequence[str], t_stop: int | None, collapse_share: float
+) -> dict[str, Scored]:
     """Return {label: its runs with their scores}; a run without a validation on all benchmarks is named and skipped."""
     groups = defaultdict(list)
     for item in runs:
         last = item.t_stop if t_stop is None else t_stop
-        if benchmarks and (selection := select(item.accuracies(), benchmarks, last)):
+        if benchmarks and (selection := select(item.accuracies(), benchmarks, last, collapse_share)):
             groups[item.label].append((item, selection))
         else:
             has = ", ".join(_benchmarks([item], None)) or "none"
@@ -73,7 +87,10 @@ def score(runs: Sequence[Run], benchmarks: Sequence[str], t_stop: int | None) ->
 def rows_of(
     groups: dict[str, Scored], benchmarks: Sequence[str], model: str | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: one method per row, in per cent, with an interval if there are several runs."""
+    """Return header and rows: one method per row, in per cent, with an interval if there are several runs.
+
+    A method whose runs have all collapsed has no scores, as in the paper's Table 1.
+    """
     header = ["method", "runs", *benchmarks, "mean", "step", "last", "smoothed"]
     printed = paper_results.TABLE[model] if model else {}
     if model:
@@ -81,7 +98,11 @@ def rows_of(
     rows = []
     for label in [*printed, *(label for label in groups if label not in printed)]:
         scored = groups.get(label, [])
-        if scored:
+        if scored and all(s.collapsed is not None for _, s in scored):
+            steps = "/".join(str(s.collapsed) for _, s in scored)
+            cells = [str(len(scored)), *["collapse"] * (len(benchmarks) + 1), steps]
+            cells += [percent(fmean(s.last for _, s in scored)), ""]
+        elif scored:
             means = [s.mean for _, s in scored]
             cells = [str(len(scored)), *(percent(fmean(s.components[name] for _, s in scored)) for name in benchmarks)]
             cells += [percent(fmean(means), interval_over_seeds(means)), "/".join(str(s.step) for _, s in scored)]
@@ -105,6 +126,12 @@ def warnings(groups: dict[str, Scored]) -> list[str]:
             lines.append(
                 f"{label}: the best of {candidates} validations is {100 * gap:.1f} points above the last one; a best "
                 "of a noisy curve is inflated: compare the columns last and smoothed"
+            )
+        collapsed = [str(s.collapsed) for _, s in scored if s.collapsed is not None]
+        if 0 < len(collapsed) < len(scored):
+            lines.append(
+                f"{label}: {len(collapsed)} of its {len(scored)} runs collapsed (step {', '.join(collapsed)}); "
+                "their best scores count in the mean"
             )
         seeds = [item.seed for item, _ in scored]
         if len(seeds) > 1 and len(set(seeds)) < len(seeds):

@@ -12,8 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-
-from cppo_verl.core.theory import (  # noqa: E402
+from theory import (  # noqa: E402
     Region,
     first_token_slack,
     linear_bound,

@@ -96,3 +96,19 @@ def test_table_compares_two_methods_on_the_same_problems(tmp_path, capsys):
     assert "a - b, all problems: +33.33 points" in capsys.readouterr().out
     assert main(["table", *runs, "--compare", "a", "c"]) == 1
     assert "no scored run is labelled 'c': there are a, b" in capsys.readouterr().err
+
+
+def test_a_method_whose_runs_collapsed_has_no_score_and_one_of_several_is_named(tmp_path, capsys):
+    curves = {"a": [0.2, 0.4, 0.1, 0.05], "b": [0.2, 0.4, 0.1, 0.3], "c": [0.2, 0.4, 0.3, 0.3]}
+    for name, curve in curves.items():
+        lines = [validation(10 * i, aime24=value) for i, value in enumerate(curve)]
+        write(tmp_path / name / "metrics-0.jsonl", *lines)
+    paths = {name: str(tmp_path / name) for name in curves}
+    assert main(["table", "x=" + paths["a"], "y=" + paths["b"], "--format", "csv"]) == 0
+    out = capsys.readouterr().out
+    assert "x,1,collapse,collapse,20,5.00," in out and "y,1,40.00,40.00,10," in out
+    assert main(["table", "x=" + paths["a"], "x=" + paths["c"], "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    assert "x,2,40.00," in out and "x: 1 of its 2 runs collapsed (step 20)" in err
+    assert main(["table", "x=" + paths["a"], "--format", "csv", "--collapse-share", "0.1"]) == 0
+    assert "x,1,40.00,40.00,10," in capsys.readouterr().out

@@ -9,9 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
-
-from cppo_verl.core import build_trust_region, position_weights
-from cppo_verl.core.theory import (
+from theory import (
     Region,
     coefficients,
     first_token_slack,
@@ -22,9 +20,11 @@ from cppo_verl.core.theory import (
     prefix_divergences,
     project,
     residual,
-    terminal_average_bound,
+    terminal_bound,
     uniform_bound,
 )
+
+from cppo_verl.core import build_trust_region, position_weights
 
 ROUNDING = 1 + 1e-9
 
@@ -99,7 +99,7 @@ def test_theorem_1(problem, thresholds):
     mu, target, reward, horizon = problem
     delta, delta_b, w_min = thresholds
     xi = np.abs(reward).max()
-    region = Region(linear_weights(horizon, w_min), delta, delta_b, slack=False)
+    region = Region(linear_weights(horizon, w_min), delta, delta_b, budget="prefix")
     got = residual(mu, project(mu, target, region), reward)
     assert got.largest.max() <= delta / w_min * ROUNDING
     assert abs(got.residual) <= prefix_bound(horizon, delta_b, delta / w_min, xi) * ROUNDING + 1e-9
@@ -165,7 +165,7 @@ def test_the_bound_is_attained_and_the_terminal_average_is_looser(horizon, large
     # the same average, spent on the first token alone
     first = np.zeros(horizon)
     first[0] = (horizon - 1) * delta_b
-    looser = terminal_average_bound(horizon, delta_b, largest)
+    looser = terminal_bound(np.ones(horizon), delta_b, largest)
     assert linear_bound(first, largest) == pytest.approx(looser)
     assert looser == pytest.approx((2 - 2 / horizon) * prefix_bound(horizon, delta_b, largest))
     assert coefficients(horizon, largest)[-1] == 0
