@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -74,7 +75,7 @@ class Trainers:
                 signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is KeyboardInterrupt and self.received is None:
             self.received = signal.SIGINT
         for number in ENDING:  # impatient further signals would leave Ray behind
@@ -140,7 +141,7 @@ class Trainers:
             if child.lock is not None:
                 child.lock.close()
 
-    def _on_signal(self, number: int, _) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.received is not None and time.monotonic() - self._received_at < SAME_SIGNAL_SECONDS:
             return
         first, self.received, self._received_at = self.received is None, number, time.monotonic()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
+from types import ModuleType, TracebackType
 from typing import Any
 
 import ray
@@ -48,7 +49,7 @@ class Watch:
         self.watcher.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.over.set()
         if self.why is None and isinstance(error, Exception):  # it may come of a death that nobody has seen yet
             self.watcher.join(3 * INTERVAL)
@@ -123,7 +124,7 @@ def engine_fault(server: Any) -> str | None:
     return f"a weight sync has failed in {{}}: {failed}" if failed else None
 
 
-def remember_failed_syncs(module) -> None:
+def remember_failed_syncs(module: ModuleType) -> None:
     """Keep the error of a weight sync where `engine_fault` finds it.
 
     The actor that sends the weights waits for the engine's receipt before it looks at the engine's answer.
@@ -132,7 +133,7 @@ def remember_failed_syncs(module) -> None:
     original = server.collective_rpc
 
     @wraps(original)
-    async def collective_rpc(self, method, *args, **kwargs):
+    async def collective_rpc(self: Any, method: str | Callable, *args: Any, **kwargs: Any) -> None:
         try:
             return await original(self, method, *args, **kwargs)
         except Exception as error:

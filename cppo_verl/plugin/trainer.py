@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -49,6 +49,9 @@ logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 
 if TYPE_CHECKING:
+    from verl.experimental.agent_loop import AgentLoopManager
+    from verl.single_controller.ray import RayWorkerGroup
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer as VerlTrainer
 else:
     VerlTrainer = object
@@ -58,10 +61,12 @@ class TrustRegionTrainer(VerlTrainer):
     """Mixin over each of verl's v1 trainers; docs/seams.md lists what it overrides."""
 
     total_training_steps: int
+    saved_step: int | None
+    """Of the last checkpoint that was saved since the start."""
     update_sums: dict[str, list[float]]
     """The loss's sums of the step's updates so far."""
 
-    def __init__(self, config):
+    def __init__(self, config: DictConfig) -> None:
         missing = missing_files(config)
         if missing:
             raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
@@ -85,7 +90,7 @@ class TrustRegionTrainer(VerlTrainer):
         self.token_dump = DumpWriter(config, dump) if dump is not None and dump.every else None
         super().__init__(config)
 
-    def _init_tokenizer(self):
+    def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
         if not self.captures:
             return
@@ -101,12 +106,12 @@ class TrustRegionTrainer(VerlTrainer):
                 f"set actor_rollout_ref.actor.policy_loss.top_k={min(20, tokens)}"
             )
 
-    def _setup(self):
+    def _setup(self) -> None:
         super()._setup()
         self.actor_rollout_wg = ActorWorkers(self.actor_rollout_wg)
         self.actor_rollout_wg.choose_loss(self.config, self.captures, records=self.token_dump is not None)
 
-    def fit(self, agent_loop_manager):
+    def fit(self, agent_loop_manager: "AgentLoopManager") -> None:
         Path(self.config.trainer.default_local_dir).mkdir(parents=True, exist_ok=True)  # for a request to stop
         checkpoints.log_to_file(self.config)
         self._set_aside_best()
@@ -121,11 +126,11 @@ class TrustRegionTrainer(VerlTrainer):
         ):
             super().fit(agent_loop_manager)
 
-    def on_train_begin(self):
+    def on_train_begin(self) -> None:
         if not self._end_if_asked("before"):
             super().on_train_begin()
 
-    def on_step_end(self):
+    def on_step_end(self) -> None:
         # Where verl itself saves: in its on_step_end the asynchronous trainers go on generating.
         self._end_if_asked("after")
         super().on_step_end()
@@ -149,14 +154,14 @@ class TrustRegionTrainer(VerlTrainer):
         self.total_training_steps = step if when == "after" else step - 1
         return True
 
-    def _validate(self):
+    def _validate(self) -> dict[str, float]:
         # Before its first step a run validates the checkpoint that it resumes from.
         if self.stopping and self.config.trainer.get("val_before_train", True):
             self.validation = {}
             return {}
         return super()._validate()
 
-    def _save_checkpoint(self):
+    def _save_checkpoint(self) -> None:
         trainer = self.config.trainer
         folder, step = os.path.abspath(trainer.default_local_dir), self.global_steps
         self._everywhere(lambda: checkpoints.unshare(folder, step))
@@ -168,7 +173,7 @@ class TrustRegionTrainer(VerlTrainer):
         if trainer.resume_mode != "disable" and checkpoints.newest(folder) == str(step):
             for role in ("actor", "critic"):
                 keep = trainer.get(f"max_{role}_ckpt_to_keep")
-                self._everywhere(lambda role=role, keep=keep: checkpoints.rotate(folder, step, role, keep))
+                self._everywhere(partial(checkpoints.rotate, folder, step, role, keep))
 
     def _set_aside_best(self) -> None:
         """Keep the best checkpoint of a run that this one does not continue, apart from this one's."""
@@ -179,7 +184,7 @@ class TrustRegionTrainer(VerlTrainer):
         ):
             return
 
-        def move():
+        def move() -> None:
             with suppress(FileNotFoundError):
                 (folder / checkpoints.BEST).rename(folder / name)
 
@@ -191,14 +196,16 @@ class TrustRegionTrainer(VerlTrainer):
         ray.get([worker.__ray_call__.remote(lambda _: function()) for worker in self.actor_rollout_wg.workers])
         function()
 
-    def _val_metrics_update(self, data_sources, sample_uids, *args, **kwargs):
+    def _val_metrics_update(
+        self, data_sources: list[str], sample_uids: list[str], *args: Any, **kwargs: Any
+    ) -> dict[str, float]:
         self.validation = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
         folder = self.config.trainer.get("validation_data_dir")
         if folder:
             checkpoints.write_sources(folder, self.global_steps, sample_uids, data_sources)
         return self.validation
 
-    def on_validate_end(self):
+    def on_validate_end(self) -> None:
         """Keep the checkpoint of the step just validated if none before was better."""
         super().on_validate_end()
         accuracy = checkpoints.mean_accuracy(self.validation)
@@ -212,21 +219,23 @@ class TrustRegionTrainer(VerlTrainer):
         checkpoints.write_best(folder, step, accuracy)
         self._everywhere(lambda: checkpoints.forget_others(folder, step))
 
-    def _compute_metrics(self, batch, metrics, timing_raw, *args, **kwargs):
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict, timing_raw: dict[str, float], *args: Any, **kwargs: Any
+    ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, *args, **kwargs)
         self.step_seconds.append(timing_raw["step"])
         left = (self.total_training_steps - self.global_steps) * median(self.step_seconds)
         steps, accuracy = self.total_training_steps, checkpoints.mean_accuracy(self.validation)
         print(checkpoints.progress_line(self.global_steps, steps, left, metrics, accuracy), flush=True)
 
-    def _build_replay_buffer(self):
+    def _build_replay_buffer(self) -> "ReplayBuffer":
         replay_buffer = super()._build_replay_buffer()
         # verl polls for finished generations every two seconds; a small model generates in less.
         kwargs = self.config.trainer.v1.sampler.sampler_kwargs
         replay_buffer.poll_interval = kwargs.get("poll_interval", replay_buffer.poll_interval)
         return replay_buffer
 
-    def _update_actor(self, batch, metrics):
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         original = self._leave_out(batch, metrics)
         begin = time.perf_counter()
         drawn = self._draw_rows(batch)
@@ -291,6 +300,7 @@ class TrustRegionTrainer(VerlTrainer):
 
     def _dump_tokens(self, batch: KVBatchMeta, drawn: list[int]) -> None:
         """Write what the workers recorded in the update."""
+        assert self.token_dump is not None  # or no rows would be drawn
         workers = self.actor_rollout_wg.workers
         records = [record for part in ray.get([w.__ray_call__.remote(take) for w in workers]) for record in part]
         keys = {row: batch.keys[row] for row in drawn}
@@ -314,7 +324,7 @@ class ActorWorkers(wrapt.ObjectProxy):
     before it returns.
     """
 
-    def __init__(self, wrapped):
+    def __init__(self, wrapped: "RayWorkerGroup") -> None:
         super().__init__(wrapped)
         self._self_logits_hook = False
         self._self_last_metrics: dict[str, list[float]] = {}
@@ -338,7 +348,7 @@ class ActorWorkers(wrapt.ObjectProxy):
         """Metrics of the last `update_actor`: one value per mini-batch, in the order of the updates."""
         return self._self_last_metrics
 
-    def update_actor(self, batch: KVBatchMeta):
+    def update_actor(self, batch: KVBatchMeta) -> TensorDict:
         if self._self_logits_hook:
             batch.extra_info["distillation_use_topk"] = True
         output = self.__wrapped__.update_actor(batch)

@@ -57,13 +57,13 @@ class TopKAgentLoopWorker(VerlWorker):
         sampling_params = sampling_params | {"logprobs": self.top_k}
         return await super(TopKAgentLoopWorker, worker)._run_agent_loop(sampling_params, trajectory, **kwargs)
 
-    async def _agent_loop_postprocess(  # type: ignore[override]  # as AgentLoopWorkerTQ's
+    async def _agent_loop_postprocess(
         self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
-    ) -> None:
+    ) -> "_InternalAgentLoopOutput":
         if not validate:
             outputs = output if isinstance(output, list) else [output]
             output = [OutputWithCandidates(x, self.calls, self.top_k) for x in outputs]  # type: ignore[misc]  # proxies
-        await super()._agent_loop_postprocess(output, validate, **kwargs)
+        return await super()._agent_loop_postprocess(output, validate, **kwargs)
 
 
 def recording_client(client: LLMServerClient, calls: Calls) -> LLMServerClient:
