@@ -79,11 +79,13 @@ def _masks(lines: Sequence[Line]) -> Items:
     two = [line for line in lines if line.runs[0].has_two_constraints]
     no_share, no_region = f"neither {SHARE} nor actor/pg_clipfrac is logged", "no metrics of the trust region"
     by_token, by_budget = (product(SHARE, f"trust_region/{name}_rejected_share") for name in ("token", "budget"))
+    of_masked = logged("trust_region/budget_rejected_share")
     positive, negative = (logged(f"trust_region/{sign}/masked_share") for sign in ("positive", "negative"))
     return [
         curve("masked", "Masked share of tokens", lines, curves.MASKED, no_share, percent=True),
         curve("masked_by_token", "Masked by the token threshold", two, by_token, no_region, percent=True),
         curve("masked_by_budget", "Masked by the prefix budget", two, by_budget, no_region, percent=True),
+        curve("budget_share", "Budget's share of the masked tokens", two, of_masked, no_region, percent=True),
         curve("masked_positive", "Masked share, positive advantage", lines, positive, no_region, percent=True),
         curve("masked_negative", "Masked share, negative advantage", lines, negative, no_region, percent=True),
         curve("delta_b", "Effective budget δ_b", two, curves.effective_budget, "no prefix budget"),
