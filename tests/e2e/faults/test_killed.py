@@ -17,7 +17,7 @@ PARTS = {
     "rollout server": ("ray::vLLMHttpServer", "vllm_server_0_0"),
     "rollout engine": ("VLLM::EngineCore", "VLLM::EngineCore"),
     "TransferQueue controller": ("ray::TransferQueueController", "TransferQueueController"),
-    "TransferQueue storage": ("ray::SimpleStorageUnit", "SimpleStorageUnit"),
+    "TransferQueue storage": ("ray::SimpleStorageUnit", "TransferQueueStorageUnit"),
     "reward worker": ("ray::RewardLoopWorker", "reward_loop_worker_0"),
     "agent loop": ("ray::.*AgentLoopWorker", "agent_loop_worker|AgentLoopWorker"),
     "raylet": ("/raylet/raylet", "raylet|Raylet"),
@@ -67,10 +67,13 @@ def test_a_run_ends_when_a_part_of_it_is_killed(part, phase, interrupted, tmp_pa
     if named is None:
         assert run.code == -signal.SIGKILL
         return
+    tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    if part == "control store" and run.code == 0:  # Ray's processes need it for what is new, not for what is there
+        assert tracker.read_text() == "4"
+        return
     assert run.code not in (0, -signal.SIGKILL)
     assert re.search(named, run.text)
     # The newest whole checkpoint is that of the first step, or of the second if it was killed late in its save.
-    tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() in "12"
     if part not in ("driver", "trainer", "raylet", "control store"):
         assert "; the run ends; the same command continues from the checkpoint of step" in run.text
