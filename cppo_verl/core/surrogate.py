@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cppo_verl.core.divergence import as_float32
 
-# exp(20) is far beyond any ratio cap in use and far from overflow in fp32.
 MAX_LOG_RATIO = 20.0
+"""exp(20) is far beyond any ratio cap in use and far from overflow in fp32."""
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ class HubDataset(NamedTuple):
     id: str
     revision: str
     config: str | None = None
-    split: str | None = None  # None takes the only one, and refuses a data set that has several
+    split: str | None = None
+    """None takes the only one, and refuses a data set that has several."""
 
 
 Place = HubDataset | Path

@@ -24,8 +24,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 if TYPE_CHECKING:
     from cppo_verl.doctor.checks import Report
 
-BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and Adam's two moments in fp32
-LEAST_FREE = 1 << 30  # bytes that a checkpoint folder must have free where the model's size is not known
+BYTES_PER_PARAMETER = 12
+"""Bytes of a checkpoint per parameter: weights and Adam's two moments in fp32."""
+LEAST_FREE = 1 << 30
+"""Bytes that a checkpoint folder must have free where the model's size is not known."""
 
 
 def check_node(

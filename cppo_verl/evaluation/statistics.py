@@ -26,20 +26,28 @@ class Selection(NamedTuple):
 
     step: int
     mean: float
-    components: dict[str, float]  # {benchmark: accuracy} at that step
+    components: dict[str, float]
+    """{benchmark: accuracy} at that step."""
     last_step: int
-    last: float  # mean of the last validation, which no choice has inflated
-    smoothed: float  # best moving average of three validations; a single lucky one cannot lift it far
-    candidates: int  # number of validations that the best was chosen from
-    collapsed: int | None  # the step of `collapse`
+    last: float
+    """Mean of the last validation, which no choice has inflated."""
+    smoothed: float
+    """Best moving average of three validations; a single lucky one cannot lift it far."""
+    candidates: int
+    """Number of validations that the best was chosen from."""
+    collapsed: int | None
+    """The step of `collapse`."""
 
 
 class Comparison(NamedTuple):
     """Two methods on the same problems."""
 
-    difference: float  # of the mean accuracies
-    interval: Interval  # of the difference, over problems
-    p_value: float  # two-sided, of a sign-flip permutation test
+    difference: float
+    """Of the mean accuracies."""
+    interval: Interval
+    """Of the difference, over problems."""
+    p_value: float
+    """Two-sided, of a sign-flip permutation test."""
     problems: int
 
 

@@ -26,11 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    swept: list[str]  # the overrides that set it apart from the sweep's other jobs
+    swept: list[str]
+    """The overrides that set it apart from the sweep's other jobs."""
     folder: Path
-    command: list[str]  # the module and the arguments that make it this job and no other
-    arguments: list[str]  # all arguments of the module
-    checkpoints: Path  # its ``trainer.default_local_dir``
+    command: list[str]
+    """The module and the arguments that make it this job and no other."""
+    arguments: list[str]
+    """All arguments of the module."""
+    checkpoints: Path
+    """Its ``trainer.default_local_dir``."""
 
 
 def sweep(loader: ConfigLoader, config: DictConfig, job_overrides: Sequence[Sequence[str]], at_once: int) -> int:

@@ -11,9 +11,12 @@ import time
 import psutil
 import ray
 
-INTERVAL = 2.0  # seconds between two questions which nodes are alive
-GRACE = 10.0  # seconds for the run to end with an error of its own, which says more, and again to obey SIGTERM
-REMOVED_IDLE = 4  # Ray's NodeDeathInfo.AUTOSCALER_DRAIN_IDLE: the cluster gave the node back because it was idle
+INTERVAL = 2.0
+"""Seconds between two questions which nodes are alive."""
+GRACE = 10.0
+"""Seconds for the run to end with an error of its own, which says more, and again to obey SIGTERM."""
+REMOVED_IDLE = 4
+"""Ray's NodeDeathInfo.AUTOSCALER_DRAIN_IDLE: the cluster gave the node back because it was idle."""
 
 
 def watch(run: psutil.Process) -> int:

@@ -19,8 +19,10 @@ import ray
 
 from cppo_verl.artifacts.log_lines import LINE, RUN_ENDS
 
-INTERVAL = 3.0  # seconds between two looks
-PATIENCE = 20.0  # seconds for Ray to answer, and for the run to end once it is told
+INTERVAL = 3.0
+"""Seconds between two looks."""
+PATIENCE = 20.0
+"""Seconds for Ray to answer, and for the run to end once it is told."""
 ON_PURPOSE = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
 """Ray's reasons for the end of an actor that somebody wanted."""
 

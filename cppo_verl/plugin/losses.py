@@ -29,8 +29,8 @@ SUM_NAMES = [
 SUM_NAMES += [
     f"{METRIC_PREFIX}position_{b}/{name}" for name in metrics.POSITION_SUMS for b in range(metrics.POSITION_BINS)
 ]
-# Log-probabilities are sums of rounded terms; more than this above zero is no rounding.
 LOG_PROB_TOLERANCE = 1e-3
+"""Log-probabilities are sums of rounded terms; more than this above zero is no rounding."""
 
 
 class Tokens(NamedTuple):

@@ -18,11 +18,11 @@ from verl.base_config import BaseConfig
 from cppo_verl.plugin.constants import TOP_K_ROLLOUT, TRAINER_MODE_PREFIX, TRAINER_MODES
 from cppo_verl.plugin.topk.codec import bytes_per_token
 
-# hydra launchers that run several jobs of a sweep in one process, where verl starts Ray once.
 SHARED_PROCESS_LAUNCHERS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
 )
+"""hydra launchers that run several jobs of a sweep in one process, where verl starts Ray once."""
 
 TRUST_REGION_KEYS = ("delta", "delta_b", "budget", "partition", "dump")
 

@@ -23,8 +23,10 @@ from typing import Any
 
 from cppo_verl.rewards.sandbox import Sandbox
 
-ANSWER_CHARACTERS = 2_000  # only the end of a response is read
-TRUTH_CHARACTERS = 10_000  # longer ground truths are refused
+ANSWER_CHARACTERS = 2_000
+"""How many characters of a response's end are read."""
+TRUTH_CHARACTERS = 10_000
+"""Longer ground truths are refused."""
 
 Verify = Callable[[str, list[str]], bool]
 """``verify(answer, accepted)``: whether the answer equals one of the accepted ones."""

@@ -21,8 +21,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-MEMORY_BYTES = 1 << 30  # address space of a child; an idle one takes less than a tenth of it
-START_SECONDS = 120.0  # for a child's imports, which may come from a slow shared disk
+MEMORY_BYTES = 1 << 30
+"""Address space of a child; an idle one takes less than a tenth of it."""
+START_SECONDS = 120.0
+"""Time for a child's imports, which may come from a slow shared disk."""
 
 
 class Grade(NamedTuple):
