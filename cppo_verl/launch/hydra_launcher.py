@@ -26,15 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
+    """A run of the sweep; ``swept`` sets it apart from the others, ``command`` makes it this run and no other."""
+
     swept: list[str]
-    """The overrides that set it apart from the sweep's other jobs."""
     folder: Path
     command: list[str]
-    """The module and the arguments that make it this job and no other."""
     arguments: list[str]
-    """All arguments of the module."""
     checkpoints: Path
-    """Its ``trainer.default_local_dir``."""
 
 
 def sweep(loader: ConfigLoader, config: DictConfig, job_overrides: Sequence[Sequence[str]], at_once: int) -> int:
