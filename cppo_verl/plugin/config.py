@@ -100,6 +100,10 @@ class MethodConfig(PolicyLossConfig):
         self.require(
             isinstance(self.preflight, Preflight), "preflight", "the method fills it from the run; leave it out"
         )
+        if HydraConfig.initialized():  # neither in a worker nor without hydra's command line
+            hydra = HydraConfig.get()
+            refuse_overridden_variant(hydra.overrides.task)
+            refuse_pinned(self, hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
         if self.mask_std_0:
             self.refuse("mask_std_0", violations(mask_std_0_rules(self.preflight)))
         # verl's distillation has a loss of its own, which hides the policy loss.
@@ -107,10 +111,6 @@ class MethodConfig(PolicyLossConfig):
         assert dump is not None  # because preflight is not
         distilled = dump.every and self.preflight.distillation
         dump.require(not distilled, "every", "0 with distillation.enabled=true")
-        if HydraConfig.initialized():  # neither in a worker nor without hydra's command line
-            hydra = HydraConfig.get()
-            refuse_overridden_variant(hydra.overrides.task)
-            refuse_pinned(self, hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
 
     @property
     def dump(self) -> DumpConfig | None:

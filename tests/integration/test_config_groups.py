@@ -22,10 +22,8 @@ METHODS = sorted(path.stem for path in (CONFIG / "method").glob("[!_]*.yaml"))
 def test_every_shipped_group_composes_and_passes_verls_checks(compose, path):
     # A method brings the group divergence with it.
     plus = "" if path.parent.name == "divergence" else "+"
-    overrides = [*GRPO, f"{plus}{path.parent.name}={path.stem}"]
-    if path.parent.name != "method":
-        overrides.append("+method=cppo")
-    start_up(compose(*overrides))
+    method = [] if path.parent.name == "method" else ["+method=cppo"]
+    start_up(compose(*GRPO, *method, f"{plus}{path.parent.name}={path.stem}"))
 
 
 MASKED = [method for method in METHODS if method not in ("grpo", "cispo", "minpro", "pnpo", "kpop", "vaco")]
