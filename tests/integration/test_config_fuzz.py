@@ -18,7 +18,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-CASES, SEED = int(os.environ.get("FUZZ_CASES", 100)), int(os.environ.get("FUZZ_SEED", 1))
+CASES, SEED = int(os.environ.get("FUZZ_CASES", 50)), int(os.environ.get("FUZZ_SEED", 1))
 BATCHES = 10
 COMMAND = ["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64"]  # verl wants it with use_kl_loss
 
