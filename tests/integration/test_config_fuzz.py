@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -209,8 +210,16 @@ WAY_OUT = re.compile(
 )
 
 
+@pytest.fixture(scope="module")
+def outcomes():
+    """How many cases passed and how many were refused: of many, some of both."""
+    counted = Counter()
+    yield counted
+    assert counted.total() < 30 or len(counted) == 2
+
+
 @pytest.mark.parametrize("part", range(BATCHES))
-def test_random_overrides_pass_truly_or_are_refused_with_key_and_way_out(part, tmp_path):
+def test_random_overrides_pass_truly_or_are_refused_with_key_and_way_out(part, tmp_path, outcomes):
     for number in range(part, CASES, BATCHES):
         method, overrides = draw(random.Random(f"{SEED}-{number}"))
         case = f"case {number}: {' '.join(overrides)}"
@@ -223,6 +232,7 @@ def test_random_overrides_pass_truly_or_are_refused_with_key_and_way_out(part, t
                 del config["hydra"]
         except Exception as error:
             assert any(key in str(error) for key in keys) and WAY_OUT.search(str(error)), f"{case}\n{error}"
+            outcomes["refused"] += 1
             continue
         try:
             broken = breaks(config, method, overrides)
@@ -235,6 +245,8 @@ def test_random_overrides_pass_truly_or_are_refused_with_key_and_way_out(part, t
             HydraConfig.instance().cfg = None
         if not broken:
             assert error is None, f"{case}\nis sound but refused: {error}"
+            outcomes["passed"] += 1
             continue
         assert error is not None, f"{case}\npasses, though it breaks {broken}"
         assert any(key in error for key in broken) and WAY_OUT.search(error), f"{case}\n{broken}\n{error}"
+        outcomes["refused"] += 1
