@@ -229,3 +229,9 @@ RUN_HEADER = {
 }
 STATED = RUN_HEADER | {"method": {"_target_": "cppo_verl.plugin.config.CPPOLossConfig", "delta": 0.15, "delta_b": 0.02}}
 """The header of a run that trained with `CPPO`."""
+
+
+def responses_of_cppo(folder):
+    """Responses of three updates, with tool output, as CPPO saw them."""
+    _, _, by_row = dumped(folder, METHODS["cppo"])
+    return [response for of_row in by_row.values() for response in of_row]

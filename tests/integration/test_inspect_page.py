@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from browser import DESKTOP, PHONE, fits, opened
-from token_dumps import METHODS, RUN_HEADER, STATED, damaged, dumped, expected, save
+from token_dumps import METHODS, RUN_HEADER, STATED, damaged, expected, responses_of_cppo, save
 from tokenizers_made import BLANKLESS, save_tokenizer
 
 from cppo_verl.analysis import replay
@@ -25,9 +25,7 @@ def mean(values):
 
 @pytest.fixture(scope="module")
 def responses(tmp_path_factory):
-    """Of three updates, with tool output, as CPPO saw them."""
-    _, _, by_row = dumped(tmp_path_factory.mktemp("dump"), METHODS["cppo"])
-    return [response for of_row in by_row.values() for response in of_row]
+    return responses_of_cppo(tmp_path_factory.mktemp("dump"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from token_dumps import METHODS, actor, dumped
+from token_dumps import METHODS, actor, responses_of_cppo
 
 from cppo_verl.analysis import replay
 from cppo_verl.analysis.inspect.tables import Masks
@@ -15,9 +15,7 @@ NAMES = ("cppo", "soft", "dppo", "trm_max", "minpro", "vanilla")
 
 @pytest.fixture(scope="module")
 def responses(tmp_path_factory):
-    """Of three updates, with tool output, as CPPO saw them."""
-    _, _, by_row = dumped(tmp_path_factory.mktemp("dump"), METHODS["cppo"])
-    return [response for of_row in by_row.values() for response in of_row]
+    return responses_of_cppo(tmp_path_factory.mktemp("dump"))
 
 
 @pytest.fixture(scope="module")
