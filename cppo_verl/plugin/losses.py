@@ -29,6 +29,8 @@ SUM_NAMES = [
 SUM_NAMES += [
     f"{METRIC_PREFIX}position_{b}/{name}" for name in metrics.POSITION_SUMS for b in range(metrics.POSITION_BINS)
 ]
+UPDATE_TOKENS = f"{METRIC_PREFIX}update/tokens"
+"""Number of tokens of the update that a micro-batch is a part of, over all ranks."""
 LOG_PROB_TOLERANCE = 1e-3
 """Log-probabilities are sums of rounded terms; more than this above zero is no rounding."""
 
@@ -240,12 +242,14 @@ def policy_loss(
             check_values(name, x, mask)
 
     loss_mat = surrogate.WeightedLogProb.apply(log_prob, weight)
-    if totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/tokens")]:
+    num_tokens = totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/tokens")]
+    if num_tokens:
         loss = agg_loss(loss_mat=loss_mat, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     else:
         # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
         loss = loss_mat.sum()
-    return loss, dict(zip(SUM_NAMES, totals, strict=True))
+    of_update = config.global_batch_info.get("batch_num_tokens") or num_tokens
+    return loss, dict(zip(SUM_NAMES, totals, strict=True)) | {UPDATE_TOKENS: of_update}
 
 
 register_policy_loss("cppo")(partial(policy_loss, cppo, CPPOLossConfig))

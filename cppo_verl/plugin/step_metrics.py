@@ -1,15 +1,15 @@
 """The step's trust-region metrics, made of the sums that the losses report.
 
-verl reduces a loss's metrics by the mean over micro-batches, ranks and mini-batches, each with the same weight. A mean
-of shares would be wrong wherever these differ in size. The mean scales numerators and denominators alike, so that their
-quotient is the share of all tokens or responses.
+verl reduces a loss's metrics by the mean over micro-batches and ranks, each with the same weight. A mean of shares
+would be wrong wherever these differ in size. The mean scales numerators and denominators of a mini-batch alike, so that
+their quotient is the share of all its tokens or responses.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from cppo_verl.core.metrics import GROUPS, POSITION_BINS, shares
-from cppo_verl.plugin.losses import METRIC_PREFIX
+from cppo_verl.plugin.losses import METRIC_PREFIX, UPDATE_TOKENS
 
 
 def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
@@ -36,7 +36,19 @@ def step_shares(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     Args:
         sums: the loss's sums, one value per mini-batch, in the order of the step's updates.
     """
-    return pop_shares({key: sum(values) for key, values in sums.items()}) | shares_by_update(sums)
+    whole = over_mini_batches(sums)
+    return pop_shares({key: sum(values) for key, values in whole.items()}) | shares_by_update(whole)
+
+
+def over_mini_batches(sums: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Multiply verl's means by the number of micro-batches and ranks that each was taken over.
+
+    Mini-batches differ in their number of micro-batches where batch sizes are dynamic. That number, times the ranks, is
+    the tokens of the whole mini-batch, which every micro-batch reports, over their mean.
+    """
+    means = zip(sums[UPDATE_TOKENS], sums[f"{METRIC_PREFIX}all/tokens"], strict=True)
+    factors = [whole / mean if mean else 0.0 for whole, mean in means]
+    return {key: [value * factor for value, factor in zip(sums[key], factors, strict=True)] for key in sums}
 
 
 def shares_by_update(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
