@@ -29,6 +29,8 @@ SUM_NAMES = [
 SUM_NAMES += [
     f"{METRIC_PREFIX}position_{b}/{name}" for name in metrics.POSITION_SUMS for b in range(metrics.POSITION_BINS)
 ]
+ABSOLUTE_SUMS = [f"{METRIC_PREFIX}update/absolute_{name}" for name in ("log_ratio", "log_mu")]
+SUM_NAMES += ABSOLUTE_SUMS
 UPDATE_TOKENS = f"{METRIC_PREFIX}update/tokens"
 """Number of tokens of the update that a micro-batch is a part of, over all ranks."""
 LOG_PROB_TOLERANCE = 1e-3
@@ -225,11 +227,12 @@ def policy_loss(
         weight, update_mask, region, divergence, delta, p90 = decision
         sums = metrics.mask_sums(region, update_mask, divergence, tokens.log_ratio, advantages, valid, delta, p90)
         positions = metrics.position_sums(divergence, valid)
+        absolute = torch.stack([torch.linalg.vector_norm(x, 1) for x in (tokens.log_ratio, log_mu)])
         # The maximum shows nan, +inf and values above zero, the sum shows -inf.
         extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
         lowest = valid.new_zeros(1) if measured is None else measured.amin().float().view(1)
         # One transfer to the host for everything.
-        reported = torch.cat([sums.flatten(), positions.flatten(), extremes, lowest])
+        reported = torch.cat([sums.flatten(), positions.flatten(), absolute, extremes, lowest])
         *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum, d_min = reported.tolist()
 
     # An infinite D_t shows in its sum.

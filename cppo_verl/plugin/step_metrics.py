@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from cppo_verl.core.metrics import GROUPS, POSITION_BINS, shares
-from cppo_verl.plugin.losses import METRIC_PREFIX, UPDATE_TOKENS
+from cppo_verl.plugin.losses import ABSOLUTE_SUMS, METRIC_PREFIX, UPDATE_TOKENS
 
 
 def pop_shares(metrics: dict[str, float]) -> dict[str, float]:
@@ -54,6 +54,8 @@ def over_mini_batches(sums: Mapping[str, Sequence[float]]) -> dict[str, list[flo
 def shares_by_update(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Mean D_t at a step's first update and at its later ones, over all tokens and by position.
 
+    Of the first update also the relative log-probability error: sum of |log pi - log mu| over sum of |log mu|.
+
     At the first update pi differs from mu by the engine mismatch alone (and, in the asynchronous trainers, by the
     staleness of the batch); at the later ones there is policy drift too.
     """
@@ -65,4 +67,7 @@ def shares_by_update(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
                 infix = "" if group == "all" else f"/{group}"
                 divergence = sum(sums[f"{METRIC_PREFIX}{group}/divergence"][updates])
                 result[f"trust_region/{when}/divergence{infix}"] = divergence / tokens
+    error, size = (sums.get(key, [0.0])[0] for key in ABSOLUTE_SUMS)
+    if size:
+        result["trust_region/first_update/relative_log_prob_error"] = error / size
     return result

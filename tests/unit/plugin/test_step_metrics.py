@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from cppo_verl.core.metrics import RESPONSE_SUMS, TOKEN_SUMS
-from cppo_verl.plugin.losses import METRIC_PREFIX, UPDATE_TOKENS
+from cppo_verl.plugin.losses import ABSOLUTE_SUMS, METRIC_PREFIX, UPDATE_TOKENS
 from cppo_verl.plugin.step_metrics import shares_by_update, step_shares
 
 
@@ -24,6 +24,13 @@ def test_the_first_update_is_told_apart_from_the_later_ones():
         }
     )
     assert shares_by_update({"grad_norm": [1.0]}) == {}
+
+
+def test_the_relative_log_probability_error_is_that_of_the_first_update():
+    log_mu, log_pi = [-0.5, -2.0, -1.5], [-0.6, -1.9, -1.7]
+    error, size = sum(abs(a - b) for a, b in zip(log_pi, log_mu, strict=True)), 4.0
+    sums = dict(zip(ABSOLUTE_SUMS, ([error, 9.0], [size, 10.0]), strict=True))
+    assert shares_by_update(sums) == {"trust_region/first_update/relative_log_prob_error": pytest.approx(0.1)}
 
 
 def test_the_shares_of_updates_of_unequal_size_are_those_of_all_their_tokens():
