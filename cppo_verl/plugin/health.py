@@ -23,6 +23,10 @@ INTERVAL = 3.0
 """Seconds between two looks."""
 PATIENCE = 20.0
 """Seconds for Ray to answer, and for the run to end once it is told."""
+SLOWER = 3.0
+"""A run that is asked to stop stands still if nothing happens for this many times the longest pause before."""
+SHORTEST_PAUSE = 20.0
+"""Seconds; pauses below count as this long."""
 ON_PURPOSE = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
 """Ray's reasons for the end of an actor that somebody wanted."""
 
@@ -32,15 +36,23 @@ class Watch:
 
     The body is ended by RuntimeError when an actor or the engine of a rollout server has died, when a weight sync has
     failed in a server, when Ray does not answer, or when ``progress`` has returned the same for ``stall_seconds``
-    (None: for ever). A process whose body does not end then ends itself with exit code 1.
+    (None: for ever), and after a request to stop for `SLOWER` times as long as ever before in this run. A process whose
+    body does not end then ends itself with exit code 1.
 
     Args:
-        progress: returns what changes as the run goes on; called in another thread.
+        progress: returns what changes as the run goes on; called in another thread, as is ``asked``.
         way_out: returns the message's last part: how to continue.
+        asked: returns whether the run is asked to stop.
     """
 
-    def __init__(self, progress: Callable[[], Any], stall_seconds: float | None, way_out: Callable[[], str]) -> None:
-        self.progress, self.stall_seconds, self.way_out = progress, stall_seconds, way_out
+    def __init__(
+        self,
+        progress: Callable[[], Any],
+        stall_seconds: float | None,
+        way_out: Callable[[], str],
+        asked: Callable[[], bool],
+    ) -> None:
+        self.progress, self.stall_seconds, self.way_out, self.asked = progress, stall_seconds, way_out, asked
         self.why: str | None = None
         self.over, self.thread = threading.Event(), threading.get_ident()
         self._pings: dict[str, ray.ObjectRef] = {}
@@ -63,11 +75,12 @@ class Watch:
             raise RuntimeError(self.why) from (None if kind is KeyboardInterrupt else error)
 
     def _look(self) -> None:
-        last, moved = None, time.monotonic()
-        answered = time.monotonic()
+        last, moved = self.progress(), time.monotonic()
+        answered, longest = moved, None
         while not self.over.wait(INTERVAL):
             now = time.monotonic()
             if (state := self.progress()) != last:
+                longest = max(longest or SHORTEST_PAUSE, now - moved)
                 last, moved = state, now
             try:
                 fault, answered = self._dead_actor() or self._broken_engine(), now
@@ -75,6 +88,10 @@ class Watch:
                 fault = f"Ray has not answered for {PATIENCE:.0f} s: {error}" if now - answered > PATIENCE else None
             if fault is None and self.stall_seconds is not None and now - moved > self.stall_seconds:
                 fault = f"no progress for {self.stall_seconds:g} s (trainer.stall_seconds), and nothing has died"
+            if fault is None and longest is not None and now - moved > SLOWER * longest and self.asked():
+                fault = (
+                    f"asked to stop, but no progress for {now - moved:.0f} s, and for {longest:.0f} s at most before"
+                )
             if fault is not None and not self.over.is_set():
                 self._tell(fault)
                 # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
@@ -156,8 +173,10 @@ def _is_live_server(actor: dict) -> bool:
 
 
 def _name(actor: dict) -> str:
-    address, died = actor["Address"]["IPAddress"], actor["DeathCause"].actor_died_error_context
-    return f"{actor['Name'] or actor['ActorClassName']} (pid {actor['Pid']} on {address or died.node_ip_address})"
+    died = actor["DeathCause"].actor_died_error_context
+    address = actor["Address"]["IPAddress"] or died.node_ip_address
+    hosts = {node["NodeManagerAddress"]: f"{node['NodeManagerHostname']}, {address}" for node in ray.nodes()}
+    return f"{actor['Name'] or actor['ActorClassName']} (pid {actor['Pid']} on {hosts.get(address, address)})"
 
 
 def _print_last_lines(actor: dict, most: int = 10) -> None:

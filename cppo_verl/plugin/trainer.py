@@ -123,6 +123,7 @@ class TrustRegionTrainer(VerlTrainer):
             lambda: (self.global_steps, self.timing_raw.copy()),
             trainer.get("stall_seconds"),
             lambda: checkpoints.how_to_continue(trainer.default_local_dir),
+            lambda: stop_request.requested(trainer.default_local_dir) is not None,
         ):
             super().fit(agent_loop_manager)
 

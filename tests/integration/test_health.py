@@ -11,6 +11,7 @@ import ray
 from cppo_verl.plugin import health
 
 health.INTERVAL = 0.3
+health.SHORTEST_PAUSE = 0.5
 health.PATIENCE = float(sys.argv[2])
 
 @ray.remote(max_concurrency=4)
@@ -27,9 +28,13 @@ helper = Helper.options(name="vllm_server_0_0").remote()
 pid = ray.get(helper.pid.remote())
 ray.get(wanted.pid.remote())
 begin = time.time()
-steps = lambda: None if sys.argv[1] == "stalled" else time.time()
+def steps():
+    if sys.argv[1] == "stalled": return None
+    # Of steps of a second each it has made four.
+    return min(4, int(time.time() - begin)) if sys.argv[1] in ("asked", "slow") else time.time()
+stall = {"stalled": 3, "slow": 6}.get(sys.argv[1], 15)
 try:
-    with health.Watch(steps, 3, lambda: "the same command continues"):
+    with health.Watch(steps, stall, lambda: "the same command continues", lambda: sys.argv[1] == "asked"):
         ray.kill(wanted)
         time.sleep(2)
         print("still here", flush=True)
@@ -59,6 +64,8 @@ except RuntimeError as error:
         ("engine", 3, "ended: the engine process of vllm_server_0_0 (pid "),
         ("sync", 3, "ended: a weight sync has failed in vllm_server_0_0 (pid "),
         ("stalled", 3, "ended: no progress for 3 s (trainer.stall_seconds), and nothing has died; the run ends"),
+        ("slow", 3, "ended: no progress for 6 s (trainer.stall_seconds), and nothing has died; the run ends"),
+        ("asked", 3, "ended: asked to stop, but no progress for "),
         ("deaf", 1, "has died"),
     ],
 )
