@@ -92,6 +92,18 @@ def test_a_damaged_result_a_folder_of_a_run_and_a_checkpoint_that_is_none_are_na
     assert "expected a global_step_N folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("made_by", ["hydra/hydra.yaml", ".hydra/hydra.yaml", "latest_checkpointed_iteration.txt"])
+def test_an_output_within_a_run_is_refused_and_one_beside_it_is_not(evaluated, made_by, capsys):
+    """A table of runs would count its scores as the run's own."""
+    output, arguments, weights = evaluated
+    run = weights.parents[2]
+    (run / made_by).parent.mkdir(exist_ok=True)
+    (run / made_by).touch()
+    assert main(["evaluate", "--output", str(run / "scores" / "of_step_5"), *arguments]) == 1
+    assert f"is within the run {run} and would count as a part of it" in capsys.readouterr().err
+    assert main(["evaluate", "--output", str(output), *arguments]) == 0
+
+
 def test_verl_is_shown_the_weights_of_a_checkpoint_and_nothing_else(evaluated, tmp_path):
     _, _, weights = evaluated
     (weights.parents[1] / "data.pt").touch()
