@@ -15,9 +15,14 @@ def hold(folder: str | Path) -> TextIO:
 
     Raises:
         BlockingIOError: a trainer works in the folder; the message says where it runs.
+        OSError: the folder cannot be made or written to.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = (Path(folder) / LOCK).open("a+")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = (Path(folder) / LOCK).open("a+")
+    except OSError as error:
+        where, way_out = socket.gethostname(), "give this run another trainer.default_local_dir"
+        raise OSError(error.errno, f"{folder} cannot be written to on {where}: {error.strerror}; {way_out}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

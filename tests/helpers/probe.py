@@ -1,8 +1,9 @@
 """Loaded into every process of a test run by VERL_USE_EXTERNAL_MODULES=probe: what CPPO_VERL_PROBE names.
 
 dump:FOLDER saves the logits of every micro-batch with what stands beside them and their divergences; full:STEP leaves
-no room for the checkpoint of that step; phase:NAME prints a line as that part of the second step begins. Also holds an
-agent loop, "seeded", whose samples depend on nothing but the weights, the prompt, the step and the sample's number.
+no room for the checkpoint of that step; metrics:FILE is what verl's file logger writes to; phase:NAME,STEP prints a
+line as that part of the step begins. Also holds an agent loop, "seeded", whose samples depend on nothing but the
+weights, the prompt, the step and the sample's number.
 """
 
 import json
@@ -15,6 +16,8 @@ import torch
 import wrapt
 
 WHAT, _, ARGUMENT = os.environ.get("CPPO_VERL_PROBE", "").partition(":")
+if WHAT == "metrics":
+    os.environ["VERL_FILE_LOGGER_PATH"] = ARGUMENT
 
 
 @wrapt.when_imported("cppo_verl.plugin.topk.loss")
@@ -58,12 +61,13 @@ PHASES = {"generation": "on_sample_begin", "update": "_update_actor", "checkpoin
 def _tell_phase(module):
     if WHAT != "phase":
         return
-    trainer, method = module.TrustRegionTrainerSync, PHASES[ARGUMENT]
+    phase, _, step = ARGUMENT.partition(",")
+    trainer, method = module.TrustRegionTrainerSync, PHASES[phase]
     original = getattr(trainer, method)
 
     def telling(self, *args, **kwargs):
-        if self.global_steps == 2:
-            print(f"the {ARGUMENT} of step 2 begins", flush=True)
+        if self.global_steps == int(step):
+            print(f"the {phase} of step {step} begins", flush=True)
         return original(self, *args, **kwargs)
 
     setattr(trainer, method, telling)

@@ -147,6 +147,18 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(config, tmp_path, 
         checkpoints.check_resume(config)
 
 
+def test_a_checkpoint_that_was_cut_off_at_any_byte_is_not_whole(tmp_path):
+    checkpoint(tmp_path, 9, "weights")
+    for file in ("actor/model_rank_0.pt", "data.pt"):
+        path = tmp_path / "global_step_9" / file
+        content = path.read_bytes()
+        assert checkpoints.is_whole(tmp_path, 9)
+        for length in range(len(content)):
+            path.write_bytes(content[:length])
+            assert not checkpoints.is_whole(tmp_path, 9), (file, length)
+        path.write_bytes(content)
+
+
 def test_a_checkpoint_saved_anew_leaves_the_best_alone(tmp_path):
     checkpoint(tmp_path, 3, "good weights")
     whole = contents(tmp_path / "global_step_3")
