@@ -2,8 +2,9 @@
 
 dump:FOLDER saves the logits of every micro-batch with what stands beside them and their divergences; full:STEP leaves
 no room for the checkpoint of that step; metrics:FILE is what verl's file logger writes to; phase:NAME,STEP prints a
-line as that part of the step begins. Also holds an agent loop, "seeded", whose samples depend on nothing but the
-weights, the prompt, the step and the sample's number.
+line as that part of the step begins; break:NAME breaks an assumption of the loss. Also holds two agent loops: the
+samples of "seeded" depend on nothing but the weights, the prompt, the step and the sample's number; "colder" samples at
+temperature 0.7, whatever it is asked for.
 """
 
 import json
@@ -73,8 +74,32 @@ def _tell_phase(module):
     setattr(trainer, method, telling)
 
 
+BREAKS = {
+    "sign": lambda arguments: {"advantages": -arguments["advantages"]},
+    "alignment": lambda arguments: {"old_log_prob": arguments["old_log_prob"].roll(1, -1)},
+}
+
+
+@wrapt.when_imported("verl.workers.utils.losses")
+def _break_arguments(module):
+    if WHAT != "break" or ARGUMENT not in BREAKS:
+        return
+    original = module.get_policy_loss_fn
+
+    def broken(name):
+        return lambda **arguments: original(name)(**arguments | BREAKS[ARGUMENT](arguments))
+
+    module.get_policy_loss_fn = broken
+
+
+@wrapt.when_imported("cppo_verl.core.trust_region")
+def _break_mask(module):
+    if WHAT == "break" and ARGUMENT == "mask":
+        module.update_mask = lambda region, *_, **__: torch.ones_like(region.weights)
+
+
 @wrapt.when_imported("verl.experimental.agent_loop.single_turn_agent_loop")
-def _register_seeded(module):
+def _register_agent_loops(module):
     class Seeded(module.SingleTurnAgentLoop):
         """verl's own with a seed a request. (verl's full_determinism gives all requests the same seed, and with it
         all samples of a prompt the same answer.)"""
@@ -84,8 +109,13 @@ def _register_seeded(module):
             seed = zlib.crc32(json.dumps(about).encode())
             return await super().run(sampling_params | {"seed": seed}, **kwargs)
 
-    global seeded
-    seeded = Seeded
+    class Colder(module.SingleTurnAgentLoop):
+        async def run(self, sampling_params, **kwargs):
+            return await super().run(sampling_params | {"temperature": 0.7}, **kwargs)
+
+    global seeded, colder
+    seeded, colder = Seeded, Colder
     import verl.experimental.agent_loop.agent_loop as agent_loop
 
-    agent_loop._agent_loop_registry["seeded"] = {"_target_": "probe.seeded"}
+    for name in ("seeded", "colder"):
+        agent_loop._agent_loop_registry[name] = {"_target_": f"probe.{name}"}
