@@ -50,6 +50,29 @@ def test_any_module_may_be_the_first_import_of_a_process(module):
     assert "failed to load" not in result.stderr
 
 
+HIDDEN = """
+import sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == {0!r} or name.startswith({0!r} + "."):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hide())
+import verl
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
+print([bool(get_policy_loss_fn(cls().loss_mode)) for cls in (CPPOLossConfig, TRMLossConfig)])
+"""
+
+
+@pytest.mark.parametrize("module", ["transfer_queue", "verl.trainer.ppo.v1"])
+def test_losses_and_their_configs_load_in_a_verl_without_its_new_trainer(module):
+    result = run_python(HIDDEN.format(module), VERL_PLATFORM="cpu")
+    assert result.stdout.splitlines()[-1:] == ["[True, True]"], result.stderr
+    assert "failed to load" not in result.stderr
+
+
 def test_the_patches_of_vllm_import_no_verl():
     result = run_python("import sys, cppo_verl.cpu.vllm_patches; print('verl' in sys.modules)")
     assert result.stdout.split() == ["False"]

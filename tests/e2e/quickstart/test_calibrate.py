@@ -27,12 +27,16 @@ def proposal(quickstart, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibrated(interrupted, proposal, tmp_path_factory):
-    """The quickstart with the proposed thresholds, whose checkpoint of its last step finds no room."""
+    """The quickstart with the proposed thresholds and fused kernels; its checkpoint of the last step finds no room."""
     output = tmp_path_factory.mktemp("calibrated")
     link(interrupted, output)
     pasted = re.search(r"^trust_region\.delta=\S+ trust_region\.delta_b=\S+$", proposal, re.M)[0].split()
     changed = ["trainer.total_training_steps=7", "trainer.save_freq=5", "trainer.test_freq=-1"]
     changed += ["trainer.val_before_train=false", "trainer.logger=[console,file]"]
+    # The other backend, triton, needs a GPU.
+    changed += [
+        f"actor_rollout_ref.model.{x}" for x in ("use_fused_kernels=true", "fused_kernel_options.impl_backend=torch")
+    ]
     return Run(output, *SHORT, *changed, *pasted, probe="full:7").finish()
 
 
@@ -57,6 +61,12 @@ def test_calibrated_thresholds_mask_the_promised_share(quickstart, proposal, cal
     allowed = 3 * math.hypot(high - low, interval.high - interval.low) / 4
     assert abs(pooled(given) - float(promised) / 100) < allowed
     assert abs(pooled(before) - float(promised) / 100) > allowed
+
+
+def test_fused_kernels_leave_the_policy_and_its_divergence_alone(calibrated):
+    for values in metrics(calibrated.output, 0).values():
+        assert values["trust_region/first_update/divergence"] < 1e-6
+        assert values["trust_region/later_updates/divergence"] > 1e-3
 
 
 def test_a_checkpoint_without_room_ends_the_run_and_spares_the_one_before(calibrated):
