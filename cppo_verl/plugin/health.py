@@ -32,15 +32,25 @@ class Watch:
 
     The body is ended by RuntimeError when an actor or the engine of a rollout server has died, when a weight sync has
     failed in a server, when Ray does not answer, or when ``progress`` has returned the same for ``stall_seconds``
-    (None: for ever). A process whose body does not end then ends itself with exit code 1.
+    (None: for ever). Once ``asked`` returns true, ``stop_seconds`` is enough, or twice the longest time without
+    progress so far if that is more. A process whose body does not end then ends itself with exit code 1.
 
     Args:
-        progress: returns what changes as the run goes on; called in another thread.
+        progress: returns what changes as the run goes on; called in another thread, as ``asked`` is.
+        asked: returns whether somebody waits for the run to stop.
         way_out: returns the message's last part: how to continue.
     """
 
-    def __init__(self, progress: Callable[[], Any], stall_seconds: float | None, way_out: Callable[[], str]) -> None:
-        self.progress, self.stall_seconds, self.way_out = progress, stall_seconds, way_out
+    def __init__(
+        self,
+        progress: Callable[[], Any],
+        stall_seconds: float | None,
+        asked: Callable[[], bool],
+        stop_seconds: float | None,
+        way_out: Callable[[], str],
+    ) -> None:
+        self.progress, self.asked, self.way_out = progress, asked, way_out
+        self.stall_seconds, self.stop_seconds = stall_seconds, stop_seconds
         self.why: str | None = None
         self.over, self.thread = threading.Event(), threading.get_ident()
         self._pings: dict[str, ray.ObjectRef] = {}
@@ -63,22 +73,30 @@ class Watch:
             raise RuntimeError(self.why) from (None if kind is KeyboardInterrupt else error)
 
     def _look(self) -> None:
-        last, moved = None, time.monotonic()
-        answered = time.monotonic()
+        last, longest, asked_at = None, 0.0, None
+        moved = answered = time.monotonic()
         while not self.over.wait(INTERVAL):
             now = time.monotonic()
             if (state := self.progress()) != last:
-                last, moved = state, now
+                last, moved, longest = state, now, max(longest, now - moved)
+            asked_at = (asked_at or now) if self.asked() else None
             try:
                 fault, answered = self._dead_actor() or self._broken_engine(), now
             except Exception as error:
                 fault = f"Ray has not answered for {PATIENCE:.0f} s: {error}" if now - answered > PATIENCE else None
-            if fault is None and self.stall_seconds is not None and now - moved > self.stall_seconds:
-                fault = f"no progress for {self.stall_seconds:g} s (trainer.stall_seconds), and nothing has died"
+            fault = fault or self._stall(now - moved, now - max(moved, asked_at or now), longest)
             if fault is not None and not self.over.is_set():
                 self._tell(fault)
                 # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
                 return signal.pthread_kill(self.thread, signal.SIGINT)
+
+    def _stall(self, still: float, still_when_asked: float, longest: float) -> str | None:
+        """Compare seconds without progress, in all and since a request to stop, with what is allowed."""
+        if self.stall_seconds is not None and still > self.stall_seconds:
+            return f"no progress for {self.stall_seconds:g} s (trainer.stall_seconds), and nothing has died"
+        if self.stop_seconds is not None and still_when_asked > max(self.stop_seconds, 2 * longest):
+            return f"asked to stop, and no progress for {still_when_asked:.0f} s since (trainer.stop_seconds)"
+        return None
 
     def _dead_actor(self) -> str | None:
         for key, actor in _actors().items():

@@ -26,22 +26,23 @@ wanted = Helper.remote()
 helper = Helper.options(name="vllm_server_0_0").remote()
 pid = ray.get(helper.pid.remote())
 ray.get(wanted.pid.remote())
-begin = time.time()
-steps = lambda: None if sys.argv[1] == "stalled" else time.time()
+fault = sys.argv[1]
+steps = lambda: None if fault in ("stalled", "asked") else time.monotonic()
+stall_seconds = 3 if fault == "stalled" else None
 try:
-    with health.Watch(steps, 3, lambda: "the same command continues"):
+    with health.Watch(steps, stall_seconds, lambda: fault == "asked", 3, lambda: "the same command continues"):
         ray.kill(wanted)
         time.sleep(2)
         print("still here", flush=True)
-        if sys.argv[1] == "dead": os.kill(pid, 9)
-        if sys.argv[1] == "engine": helper.fall_ill.remote()
-        if sys.argv[1] == "sync": helper.fail_a_sync.remote()
-        if sys.argv[1] == "deaf":
+        if fault == "dead": os.kill(pid, 9)
+        if fault == "engine": helper.fall_ill.remote()
+        if fault == "sync": helper.fail_a_sync.remote()
+        if fault == "deaf":
             os.kill(pid, 9)
             while True:
                 try: time.sleep(100)
                 except KeyboardInterrupt: pass
-        if sys.argv[1] == "error":
+        if fault == "error":
             os.kill(pid, 9)
             raise KeyError("of something that came of it")
         ray.get(Helper.options(num_cpus=100).remote().pid.remote())
@@ -59,6 +60,7 @@ except RuntimeError as error:
         ("engine", 3, "ended: the engine process of vllm_server_0_0 (pid "),
         ("sync", 3, "ended: a weight sync has failed in vllm_server_0_0 (pid "),
         ("stalled", 3, "ended: no progress for 3 s (trainer.stall_seconds), and nothing has died; the run ends"),
+        ("asked", 3, "ended: asked to stop, and no progress for 3 s since (trainer.stop_seconds); the run ends"),
         ("deaf", 1, "has died"),
     ],
 )

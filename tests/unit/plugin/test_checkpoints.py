@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf, open_dict
 
 from cppo_verl.plugin import checkpoints
@@ -119,7 +120,7 @@ def test_a_resume_that_would_start_from_scratch_is_refused(config, tmp_path):
     tracker = run / checkpoints.TRACKER
     tracker.write_text("6")
     checkpoints.check_resume(config)
-    for damaged in ("9", "", "6\0"):
+    for damaged in ("9", "6\0"):
         tracker.write_text(damaged)
         with pytest.raises(ValueError, match=rf"says {re.escape(repr(damaged))}, but .* are: 3, 6\. Write one of them"):
             checkpoints.check_resume(config)
@@ -145,6 +146,29 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(config, tmp_path, 
     os.truncate(run / "global_step_6" / file, 1)
     with pytest.raises(ValueError, match="says '6', .* whole checkpoint beside it are: none"):
         checkpoints.check_resume(config)
+
+
+def test_a_file_of_torch_that_is_cut_off_at_any_byte_is_not_whole(tmp_path):
+    file = tmp_path / "global_step_3" / "actor" / "model_world_size_1_rank_0.pt"
+    file.parent.mkdir(parents=True)
+    torch.save({"weight": torch.arange(7.0), "lr": 1e-6}, file)
+    assert checkpoints.is_whole(tmp_path, 3)
+    for size in reversed(range(file.stat().st_size)):
+        os.truncate(file, size)
+        assert not checkpoints.is_whole(tmp_path, 3), size
+
+
+def test_a_tracker_file_that_was_cut_off_gives_way_to_the_newest_whole_checkpoint(config, tmp_path, capsys):
+    run, tracker = tmp_path / "run", tmp_path / "run" / checkpoints.TRACKER
+    with open_dict(config):
+        config.trainer.resume_mode = "auto"
+    for step in (3, 6, 9):
+        checkpoint(run, step, "weights")
+    os.truncate(run / "global_step_9" / "data.pt", 9)
+    tracker.touch()  # as verl truncates it
+    checkpoints.check_resume(config)
+    assert tracker.read_text() == "6"
+    assert f"{checkpoints.TRACKER} is damaged: going on from step 6" in capsys.readouterr().out
 
 
 def test_a_checkpoint_saved_anew_leaves_the_best_alone(tmp_path):
