@@ -15,9 +15,20 @@ def hold(folder: str | Path) -> TextIO:
 
     Raises:
         BlockingIOError: a trainer works in the folder; the message says where it runs.
+        OSError: the folder cannot be written to.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = (Path(folder) / LOCK).open("a+")
+    try:
+        return _locked(Path(folder))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        why = f"{folder} cannot be written to ({error})"
+        raise OSError(f"{why}: mend that, or give the run another trainer.default_local_dir") from error
+
+
+def _locked(folder: Path) -> TextIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

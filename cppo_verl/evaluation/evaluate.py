@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if output.exists() and any(output.iterdir()) and not log.exists():
             raise ValueError(f"{output} holds what no evaluation has made: give another --output")
+        if run := next((folder for folder in output.parents if any(folder.glob("*/hydra.yaml"))), None):
+            raise ValueError(f"{output} would count as a result of the run around it: give an --output outside {run}")
         asked = request(args)
         if held := None if args.force else held_result(result, asked):
             print(f"{result} is there: showing it; --force evaluates again")

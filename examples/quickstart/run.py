@@ -34,13 +34,13 @@ ACCURACY = f"val-core/reasoning_gym/{TASK}/acc/mean@16"
 
 
 def main(argv=None):
-    begin = time.time()
+    begin = time.monotonic()
     output, overrides = arguments(argv, __doc__, "outputs/quickstart")
     files = write_data(output / "data", TASK, TASK_SETTINGS)
     warmup.warm_up(*files, output / "model", warmup.Settings())
     code = train(output, overrides, HERE / "quickstart.yaml", progress)
     if code == 0:
-        summarise(output, time.time() - begin)
+        summarise(output, time.monotonic() - begin)
     return code
 
 
@@ -82,7 +82,7 @@ def train(output, overrides, config, show):
     try:
         with trainer_process.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
             follow(trainer, metrics, show)
-    except BlockingIOError as error:
+    except OSError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except trainer_process.Stopped as stopped:

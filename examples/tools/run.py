@@ -28,14 +28,14 @@ ACCURACY = f"val-core/reasoning_gym/{TASK}/acc/mean@4"
 
 
 def main(argv=None):
-    begin = time.time()
+    begin = time.monotonic()
     output, overrides = quickstart.arguments(argv, __doc__, "outputs/tools")
     files = quickstart.write_data(output / "data", TASK, TASK_SETTINGS)
     chat.warm_up(*files, output / "model", warmup.Settings(batch_size=32, noise=0.05, target=0.8))
     tool = f"actor_rollout_ref.rollout.multi_turn.function_tool_path={HERE.resolve() / 'calculator.py'}"
     code = quickstart.train(output, [tool, *overrides], HERE / "tools.yaml", progress)
     if code == 0:
-        summarise(output, time.time() - begin)
+        summarise(output, time.monotonic() - begin)
     return code
 
 

@@ -46,6 +46,14 @@ def evaluated(tmp_path):
     return output, ["--checkpoint", str(asked.checkpoint), "--samples", "3", "--", "data.seed=1"], weights
 
 
+def test_an_evaluation_inside_a_run_is_refused_because_the_run_would_take_it_in(evaluated, tmp_path, capsys):
+    _, arguments, _ = evaluated
+    (tmp_path / "run" / ".hydra").mkdir()
+    (tmp_path / "run" / ".hydra" / "hydra.yaml").touch()
+    assert main(["evaluate", "--output", str(tmp_path / "run" / "global_step_5" / "e"), *arguments]) == 1
+    assert f"give an --output outside {tmp_path / 'run'}" in capsys.readouterr().err
+
+
 def test_a_result_is_shown_to_the_request_that_it_answers(evaluated, capsys):
     output, arguments, _ = evaluated
     for given in (arguments, []):
