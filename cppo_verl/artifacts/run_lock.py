@@ -15,20 +15,14 @@ def hold(folder: str | Path) -> TextIO:
 
     Raises:
         BlockingIOError: a trainer works in the folder; the message says where it runs.
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be made or written to.
     """
     try:
-        return _locked(Path(folder))
-    except BlockingIOError:
-        raise
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = (Path(folder) / LOCK).open("a+")
     except OSError as error:
-        why = f"{folder} cannot be written to ({error})"
-        raise OSError(f"{why}: mend that, or give the run another trainer.default_local_dir") from error
-
-
-def _locked(folder: Path) -> TextIO:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a+")
+        where, way_out = socket.gethostname(), "give this run another trainer.default_local_dir"
+        raise OSError(error.errno, f"{folder} cannot be written to on {where}: {error.strerror}; {way_out}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

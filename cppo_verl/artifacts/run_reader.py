@@ -18,8 +18,8 @@ from cppo_verl.artifacts.sweep_record import RECORD, read_record
 ACCURACY = re.compile(r"val-core/(?P<benchmark>.+)/acc/mean@(?P<n>\d+)$")
 SOURCES_SUFFIX = ".sources.json"
 """Ending of the file, beside a dump of generations, that names each prompt's data source."""
-METHOD = "hydra.runtime.choices.method"
-"""Key of hydra.yaml that names the shipped method of the run."""
+METHOD, SCALE = (f"hydra.runtime.choices.{group}" for group in ("method", "scale"))
+"""Keys of hydra.yaml that name the shipped method of the run, and the recipe's model."""
 OLD_RECORD = "point.json"
 """Name of the sweep's record in older versions."""
 
@@ -28,6 +28,8 @@ OLD_RECORD = "point.json"
 class Run:
     path: Path
     label: str
+    scale: str | None = None
+    """The recipe's model, such as qwen3_8b_base."""
     seed: int | None = None
     t_stop: int | None = None
     """Last step that the run was asked to train."""
@@ -184,6 +186,7 @@ def _read_config(folder: Path, run: Run, label: str | None) -> None:
         return
     if label is None:
         run.label = _label_of_job(folder, run.notes) or str(select(hydra, METHOD) or run.label)
+    run.scale = None if (scale := select(hydra, SCALE)) is None else str(scale)
     numbers: dict[str, int | None] = {}
     for key in ("data.seed", "trainer.total_training_steps"):
         value = select(config, key)

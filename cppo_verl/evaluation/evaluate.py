@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if output.exists() and any(output.iterdir()) and not log.exists():
             raise ValueError(f"{output} holds what no evaluation has made: give another --output")
-        if run := next((folder for folder in output.parents if any(folder.glob("*/hydra.yaml"))), None):
-            raise ValueError(f"{output} would count as a result of the run around it: give an --output outside {run}")
+        if of_run := next(filter(holds_run, output.parents), None):
+            raise ValueError(
+                f"{output} is within the run {of_run} and would count as a part of it: give an --output beside"
+            )
         asked = request(args)
         if held := None if args.force else held_result(result, asked):
             print(f"{result} is there: showing it; --force evaluates again")
@@ -78,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
         file.write_text(json.dumps(value, indent=1))
     print(show(value))
     return 0
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether this is the folder of a training run, as hydra leaves it, or of its checkpoints."""
+    return any(folder.glob("*/hydra.yaml")) or (folder / "latest_checkpointed_iteration.txt").exists()
 
 
 def request(args: argparse.Namespace) -> dict:

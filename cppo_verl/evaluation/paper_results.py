@@ -1,4 +1,7 @@
-"""Table 1 of arXiv 2606.10968 as printed: Avg@16 in per cent on AIME24, AIME25, AIME26, and their mean."""
+"""What arXiv 2606.10968 prints of its runs: the scores of Table 1 and the settings.
+
+A score is Avg@16 in per cent on AIME24, AIME25, AIME26, and their mean.
+"""
 
 BENCHMARKS = ("aime24", "aime25", "aime26")
 MODELS = ("qwen3_1.7b", "qwen3_1.7b_base", "qwen3_8b_base", "qwen3_30b_a3b_base")
@@ -22,3 +25,19 @@ for _line in _PRINTED.strip().splitlines():
     _method, _columns = _line.split(maxsplit=1)
     for _model, _cells in zip(MODELS, _columns.split(" | "), strict=True):
         TABLE[_model][_method] = COLLAPSE if _cells == "collapse" else tuple(map(float, _cells.split()))
+
+# Batch sizes, lengths, thresholds and T_stop of each model, in the order of `settings.SETTINGS`.
+_OF_MODEL = """
+64  8  32 2 8k  0.15 0.015 0.8 fixed    1120
+64  8  32 2 8k  0.15 0.02  0.8 adaptive 680
+128 8  32 4 8k  0.15 0.02  0.8 adaptive 490
+256 16 32 8 16k 0.20 0.02  0.8 adaptive 560
+"""
+# Learning rate; entropy and KL term; temperature and top-p of training samples; answers, temperature and top-p of
+# validation.
+_OF_ALL = "1e-6 none none 1 1 16 0.7 0.95"
+
+SETTINGS = {
+    model: [*line.split(), *_OF_ALL.split()] for model, line in zip(MODELS, _OF_MODEL.strip().splitlines(), strict=True)
+}
+"""{model: the settings as printed}."""

@@ -6,12 +6,14 @@ import io
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from cppo_verl.artifacts.run_reader import Run, labelled, read_generations, read_runs
 from cppo_verl.evaluation import paper_results
 from cppo_verl.evaluation.comparability import unequal
+from cppo_verl.evaluation.settings import settings_of
 from cppo_verl.evaluation.statistics import (
     COLLAPSE_SHARE,
     Interval,
@@ -22,6 +24,7 @@ from cppo_verl.evaluation.statistics import (
 )
 
 NOT_RUN = "not run"
+ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help=runs)
     parser.add_argument("--benchmarks", help="data sources, comma-separated; default: all that the runs validated on")
     parser.add_argument("--t-stop", type=int, help="last step that counts; default: each run's total_training_steps")
-    parser.add_argument("--paper", choices=paper_results.MODELS, help="the paper's rows of this model beside the runs")
+    models = [*paper_results.MODELS, ALL]
+    paper = "the paper's rows of this model beside the runs; all: Table 1, a run in the column of its recipe's scale"
+    parser.add_argument("--paper", choices=models, help=paper)
+    settings = "the runs' settings instead of their scores, beside those that the paper prints of the model of --paper"
+    parser.add_argument("--settings", action="store_true", help=settings)
     collapse = (
         "a run has collapsed that ends with two validations or more below this share of its best, all of them up to "
         "t-stop; 0: never (default: %(default)s)"
@@ -50,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     for item in runs:
         for note in item.notes:
             print(f"{item.path}: {note}", file=sys.stderr)
+    if args.settings:
+        print(FORMATS[args.format](*settings_of(runs, _models(args.paper))))
+        return 0
+    if args.paper == ALL:
+        return matrix(runs, args)
     benchmarks = args.benchmarks.split(",") if args.benchmarks else _benchmarks(runs, args.paper)
     groups = score(runs, benchmarks, args.t_stop, args.collapse_share)
     if not groups and not args.paper:
@@ -98,22 +110,74 @@ def rows_of(
     rows = []
     for label in [*printed, *(label for label in groups if label not in printed)]:
         scored = groups.get(label, [])
+        cells = [str(len(scored)), *scores(scored, benchmarks)]
         if scored and all(s.collapsed is not None for _, s in scored):
-            steps = "/".join(str(s.collapsed) for _, s in scored)
-            cells = [str(len(scored)), *["collapse"] * (len(benchmarks) + 1), steps]
-            cells += [percent(fmean(s.last for _, s in scored)), ""]
+            cells += ["/".join(str(s.collapsed) for _, s in scored), percent(fmean(s.last for _, s in scored)), ""]
         elif scored:
-            means = [s.mean for _, s in scored]
-            cells = [str(len(scored)), *(percent(fmean(s.components[name] for _, s in scored)) for name in benchmarks)]
-            cells += [percent(fmean(means), interval_over_seeds(means)), "/".join(str(s.step) for _, s in scored)]
+            cells += ["/".join(str(s.step) for _, s in scored)]
             cells += [percent(fmean(s.last for _, s in scored)), percent(fmean(s.smoothed for _, s in scored))]
         else:
-            cells = ["0", *[NOT_RUN] * (len(benchmarks) + 1), "", "", ""]
-        if model:
-            values = printed.get(label, ())
-            cells += ["collapse"] * 4 if values is paper_results.COLLAPSE else [f"{v:.2f}" for v in values] or [""] * 4
-        rows.append([label, *cells])
+            cells += ["", "", ""]
+        rows.append([label, *cells, *(as_printed(printed, label) if model else ())])
     return header, rows
+
+
+def scores(scored: Scored, benchmarks: Sequence[str]) -> list[str]:
+    """The cells of a method's benchmarks and their mean."""
+    if not scored:
+        return [NOT_RUN] * (len(benchmarks) + 1)
+    if all(s.collapsed is not None for _, s in scored):
+        return ["collapse"] * (len(benchmarks) + 1)
+    means = [s.mean for _, s in scored]
+    components = [percent(fmean(s.components[name] for _, s in scored)) for name in benchmarks]
+    return [*components, percent(fmean(means), interval_over_seeds(means))]
+
+
+def as_printed(rows: Mapping[str, tuple[float, ...] | None], label: str) -> list[str]:
+    """The paper's cells of a method, empty where it has no such row."""
+    values = rows.get(label, ())
+    return ["collapse"] * 4 if values is paper_results.COLLAPSE else [f"{v:.2f}" for v in values] or [""] * 4
+
+
+def matrix(runs: Sequence[Run], args: argparse.Namespace) -> int:
+    """Print Table 1: a row per method, and per model the runs' benchmarks and mean, and the paper's mean.
+
+    A run belongs to the model that its recipe's scale names; another run is named and left out.
+    """
+    if args.compare:
+        print(f"--compare needs the runs of one model: --paper {' or '.join(paper_results.MODELS)}", file=sys.stderr)
+        return 1
+    for item in runs:
+        if item.scale not in paper_results.MODELS:
+            print(f"{item.path}: left out, its recipe's scale is {item.scale}, no model of Table 1", file=sys.stderr)
+    benchmarks = args.benchmarks.split(",") if args.benchmarks else list(paper_results.BENCHMARKS)
+    by_model = {}
+    for model in paper_results.MODELS:
+        of_model = [replace(item, label=_without_scale(item)) for item in runs if item.scale == model]
+        groups = by_model[model] = score(of_model, benchmarks, args.t_stop, args.collapse_share)
+        for line in unequal([item for scored in groups.values() for item, _ in scored]):
+            print(f"{model}: {line}", file=sys.stdout if args.format == "markdown" else sys.stderr)
+        for warning in warnings(groups):
+            print(f"{model}: {warning}", file=sys.stderr)
+    header = ["method", *(f"{m} {x}" for m in by_model for x in (*benchmarks, "mean", "paper mean"))]
+    printed = paper_results.TABLE[paper_results.MODELS[0]]
+    rows = []
+    for label in dict.fromkeys([*printed, *(label for groups in by_model.values() for label in groups)]):
+        cells = [label]
+        for model, groups in by_model.items():
+            cells += [*scores(groups.get(label, []), benchmarks), as_printed(paper_results.TABLE[model], label)[-1]]
+        rows.append(cells)
+    print(FORMATS[args.format](header, rows))
+    return 0
+
+
+def _without_scale(item: Run) -> str:
+    """A run's label without the model, which a sweep over models puts into it."""
+    return ",".join(part for part in item.label.split(",") if part != f"scale={item.scale}") or item.label
+
+
+def _models(paper: str | None) -> list[str]:
+    return list(paper_results.MODELS) if paper == ALL else [paper] if paper else []
 
 
 def warnings(groups: dict[str, Scored]) -> list[str]:

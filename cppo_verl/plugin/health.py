@@ -36,18 +36,18 @@ class Watch:
     progress so far if that is more. A process whose body does not end then ends itself with exit code 1.
 
     Args:
-        progress: returns what changes as the run goes on; called in another thread, as ``asked`` is.
-        asked: returns whether somebody waits for the run to stop.
+        progress: returns what changes as the run goes on; called in another thread, as is ``asked``.
         way_out: returns the message's last part: how to continue.
+        asked: returns whether the run is asked to stop.
     """
 
     def __init__(
         self,
         progress: Callable[[], Any],
         stall_seconds: float | None,
+        way_out: Callable[[], str],
         asked: Callable[[], bool],
         stop_seconds: float | None,
-        way_out: Callable[[], str],
     ) -> None:
         self.progress, self.asked, self.way_out = progress, asked, way_out
         self.stall_seconds, self.stop_seconds = stall_seconds, stop_seconds
@@ -174,8 +174,10 @@ def _is_live_server(actor: dict) -> bool:
 
 
 def _name(actor: dict) -> str:
-    address, died = actor["Address"]["IPAddress"], actor["DeathCause"].actor_died_error_context
-    return f"{actor['Name'] or actor['ActorClassName']} (pid {actor['Pid']} on {address or died.node_ip_address})"
+    died = actor["DeathCause"].actor_died_error_context
+    address = actor["Address"]["IPAddress"] or died.node_ip_address
+    hosts = {node["NodeManagerAddress"]: f"{node['NodeManagerHostname']}, {address}" for node in ray.nodes()}
+    return f"{actor['Name'] or actor['ActorClassName']} (pid {actor['Pid']} on {hosts.get(address, address)})"
 
 
 def _print_last_lines(actor: dict, most: int = 10) -> None:

@@ -29,6 +29,10 @@ SUM_NAMES = [
 SUM_NAMES += [
     f"{METRIC_PREFIX}position_{b}/{name}" for name in metrics.POSITION_SUMS for b in range(metrics.POSITION_BINS)
 ]
+ABSOLUTE_SUMS = [f"{METRIC_PREFIX}update/absolute_{name}" for name in ("log_ratio", "log_mu")]
+SUM_NAMES += ABSOLUTE_SUMS
+UPDATE_TOKENS = f"{METRIC_PREFIX}update/tokens"
+"""Number of tokens of the update that a micro-batch is a part of, over all ranks."""
 LOG_PROB_TOLERANCE = 1e-3
 """Log-probabilities are sums of rounded terms; more than this above zero is no rounding."""
 
@@ -223,11 +227,12 @@ def policy_loss(
         weight, update_mask, region, divergence, delta, p90 = decision
         sums = metrics.mask_sums(region, update_mask, divergence, tokens.log_ratio, advantages, valid, delta, p90)
         positions = metrics.position_sums(divergence, valid)
+        absolute = torch.stack([torch.linalg.vector_norm(x, 1) for x in (tokens.log_ratio, log_mu)])
         # The maximum shows nan, +inf and values above zero, the sum shows -inf.
         extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
         lowest = valid.new_zeros(1) if measured is None else measured.amin().float().view(1)
         # One transfer to the host for everything.
-        reported = torch.cat([sums.flatten(), positions.flatten(), extremes, lowest])
+        reported = torch.cat([sums.flatten(), positions.flatten(), absolute, extremes, lowest])
         *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum, d_min = reported.tolist()
 
     # An infinite D_t shows in its sum.
@@ -240,12 +245,14 @@ def policy_loss(
             check_values(name, x, mask)
 
     loss_mat = surrogate.WeightedLogProb.apply(log_prob, weight)
-    if totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/tokens")]:
+    num_tokens = totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/tokens")]
+    if num_tokens:
         loss = agg_loss(loss_mat=loss_mat, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
     else:
         # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
         loss = loss_mat.sum()
-    return loss, dict(zip(SUM_NAMES, totals, strict=True))
+    of_update = config.global_batch_info.get("batch_num_tokens") or num_tokens
+    return loss, dict(zip(SUM_NAMES, totals, strict=True)) | {UPDATE_TOKENS: of_update}
 
 
 register_policy_loss("cppo")(partial(policy_loss, cppo, CPPOLossConfig))

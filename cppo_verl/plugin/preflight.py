@@ -93,6 +93,7 @@ def violations(rules: list[Rule]) -> list[str]:
 
 CORRECTION, ROLLOUT, ACTOR = "algorithm.rollout_correction.", "actor_rollout_ref.rollout.", "actor_rollout_ref.actor."
 TRUNCATES = "truncates the sampling distribution, so the trainer's log-probabilities describe a different distribution"
+SGLANG_ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
 CORRECTS = "corrects for the mismatch that the ratio to mu already carries"
 
 MU_KEEPING = {
@@ -136,9 +137,8 @@ def rollout_policy_rules(run: Preflight) -> list[Rule]:
     nearest = f"{TRAINER_MODE_PREFIX}{run.trainer_mode}"
     trainer = nearest if nearest in TRAINER_MODES else TRAINER_MODES[0]
     rollout, correction = run.rollout, run.rollout_correction
-    temperature, mode, penalty = (rollout[key] for key in ("temperature", "logprobs_mode", "repetition_penalty"))
+    temperature, penalty = (rollout[key] for key in ("temperature", "repetition_penalty"))
     modes = ("processed_logprobs", *(["raw_logprobs"] if temperature == 1 else []))
-    other_mode = f"records another distribution than the one sampled at temperature {temperature}"
     legacy = "is the legacy trainer, which replaces the policy loss in bypass mode"
     dropped = "drops the rollout engine's log-probabilities"
     penalised = "changes the sampling distribution and not the trainer's"
@@ -157,12 +157,30 @@ def rollout_policy_rules(run: Preflight) -> list[Rule]:
         corrected("rollout_rs", None, CORRECTS, "null"),
         sampled("calculate_log_probs", rollout["calculate_log_probs"], dropped, "true"),
         sampled("temperature", temperature > 0, "is greedy", "1"),
-        sampled("logprobs_mode", mode in modes, other_mode, "processed_logprobs"),
+        recorded_rule(rollout, modes),
         sampled("top_p", rollout["top_p"] == 1, TRUNCATES, "1"),
         sampled("top_k", rollout["top_k"] in (-1, 0), TRUNCATES, "-1"),
         Rule(f"++{ROLLOUT}repetition_penalty", penalty, penalty == 1, penalised, "1"),
         *engine_rules(rollout, modes),
     ]
+
+
+def recorded_rule(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Rule:
+    """What makes the rollout engine record log-probabilities at the temperature that it samples at.
+
+    verl hands ``logprobs_mode`` to vLLM alone. SGLang divides the logits by the temperature first, unless its
+    environment variable says otherwise (sglang/srt/layers/sampler.py of the 0.5.12 that verl's extra pins).
+    """
+    name, temperature = rollout["name"], rollout["temperature"]
+    other = f"records another distribution than the one sampled at temperature {temperature}"
+    if name in ("vllm", TOP_K_ROLLOUT):
+        mode = rollout["logprobs_mode"]
+        return Rule(ROLLOUT + "logprobs_mode", mode, mode in logprobs_modes, other, "processed_logprobs")
+    if name == "sglang":
+        original = os.environ.get(SGLANG_ORIGINAL, "false")
+        return Rule(SGLANG_ORIGINAL, original, temperature == 1 or original.lower() in ("0", "false"), other, "false")
+    unknown = f"is not known to be the one at which {name} records log-probabilities"
+    return Rule(ROLLOUT + "temperature", temperature, temperature == 1, unknown, "1")
 
 
 def engine_rules(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Iterator[Rule]:

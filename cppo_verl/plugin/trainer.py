@@ -125,9 +125,9 @@ class TrustRegionTrainer(VerlTrainer):
                 # A timer is added to, or grows, as a part of the step ends.
                 lambda: (self.global_steps, self.timing_raw.copy()),
                 trainer.get("stall_seconds"),
+                lambda: checkpoints.how_to_continue(folder),
                 lambda: stop_request.waits(folder),
                 trainer.get("stop_seconds"),
-                lambda: checkpoints.how_to_continue(folder),
             ),
             checkpoints.naming_a_full_disk(folder),
         ):

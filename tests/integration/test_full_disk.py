@@ -70,7 +70,7 @@ def test_a_run_in_a_read_only_folder_is_refused_before_anything_starts(disk, tmp
     (disk / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     folder = disk / folder
-    message = rf"{folder} cannot be written to \(.*Read-only file system.*\): .* another trainer.default_local_dir"
+    message = rf"{folder} cannot be written to on .*: Read-only file system; .* another trainer.default_local_dir"
     with pytest.raises(OSError, match=message):
         run_lock.hold(folder)
     with Trainers() as trainers, pytest.raises(OSError, match=message):

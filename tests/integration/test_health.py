@@ -30,7 +30,7 @@ fault = sys.argv[1]
 steps = lambda: None if fault in ("stalled", "asked") else time.monotonic()
 stall_seconds = 3 if fault == "stalled" else None
 try:
-    with health.Watch(steps, stall_seconds, lambda: fault == "asked", 3, lambda: "the same command continues"):
+    with health.Watch(steps, stall_seconds, lambda: "the same command continues", lambda: fault == "asked", 3):
         ray.kill(wanted)
         time.sleep(2)
         print("still here", flush=True)

@@ -17,7 +17,9 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+from cppo_verl.artifacts.saved_config import flattened
 from cppo_verl.evaluation import paper_results
+from cppo_verl.evaluation.settings import SETTINGS
 from cppo_verl.plugin.config import MaskedLossConfig
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,17 @@ def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
     assert (actor.loss_agg_mode, actor.loss_scale_factor) == ("seq-mean-token-sum-norm", response)
     assert (data.max_prompt_length, config.reward.custom_reward_function.name) == (1024, "math_verify")
     assert config.algorithm.norm_adv_by_std_in_grpo == rule.mask_std_0 == (method not in RELEASES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_settings_of_a_recipe_are_those_that_the_paper_prints(recipe, scale):
+    """Of the paper's tables of settings, as `table --settings` prints them."""
+    config = flattened(OmegaConf.to_container(recipe(f"scale={scale}"), resolve=True))
+    found = [where(config) if callable(where) else config[where] for where in SETTINGS.values()]
+    as_numbers = {"8k": 8192, "16k": 16384, "none": 0}
+    for name, ours, printed in zip(SETTINGS, found, paper_results.SETTINGS[scale], strict=True):
+        wanted = as_numbers.get(printed, printed)
+        assert ours == (wanted if isinstance(ours, str) else float(wanted)), name
 
 
 def test_the_30b_run_is_laid_out_for_fsdp2_and_as_the_pull_request_lays_out_megatron(recipe):

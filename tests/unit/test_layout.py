@@ -53,6 +53,12 @@ def test_every_room_has_a_floor():
     assert rooms == set().union(*FLOORS)
 
 
+def test_no_duration_is_measured_by_a_clock_that_may_jump():
+    """The age of a request is told by its file's time, which nothing else can be compared with."""
+    found = {file.name for file in (TESTS.parent / "cppo_verl").rglob("*.py") if "time.time()" in file.read_text()}
+    assert found == {"stop_request.py"}
+
+
 @pytest.mark.parametrize("file", sorted((TESTS / "unit").rglob("test_*.py")), ids=lambda file: file.name)
 def test_a_unit_test_starts_no_process_and_no_browser(file):
     assert not PROCESSES & set(imported(file))

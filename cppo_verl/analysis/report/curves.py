@@ -23,6 +23,9 @@ POINTS = 500
 INTERVALS = 12
 """Most validations per run whose saved answers are read, because files of long answers are large."""
 TOP = 0.1
+TOKEN_BINS = 16
+"""Bins of equal width over the tokens of the longest dumped response."""
+NO_LATER_TOKENS = "no dumped tokens of later updates"
 NONE = pd.Series(dtype=float)
 
 Lines = Sequence[Line]
@@ -55,6 +58,12 @@ def effective_budget(item: ReportedRun) -> pd.Series:
 def dumped(name: str) -> Quantity:
     """A quantity of `DumpSummary`, at the steps that were dumped."""
     return lambda item: getattr(item.dumped, name, NONE)
+
+
+def relative_error(item: ReportedRun) -> pd.Series:
+    """The relative log-probability error at every step; of an older run, at the steps that were dumped."""
+    of_steps = logged("trust_region/first_update/relative_log_prob_error")(item)
+    return of_steps if len(of_steps) else dumped("relative_error")(item)
 
 
 def thinned(lines: pd.DataFrame) -> pd.DataFrame:
@@ -174,8 +183,8 @@ def drift_by_position(lines: Lines) -> Drawn:
         parts = []
         for item in line.runs:
             part = item.log.reindex(columns=names).mean().set_axis(range(POSITION_BINS))
-            if part.isna().any() and item.dumped and len(item.dumped.by_position):
-                part = item.dumped.by_position.groupby(level=0).mean()
+            if part.isna().any() and item.dumped and len(item.dumped.later):
+                part = item.dumped.later.groupby("bin")["divergence"].mean()
                 from_dump.append(line.label)
             parts.append(part)
         means[line] = pd.concat(parts, axis=1).mean(axis=1, skipna=False)
@@ -186,13 +195,8 @@ def drift_by_position(lines: Lines) -> Drawn:
 
 def largest_by_position(lines: Lines) -> Drawn:
     """Mean of the largest tenth of D_t in each bin of positions."""
-
-    def mean_of_largest(values: pd.Series) -> float:
-        return values.nlargest(max(1, round(TOP * len(values)))).mean()
-
-    dumps = {line: [item.dumped.by_position for item in line.runs if item.dumped] for line in lines}
-    means = {line: pd.concat(parts).groupby(level=0).agg(mean_of_largest) for line, parts in dumps.items() if parts}
-    title, without = "The largest tenth of D_t by position", "no dumped tokens of later updates"
+    means = {line: later.groupby("bin")["divergence"].agg(_mean_of_largest) for line, later in _later(lines).items()}
+    title, without = "The largest tenth of D_t by position", NO_LATER_TOKENS
     return _by_position("largest_by_position", title, {line: means.get(line, NONE) for line in lines}, without, {})
 
 
@@ -207,8 +211,51 @@ def _by_position(name: str, title: str, values: Mapping[Line, pd.Series], withou
     x = np.linspace(0, 1, 33)
     thresholds = {line: pd.Series(delta / (1 - (1 - w_min) * x), index=x) for (delta, w_min), line in first.items()}
     facts = {**facts, "thresholds": bool(thresholds)}
-    kwargs: dict = {"thresholds": thresholds, "log": True, "over_positions": True, "points": POSITION_BINS}
+    kwargs: dict = {"thresholds": thresholds, "log": True, "x": "t / T", "points": POSITION_BINS}
     return _panel(name, title, list(values), drawn, without, facts, **kwargs)
+
+
+def deviation_by_token(lines: Lines) -> list[Drawn]:
+    """|pi - mu| of the later updates over the position t in tokens: the two statistics of the paper's Figure 2.
+
+    A response's tokens in one bin of positions have a mean; drawn are the mean and the largest over the responses. A
+    second panel has the mean of the largest tenth of the tokens.
+    """
+    means, largest = {}, {}
+    for line, later in _later(lines).items():
+        width = math.ceil(later["position"].max() / TOKEN_BINS)
+        centre = (later["position"] - 1) // width * width + (width + 1) / 2
+        of_response = later.groupby([centre, "response"])["difference"].mean().groupby(level=0)
+        mean = of_response.mean()
+        means[line] = pd.DataFrame({"mean": mean, "low": mean, "high": of_response.max()})
+        largest[line] = later.groupby(centre)["difference"].agg(_mean_of_largest).to_frame("mean")
+    kwargs: dict = {
+        "without": NO_LATER_TOKENS,
+        "facts": {"bins": TOKEN_BINS},
+        "log": True,
+        "x": "t",
+        "points": TOKEN_BINS,
+    }
+    return [
+        _panel("deviation_by_token", "|π − μ| by token", lines, means, **kwargs),
+        _panel("largest_by_token", "The largest tenth of |π − μ| by token", lines, largest, **kwargs),
+    ]
+
+
+def _later(lines: Lines) -> Frames:
+    """{line: the dumped tokens of its runs' later updates}, of the lines that have such."""
+    found = {}
+    for line in lines:
+        dumps = [item.dumped.later for item in line.runs if item.dumped and len(item.dumped.later)]
+        if dumps:
+            # Responses of different runs have different numbers.
+            numbered = (part.assign(response=part["response"] * len(dumps) + n) for n, part in enumerate(dumps))
+            found[line] = pd.concat(numbered, ignore_index=True)
+    return found
+
+
+def _mean_of_largest(values: pd.Series) -> float:
+    return values.nlargest(max(1, round(TOP * len(values)))).mean()
 
 
 UPDATE_PHASES = ("update_critic", "update_actor", "dump_tokens", "update_weights")

@@ -54,10 +54,10 @@ def _lines(panel: LinePanel) -> Figure:
         axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 1)))
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if panel.over_positions:
-        axes.set(xlabel="t / T", xlim=(0, 1))
+    axes.set_xlabel(panel.x)
+    if panel.x == "t / T":
+        axes.set_xlim(0, 1)
     else:
-        axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if len(labels) > 1:
         figure.legend(loc=OUTSIDE, ncols=3 if max(map(len, labels)) <= 12 else 2)

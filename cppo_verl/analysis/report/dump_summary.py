@@ -30,26 +30,36 @@ class DumpSummary:
     """By step: sum of |log pi - log mu| over sum of |log mu|, over the tokens of the batch's first update."""
     entropy: pd.Series
     """By step: mean of -log mu, an unbiased estimate of mu's entropy."""
-    by_position: pd.Series
-    """D_t of the later updates' tokens, indexed by the bin of their position."""
+    later: pd.DataFrame
+    """Tokens of the later updates: "divergence", "difference" (|pi - mu|), "position" t, its "bin", and "response", a
+    number."""
     chosen: list[ChosenResponse]
 
 
 def summarise(dump: TokenDump) -> DumpSummary:
-    sums, divergences, bins = [], [np.empty(0, np.float32)], [np.empty(0, np.int8)]
-    for response in dump.responses:
+    sums, later = (
+        [],
+        [pd.DataFrame(columns=["divergence", "difference", "position", "bin", "response"], dtype=np.float32)],
+    )
+    for number, response in enumerate(dump.responses):
         mask, first = response.mask, response.update == 0
         log_mu, log_pi = response.log_mu[mask].astype(float), response.log_pi[mask].astype(float)
         error = (np.abs(log_pi - log_mu).sum(), np.abs(log_mu).sum()) if first else (0.0, 0.0)
         sums.append((response.step, *error, -log_mu.sum(), len(log_mu)))
         if not first:
-            divergences.append(response.divergence[mask])
-            bins.append(position_bins(response).astype(np.int8))
+            values = {
+                "divergence": response.divergence[mask],
+                "difference": np.abs(np.exp(log_pi) - np.exp(log_mu)).astype(np.float32),
+                "position": response.position[mask],
+                "bin": position_bins(response).astype(np.int8),
+                "response": np.int32(number),
+            }
+            later.append(pd.DataFrame(values))
     by_step = pd.DataFrame(sums, columns=["step", "error", "size", "surprise", "tokens"]).groupby("step").sum()
     return DumpSummary(
         relative_error=(by_step["error"] / by_step["size"]).dropna(),
         entropy=(by_step["surprise"] / by_step["tokens"]).dropna(),
-        by_position=pd.Series(np.concatenate(divergences), index=np.concatenate(bins)),
+        later=pd.concat(later[1:] or later, ignore_index=True),
         chosen=_chosen(dump),
     )
 

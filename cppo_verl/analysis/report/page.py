@@ -65,10 +65,18 @@ def _scores(runs: Sequence[ReportedRun], lines: Sequence[Line], notes: list[str]
 
 def _policies(lines: Sequence[Line]) -> Items:
     difference, entropy = logged("training/rollout_probs_diff_mean"), logged("actor/entropy", "actor/entropy_loss")
-    error, recomputed = dumped("relative_error"), "verl logs it only where it recomputes old log-probabilities"
+    recomputed = "verl logs it only where it recomputes old log-probabilities"
     asked = "logged with actor_rollout_ref.actor.calculate_entropy=true"
     return [
-        curve("relative_error", "Relative log-probability error", lines, error, NO_DUMP, **DUMPED, log=True),
+        curve(
+            "relative_error",
+            "Relative log-probability error",
+            lines,
+            curves.relative_error,
+            NO_DUMP,
+            **DUMPED,
+            log=True,
+        ),
         curve("probability_difference", "Probability difference, rollout and trainer", lines, difference, recomputed),
         curve("entropy", "Entropy (nats)", lines, entropy, asked),
         curve("entropy_dumped", "Entropy estimate (nats)", lines, dumped("entropy"), NO_DUMP, **DUMPED),
@@ -99,6 +107,7 @@ def _divergence(lines: Sequence[Line]) -> Items:
         curve("divergence_later_updates", "Mean D_t, later updates", lines, later, log=True),
         curves.drift_by_position(lines),
         curves.largest_by_position(lines),
+        *curves.deviation_by_token(lines),
     ]
 
 

@@ -36,8 +36,8 @@ class LinePanel(Panel):
     """{line: delta / w_t of its runs}."""
     log: bool = False
     percent: bool = False
-    over_positions: bool = False
-    """Whether the index is t / T rather than the step."""
+    x: str = "step"
+    """What the index is: "step", "t / T" or "t"."""
     points: int = 1
     """Up to this number of points, each is marked."""
 

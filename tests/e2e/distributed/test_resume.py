@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+from faults import end_by_killing
 from trainer_run import SHORT, Run, link, metrics
 
 from cppo_verl.artifacts.run_reader import read_run
@@ -46,12 +47,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine_killed(interrupted, folder):
-    return on_two_ranks(folder, interrupted, probe="generation:4").until("generation").kill("VLLM::EngineCore").finish()
+def killed_once(interrupted, folder):
+    end_by_killing(on_two_ranks(folder, interrupted, probe="generation:4").until("generation"), "rollout engine")
 
 
 @pytest.fixture(scope="module")
-def preempted(interrupted, folder, engine_killed):
+def preempted(interrupted, folder, killed_once):
     """Stopped in the generation of step 4."""
     run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe="generation:4").until("generation")
     run.process.send_signal(signal.SIGTERM)
@@ -59,37 +60,17 @@ def preempted(interrupted, folder, engine_killed):
 
 
 @pytest.fixture(scope="module")
-def actor_killed(interrupted, folder, preempted):
-    run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe="update:5").until("update")
-    return run.kill("ray::WorkerDict").finish()
+def killed_again(interrupted, folder, preempted):
+    """In an update, and then with half a checkpoint of step 6, which does not count."""
+    for phase, step, part in (("update", 5, "actor worker"), ("checkpoint", 6, "TransferQueue storage")):
+        run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe=f"{phase}:{step}")
+        end_by_killing(run.until(phase), part)
 
 
 @pytest.fixture(scope="module")
-def storage_killed(interrupted, folder, actor_killed):
-    """With half a checkpoint of step 6, which does not count."""
-    run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe="checkpoint:6").until("checkpoint")
-    return run.kill("ray::SimpleStorageUnit").finish()
-
-
-@pytest.fixture(scope="module")
-def resumed(interrupted, folder, storage_killed):
+def resumed(interrupted, folder, killed_again):
     """To the end, while the wall clock jumps back by a day and forth by two."""
     return on_two_ranks(folder, interrupted, probe="clock:5").finish()
-
-
-@pytest.mark.parametrize(
-    ("killed", "name", "step"),
-    [
-        ("engine_killed", "VLLM::EngineCore", 3),
-        ("actor_killed", "WorkerDict|actor_rollout", 4),
-        ("storage_killed", "TransferQueueStorageUnit", 4),
-    ],
-)
-def test_a_run_whose_part_is_killed_ends_and_says_how_to_continue(killed, name, step, request):
-    run = request.getfixturevalue(killed)
-    assert run.code == 1, run.text
-    assert re.search(rf"({name}).* died.*; the run ends; the same command continues from .* step {step}", run.text)
-    assert run.survivors() == []
 
 
 def test_pi_is_mu_at_the_first_update_on_every_rank(on_policy):

@@ -123,6 +123,10 @@ def test_the_token_dump_agrees_with_its_definitions_and_the_steps_metrics(quicks
             assert (wanted is None) == (not part)
             if part:
                 assert wanted == pytest.approx(pooled("divergence", part).mean(), rel=1e-4, abs=1e-9)
+            if part and when == "first":
+                log_mu, log_pi = (pooled(name, part).astype(float) for name in ("log_mu", "log_pi"))
+                error = np.abs(log_pi - log_mu).sum() / np.abs(log_mu).sum()
+                assert values["trust_region/first_update/relative_log_prob_error"] == pytest.approx(error, rel=1e-3)
     assert {"kept", "towards_one", "budget"} <= {REASONS[code] for r in dump.responses for code in r.reason}
 
 

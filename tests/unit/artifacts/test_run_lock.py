@@ -18,6 +18,13 @@ def test_a_second_run_is_told_who_works_in_the_folder(tmp_path):
     run_lock.hold(tmp_path / "run").close()
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_with_the_way_out(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = rf"{tmp_path}/file/run cannot be written to on {socket.gethostname()}: .*; give this run another trainer"
+    with pytest.raises(OSError, match=message):
+        run_lock.hold(tmp_path / "file" / "run")
+
+
 def test_a_left_over_file_is_no_lock(tmp_path):
     (tmp_path / "run.lock").write_text("process 1 on a machine that has burnt down")
     with run_lock.hold(tmp_path):

@@ -46,14 +46,6 @@ def evaluated(tmp_path):
     return output, ["--checkpoint", str(asked.checkpoint), "--samples", "3", "--", "data.seed=1"], weights
 
 
-def test_an_evaluation_inside_a_run_is_refused_because_the_run_would_take_it_in(evaluated, tmp_path, capsys):
-    _, arguments, _ = evaluated
-    (tmp_path / "run" / ".hydra").mkdir()
-    (tmp_path / "run" / ".hydra" / "hydra.yaml").touch()
-    assert main(["evaluate", "--output", str(tmp_path / "run" / "global_step_5" / "e"), *arguments]) == 1
-    assert f"give an --output outside {tmp_path / 'run'}" in capsys.readouterr().err
-
-
 def test_a_result_is_shown_to_the_request_that_it_answers(evaluated, capsys):
     output, arguments, _ = evaluated
     for given in (arguments, []):
@@ -98,6 +90,18 @@ def test_a_damaged_result_a_folder_of_a_run_and_a_checkpoint_that_is_none_are_na
     weights.unlink()
     assert main(["evaluate", "--output", str(output), *arguments]) == 1
     assert "expected a global_step_N folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("made_by", ["hydra/hydra.yaml", ".hydra/hydra.yaml", "latest_checkpointed_iteration.txt"])
+def test_an_output_within_a_run_is_refused_and_one_beside_it_is_not(evaluated, made_by, capsys):
+    """A table of runs would count its scores as the run's own."""
+    output, arguments, weights = evaluated
+    run = weights.parents[2]
+    (run / made_by).parent.mkdir(exist_ok=True)
+    (run / made_by).touch()
+    assert main(["evaluate", "--output", str(run / "scores" / "of_step_5"), *arguments]) == 1
+    assert f"is within the run {run} and would count as a part of it" in capsys.readouterr().err
+    assert main(["evaluate", "--output", str(output), *arguments]) == 0
 
 
 def test_verl_is_shown_the_weights_of_a_checkpoint_and_nothing_else(evaluated, tmp_path):

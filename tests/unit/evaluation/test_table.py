@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from run_folders import answer, validation, write
 
+from cppo_verl.artifacts.sweep_record import write_record
 from cppo_verl.cli import main
 
 
@@ -112,3 +113,64 @@ def test_a_method_whose_runs_collapsed_has_no_score_and_one_of_several_is_named(
     assert "x,2,40.00," in out and "x: 1 of its 2 runs collapsed (step 20)" in err
     assert main(["table", "x=" + paths["a"], "--format", "csv", "--collapse-share", "0.1"]) == 0
     assert "x,1,40.00,40.00,10," in capsys.readouterr().out
+
+
+def of_scale(folder, scale, accuracies, swept=()):
+    """A run of a recipe whose mean accuracy at steps 10, 20, ... is one of these."""
+    steps = enumerate(accuracies, start=1)
+    write(folder / "metrics-0.jsonl", *(validation(10 * n, aime24=a, aime25=a, aime26=a) for n, a in steps))
+    choices = f"{{method: cppo{f', scale: {scale}' if scale else ''}}}"
+    write(folder / "hydra" / "hydra.yaml", f"hydra: {{runtime: {{choices: {choices}}}}}")
+    write(folder / "hydra" / "config.yaml", "{trainer: {total_training_steps: 100}}")
+    if swept:
+        write_record(folder, [], list(swept), 0)
+    return str(folder)
+
+
+def test_all_models_stand_in_one_matrix(tmp_path, capsys):
+    runs = [
+        of_scale(tmp_path / "a", "qwen3_1.7b", [0.2, 0.5]),
+        of_scale(tmp_path / "b", "qwen3_30b_a3b_base", [0.6, 0.1, 0.1]),  # collapsed
+        of_scale(tmp_path / "c", "qwen3_0.6b", [0.9]),
+        of_scale(tmp_path / "d", None, [0.9]),
+    ]
+    assert main(["table", *runs, "--paper", "all", "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    header, *rows = [line.split(",") for line in out.splitlines()]
+    assert [row[0] for row in rows] == ["grpo", "minpro", "cispo", "dppo", "trm_max", "trm_avg", "cppo"]
+    cell = dict(zip(header, rows[-1], strict=True))
+    assert cell["qwen3_1.7b mean"] == "50.00" and cell["qwen3_1.7b paper mean"] == "31.88"
+    assert cell["qwen3_30b_a3b_base aime25"] == cell["qwen3_30b_a3b_base mean"] == "collapse"
+    assert cell["qwen3_8b_base mean"] == "not run" and cell["qwen3_8b_base paper mean"] == "31.11"
+    assert dict(zip(header, rows[2], strict=True))["qwen3_30b_a3b_base paper mean"] == "collapse"
+    assert f"{runs[2]}: left out, its recipe's scale is qwen3_0.6b, no model of Table 1" in err
+    assert f"{runs[3]}: left out, its recipe's scale is None" in err and "90.00" not in out
+    assert main(["table", *runs, "--paper", "all", "--compare", "cppo", "dppo"]) == 1
+    assert "--compare needs the runs of one model: --paper qwen3_1.7b or" in capsys.readouterr().err
+
+
+def test_a_sweep_over_models_fills_the_rows_of_its_methods(tmp_path, capsys):
+    for model in ("qwen3_1.7b", "qwen3_8b_base"):
+        of_scale(tmp_path / model, model, [0.4], swept=[f"scale={model}", "method=cppo", "seed=1"])
+    assert main(["table", str(tmp_path), "--paper", "all", "--format", "csv"]) == 0
+    header, *rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 7
+    cell = dict(zip(header, rows[-1], strict=True))
+    assert cell["qwen3_1.7b mean"] == cell["qwen3_8b_base mean"] == "40.00"
+
+
+def test_the_settings_of_runs_stand_beside_the_papers(tmp_path, capsys):
+    run = of_scale(tmp_path / "a", "qwen3_1.7b", [0.2])
+    loss = "{delta: 0.3, delta_b: '${trust_region.delta_b}', w_min: 0.8}"
+    actor = f"{{ppo_mini_batch_size: 16, ppo_epochs: 2, policy_loss: {loss}}}"
+    write(
+        tmp_path / "a" / "hydra" / "config.yaml",
+        f"{{data: {{train_batch_size: 64}}, trust_region: {{delta_b: 0.04}}, actor_rollout_ref: {{actor: {actor}}}}}",
+    )
+    assert main(["table", "mine=" + run, "--paper", "qwen3_1.7b", "--settings", "--format", "csv"]) == 0
+    header, *rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert header == ["setting", "paper qwen3_1.7b", "mine"]
+    cells = {name: values for name, *values in rows}
+    assert cells["updates a step"] == ["2", "8"] and cells["delta"] == ["0.15", "0.3"]
+    assert cells["delta_b"] == ["0.015", "0.04"] and cells["budget"] == ["fixed", ""]
+    assert cells["validation: top-p"] == ["0.95", ""]

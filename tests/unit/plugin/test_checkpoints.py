@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf, open_dict
 
 from cppo_verl.plugin import checkpoints
@@ -148,14 +147,16 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(config, tmp_path, 
         checkpoints.check_resume(config)
 
 
-def test_a_file_of_torch_that_is_cut_off_at_any_byte_is_not_whole(tmp_path):
-    file = tmp_path / "global_step_3" / "actor" / "model_world_size_1_rank_0.pt"
-    file.parent.mkdir(parents=True)
-    torch.save({"weight": torch.arange(7.0), "lr": 1e-6}, file)
-    assert checkpoints.is_whole(tmp_path, 3)
-    for size in reversed(range(file.stat().st_size)):
-        os.truncate(file, size)
-        assert not checkpoints.is_whole(tmp_path, 3), size
+def test_a_checkpoint_that_was_cut_off_at_any_byte_is_not_whole(tmp_path):
+    checkpoint(tmp_path, 9, "weights")
+    for file in ("actor/model_rank_0.pt", "data.pt"):
+        path = tmp_path / "global_step_9" / file
+        content = path.read_bytes()
+        assert checkpoints.is_whole(tmp_path, 9)
+        for length in range(len(content)):
+            path.write_bytes(content[:length])
+            assert not checkpoints.is_whole(tmp_path, 9), (file, length)
+        path.write_bytes(content)
 
 
 def test_a_tracker_file_that_was_cut_off_gives_way_to_the_newest_whole_checkpoint(config, tmp_path, capsys):

@@ -353,6 +353,20 @@ def test_an_engine_argument_that_keeps_mu_is_permitted(cppo, override):
     start_up(cppo(ENGINE + override))
 
 
+def test_what_an_engine_records_at_another_temperature_is_known_or_refused(cppo, monkeypatch):
+    """verl hands logprobs_mode to vLLM alone, so that it verifies nothing of the other engines."""
+    hot, raw = "actor_rollout_ref.rollout.temperature=0.7", "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs"
+    name = "actor_rollout_ref.rollout.name="
+    start_up(cppo(name + "sglang", hot, raw))
+    monkeypatch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+    start_up(cppo(name + "sglang", raw))
+    with pytest.raises(InstantiationException, match="=1 records another .* set SGLANG_RETURN_ORIGINAL_LOGPROB=false"):
+        start_up(cppo(name + "sglang", hot))
+    start_up(cppo(name + "trtllm", raw))
+    with pytest.raises(InstantiationException, match=r"temperature=0\.7 is not known to be the one at which trtllm"):
+        start_up(cppo(name + "trtllm", hot))
+
+
 def test_raw_log_probabilities_by_an_engine_argument_are_refused_at_another_temperature(cppo):
     hot = ["actor_rollout_ref.rollout.temperature=0.7", f"{ENGINE}vllm.logprobs_mode=raw_logprobs"]
     with pytest.raises(InstantiationException, match=r"wins over rollout\.logprobs_mode"):

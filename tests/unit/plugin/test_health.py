@@ -36,5 +36,5 @@ def test_a_failed_weight_sync_is_remembered_and_another_call_is_not():
 )
 def test_a_run_that_stands_still_gets_less_time_once_it_is_asked_to_stop(limits, still, since_asked, longest, key):
     stall_seconds, stop_seconds = limits
-    watch = Watch(lambda: None, stall_seconds, lambda: False, stop_seconds, lambda: "")
+    watch = Watch(lambda: None, stall_seconds, lambda: "", lambda: False, stop_seconds)
     assert (f"(trainer.{key})" in (watch._stall(still, since_asked, longest) or "")) == (key is not None)

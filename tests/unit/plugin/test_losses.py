@@ -14,7 +14,7 @@ from verl.utils.py_functional import append_to_dict, rename_dict
 from verl.workers.config import FSDPActorConfig
 
 from cppo_verl.plugin.losses import loss_context
-from cppo_verl.plugin.step_metrics import pop_shares
+from cppo_verl.plugin.step_metrics import pop_shares, step_shares
 
 
 def expected(data, gate="hard", budget="adaptive", kl=False):
@@ -144,7 +144,7 @@ def step_metrics(data, ranks, micro_batches):
             append_to_dict(collected, Metric.from_dict(metrics, aggregation=AggregationType.MEAN))
         per_rank.append(collected)
     reduced = {key: Metric.aggregate_dp([rank[key] for rank in per_rank]) for key in per_rank[0]}
-    return pop_shares(rename_dict(reduced, "actor/")), grad
+    return step_shares({key: [value] for key, value in rename_dict(reduced, "actor/").items()}), grad
 
 
 SPLITS = {
@@ -192,6 +192,9 @@ def test_metrics_are_those_of_the_oracle():
         got = {name: metrics[f"trust_region/{infix}{name}"] for name in want}
         assert got == pytest.approx(want, rel=1e-5)
         assert 0 < want["budget_rejected_share"] < 1
+    log_mu, log_pi = (data[name][data["response_mask"].bool()].tolist() for name in ("old_log_prob", "log_prob"))
+    error = sum(abs(pi - mu) for pi, mu in zip(log_pi, log_mu, strict=True)) / sum(map(abs, log_mu))
+    assert metrics["trust_region/first_update/relative_log_prob_error"] == pytest.approx(error, rel=1e-5)
 
 
 def test_metric_names_do_not_trip_verls_reduction_by_name():

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
 from cppo_verl.core.metrics import RESPONSE_SUMS, TOKEN_SUMS
-from cppo_verl.plugin.losses import METRIC_PREFIX
+from cppo_verl.plugin.losses import ABSOLUTE_SUMS, METRIC_PREFIX, UPDATE_TOKENS
 from cppo_verl.plugin.step_metrics import shares_by_update, step_shares
 
 
@@ -26,12 +26,27 @@ def test_the_first_update_is_told_apart_from_the_later_ones():
     assert shares_by_update({"grad_norm": [1.0]}) == {}
 
 
+def test_the_relative_log_probability_error_is_that_of_the_first_update():
+    log_mu, log_pi = [-0.5, -2.0, -1.5], [-0.6, -1.9, -1.7]
+    error, size = sum(abs(a - b) for a, b in zip(log_pi, log_mu, strict=True)), 4.0
+    sums = dict(zip(ABSOLUTE_SUMS, ([error, 9.0], [size, 10.0]), strict=True))
+    assert shares_by_update(sums) == {"trust_region/first_update/relative_log_prob_error": pytest.approx(0.1)}
+
+
 def test_the_shares_of_updates_of_unequal_size_are_those_of_all_their_tokens():
     """Of 10 tokens 9 are masked, of 90 none: 9 % of all, where the mean of the updates' shares is 45 %."""
     sums = {f"{METRIC_PREFIX}all/{name}": [0.0, 0.0] for name in (*TOKEN_SUMS, *RESPONSE_SUMS)}
     sums |= {f"{METRIC_PREFIX}all/tokens": [10.0, 90.0], f"{METRIC_PREFIX}all/masked": [9.0, 0.0]}
-    metrics = step_shares(sums)
+    metrics = step_shares(sums | {UPDATE_TOKENS: [10, 90]})
     assert metrics["trust_region/masked_share"] == metrics["actor/pg_clipfrac"] == pytest.approx(0.09)
+
+
+def test_mini_batches_weigh_by_their_tokens_and_not_by_their_micro_batches():
+    """verl reports the mean over micro-batches: 30 tokens for a mini-batch of 90 cut in three."""
+    sums = {f"{METRIC_PREFIX}all/{name}": [0.0, 0.0] for name in (*TOKEN_SUMS, *RESPONSE_SUMS)}
+    sums |= {f"{METRIC_PREFIX}all/tokens": [10.0, 30.0], f"{METRIC_PREFIX}all/masked": [9.0, 0.0]}
+    metrics = step_shares(sums | {UPDATE_TOKENS: [10, 90]})
+    assert metrics["trust_region/masked_share"] == pytest.approx(0.09)
 
 
 def test_the_separate_trainer_reports_a_steps_shares_once(monkeypatch):
@@ -42,8 +57,8 @@ def test_the_separate_trainer_reports_a_steps_shares_once(monkeypatch):
 
     names = [f"{METRIC_PREFIX}all/{name}" for name in (*TOKEN_SUMS, *RESPONSE_SUMS)]
     updates = [
-        dict.fromkeys(names, 0.0) | {names[0]: 10.0, names[1]: 9.0},
-        dict.fromkeys(names, 0.0) | {names[0]: 90.0},
+        dict.fromkeys(names, 0.0) | {names[0]: 10.0, names[1]: 9.0, UPDATE_TOKENS: 10},
+        dict.fromkeys(names, 0.0) | {names[0]: 90.0, UPDATE_TOKENS: 90},
     ]
     trainer = object.__new__(TrustRegionTrainerSeparateAsync)
     trainer.config = OmegaConf.create(

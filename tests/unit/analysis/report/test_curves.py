@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 import pytest
-from report_runs import ACCURACY, SHARE, data_of, drawn, make, means_of_ten, read
+from report_runs import ACCURACY, SHARE, data_of, drawn, dump, make, means_of_ten, read
 from token_dumps import make_response, save
 
 from cppo_verl.analysis.report import curves
@@ -107,6 +107,18 @@ def test_a_budget_at_some_steps_only_is_drawn_at_these(tmp_path):
     log.write_text("\n".join(map(json.dumps, rows)))
     _, faint = data_of(drawn(page_values(read(folder)))["delta_b"], "cppo")
     assert faint == [[row["step"], row["data"]["trust_region/effective_delta_b"]] for row in rows[5:]]
+
+
+def test_the_logged_relative_error_goes_before_that_of_the_dump(tmp_path):
+    folder = make(tmp_path / "a", answers=False)
+    dump(folder)
+    log = folder / "logs" / "metrics-0.jsonl"
+    rows = [json.loads(text) for text in log.read_text().splitlines()]
+    points = [[row["step"], 0.001 * (row["step"] + 1)] for row in rows]
+    for row, (_, error) in zip(rows, points, strict=True):
+        row["data"]["trust_region/first_update/relative_log_prob_error"] = error
+    log.write_text("\n".join(map(json.dumps, rows)))
+    assert data_of(drawn(page_values(read(folder)))["relative_error"], "cppo")[0] == points
 
 
 def test_a_dump_of_first_updates_alone_has_no_divergence_by_position(tmp_path):
