@@ -192,7 +192,7 @@ def checks_of_the_sampler(run):
         "pipeline_model_parallel_size": rollout.get("pipeline_model_parallel_size", 1) == 1,
         "speculative_config": "synthetic" not in str(engine.get("speculative_config")),
         "trust_region": set(run["trust_region"]) <= {"delta", "delta_b", "budget", "partition", "dump"},
-        "every": run["trust_region"]["dump"].get("every", 0) >= 0,
+        "every": run["trust_region"]["dump"].get("every", -1) >= 0,
     }
     return checks | {key: engine.get(key) is None for key in CHANGES_MU}
 
