@@ -124,7 +124,7 @@ def breaks(config, method, overrides):
     actor, rollout, algorithm = run["actor_rollout_ref"]["actor"], run["actor_rollout_ref"]["rollout"], run["algorithm"]
     loss, engine = actor.get("policy_loss"), rollout.get("engine_kwargs", {}).get("vllm") or {}
     target, mode = METHODS[method]
-    if loss is None or loss.get("_target_") != CONFIGS + target or "_recursive_" in loss:
+    if loss is None or loss.get("_target_") != CONFIGS + target or not loss.get("_recursive_", True):
         return broken | {"policy_loss", "_target_", "loss_mode", "preflight"}
     modes = ("vanilla", "dppo_tv") if method == "grpo" else (mode,)
     # What the class has by itself where the key is deleted.

@@ -30,7 +30,8 @@ def test_a_mu_that_is_not_the_samplers_shows_at_the_first_update(broken, name):
 def test_a_mask_that_is_not_applied_shows_in_its_share(broken):
     sound, unmasked = broken.values["none"], broken.values["mask"]
     assert sound["trust_region/masked_share"] > 0.005
-    assert unmasked["trust_region/masked_share"] == 0 < unmasked["trust_region/later_updates/divergence"]
+    assert unmasked["trust_region/masked_share"] < 1e-6
+    assert unmasked["trust_region/later_updates/divergence"] > 1e-3
 
 
 def test_another_denominator_shows_in_the_gradient_alone(broken):
