@@ -46,7 +46,7 @@ test-extras:
 	    build/empty/bin/pip install --quiet --dry-run ".[$$extra]" || exit 1; \
 	done
 
-# Each part of a run killed at each moment: 36 runs of two to three minutes.
+# Each part of a run killed at each moment, and what else takes long: 39 runs of two to three minutes.
 test-faults: install
 	$(BIN)/python -m pytest -m "nightly or not nightly" --durations=0 tests/e2e/faults
 

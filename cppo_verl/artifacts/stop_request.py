@@ -7,6 +7,7 @@ trainers look for it before their first step and after each step; one that ends 
 older than the run: launchers call `start_over` first.
 """
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,11 @@ def request_stop(folder: str | Path, reason: str) -> None:
 def requested(folder: str | Path) -> str | None:
     """Return the reason of the request that waits in ``folder``, or None without one."""
     return _read(folder, REQUEST)
+
+
+def waits(folder: str | Path) -> bool:
+    """Return whether a request waits; False where that cannot be seen."""
+    return os.path.isfile(Path(folder) / REQUEST)
 
 
 def age(folder: str | Path) -> timedelta:

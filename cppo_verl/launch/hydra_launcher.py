@@ -102,7 +102,7 @@ def run(jobs: list[Job], at_once: int) -> tuple[list[Job], int]:
                 job = waiting.pop(0)
                 try:
                     start(job, trainers)
-                except BlockingIOError as error:
+                except OSError as error:
                     log.info(f"{job.folder.name}: {error}")
                     failed.append(job)
             time.sleep(0.2)

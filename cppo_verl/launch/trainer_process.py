@@ -109,6 +109,7 @@ class Trainers:
 
         Raises:
             BlockingIOError: another run's trainer works in ``checkpoints``.
+            OSError: ``checkpoints`` cannot be written to.
         """
         if checkpoints is not None:
             run_lock.hold(checkpoints).close()  # the trainer itself does so a minute later

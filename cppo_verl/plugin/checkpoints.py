@@ -1,5 +1,6 @@
 """Files that a run writes beside verl's: metrics, the data sources of its answers, its best checkpoint."""
 
+import errno
 import itertools
 import json
 import os
@@ -7,7 +8,8 @@ import re
 import shutil
 import socket
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
@@ -54,17 +56,19 @@ def check_resume(config: DictConfig) -> None:
         return
     found = [n for n in _steps(folder) if is_whole(folder, n)]
     known = step.isdigit() and int(step) in _steps(folder)
-    earlier = [n for n in found if known and n <= int(step)]
-    if not earlier:
+    # verl truncates the file before it writes there, once the newest checkpoint is whole.
+    usable = [n for n in found if not step or (known and n <= int(step))]
+    if not usable:
         names = ", ".join(map(str, found)) or "none"
         raise ValueError(
             f"{folder / TRACKER} says {step!r}, but the steps with a whole checkpoint beside it are: {names}. Write "
             "one of them into the file to resume from it, or use trainer.resume_mode=disable to start from scratch"
         )
-    if earlier[-1] != int(step):
-        print(f"{LINE}the checkpoint of step {step} is damaged: going on from step {earlier[-1]}", flush=True)
+    if not step or usable[-1] != int(step):
+        damaged = f"the checkpoint of step {step}" if step else TRACKER
+        print(f"{LINE}{damaged} is damaged: going on from step {usable[-1]}", flush=True)
         with replacing(folder / TRACKER) as (file,):
-            file.write_text(str(earlier[-1]))
+            file.write_text(str(usable[-1]))
 
 
 def is_whole(folder: Path, step: int) -> bool:
@@ -93,6 +97,19 @@ def not_written(folder: str | Path, step: int, error: Exception) -> str:
         f"on {node}: the checkpoint of step {step} could not be written to {folder} ({free:,.0f} MB free, seen from "
         f"{socket.gethostname()}): {lines[-1]}; {rest}. Make room; the same command continues"
     )
+
+
+@contextmanager
+def naming_a_full_disk(folder: str | Path) -> Iterator[None]:
+    """Say for whom there is no room when one of verl's loggers finds none, which names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f"{os.environ.get(METRICS_PATH)}, beside it or to {Path(folder).absolute()}"
+        why = f"on {socket.gethostname()}: nothing can be written to {where}: {error}"
+        raise RuntimeError(f"{why}. Make room; {how_to_continue(folder)}") from error
 
 
 def newest(folder: str | Path) -> str | None:

@@ -23,10 +23,6 @@ INTERVAL = 3.0
 """Seconds between two looks."""
 PATIENCE = 20.0
 """Seconds for Ray to answer, and for the run to end once it is told."""
-SLOWER = 3.0
-"""A run that is asked to stop stands still if nothing happens for this many times the longest pause before."""
-SHORTEST_PAUSE = 20.0
-"""Seconds; pauses below count as this long."""
 ON_PURPOSE = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
 """Ray's reasons for the end of an actor that somebody wanted."""
 
@@ -36,8 +32,8 @@ class Watch:
 
     The body is ended by RuntimeError when an actor or the engine of a rollout server has died, when a weight sync has
     failed in a server, when Ray does not answer, or when ``progress`` has returned the same for ``stall_seconds``
-    (None: for ever), and after a request to stop for `SLOWER` times as long as ever before in this run. A process whose
-    body does not end then ends itself with exit code 1.
+    (None: for ever). Once ``asked`` returns true, ``stop_seconds`` is enough, or twice the longest time without
+    progress so far if that is more. A process whose body does not end then ends itself with exit code 1.
 
     Args:
         progress: returns what changes as the run goes on; called in another thread, as is ``asked``.
@@ -51,8 +47,10 @@ class Watch:
         stall_seconds: float | None,
         way_out: Callable[[], str],
         asked: Callable[[], bool],
+        stop_seconds: float | None,
     ) -> None:
-        self.progress, self.stall_seconds, self.way_out, self.asked = progress, stall_seconds, way_out, asked
+        self.progress, self.asked, self.way_out = progress, asked, way_out
+        self.stall_seconds, self.stop_seconds = stall_seconds, stop_seconds
         self.why: str | None = None
         self.over, self.thread = threading.Event(), threading.get_ident()
         self._pings: dict[str, ray.ObjectRef] = {}
@@ -75,27 +73,30 @@ class Watch:
             raise RuntimeError(self.why) from (None if kind is KeyboardInterrupt else error)
 
     def _look(self) -> None:
-        last, moved = self.progress(), time.monotonic()
-        answered, longest = moved, None
+        last, longest, asked_at = None, 0.0, None
+        moved = answered = time.monotonic()
         while not self.over.wait(INTERVAL):
             now = time.monotonic()
             if (state := self.progress()) != last:
-                longest = max(longest or SHORTEST_PAUSE, now - moved)
-                last, moved = state, now
+                last, moved, longest = state, now, max(longest, now - moved)
+            asked_at = (asked_at or now) if self.asked() else None
             try:
                 fault, answered = self._dead_actor() or self._broken_engine(), now
             except Exception as error:
                 fault = f"Ray has not answered for {PATIENCE:.0f} s: {error}" if now - answered > PATIENCE else None
-            if fault is None and self.stall_seconds is not None and now - moved > self.stall_seconds:
-                fault = f"no progress for {self.stall_seconds:g} s (trainer.stall_seconds), and nothing has died"
-            if fault is None and longest is not None and now - moved > SLOWER * longest and self.asked():
-                fault = (
-                    f"asked to stop, but no progress for {now - moved:.0f} s, and for {longest:.0f} s at most before"
-                )
+            fault = fault or self._stall(now - moved, now - max(moved, asked_at or now), longest)
             if fault is not None and not self.over.is_set():
                 self._tell(fault)
                 # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
                 return signal.pthread_kill(self.thread, signal.SIGINT)
+
+    def _stall(self, still: float, still_when_asked: float, longest: float) -> str | None:
+        """Compare seconds without progress, in all and since a request to stop, with what is allowed."""
+        if self.stall_seconds is not None and still > self.stall_seconds:
+            return f"no progress for {self.stall_seconds:g} s (trainer.stall_seconds), and nothing has died"
+        if self.stop_seconds is not None and still_when_asked > max(self.stop_seconds, 2 * longest):
+            return f"asked to stop, and no progress for {still_when_asked:.0f} s since (trainer.stop_seconds)"
+        return None
 
     def _dead_actor(self) -> str | None:
         for key, actor in _actors().items():

@@ -70,9 +70,10 @@ class TrustRegionTrainer(VerlTrainer):
         missing = missing_files(config)
         if missing:
             raise FileNotFoundError(f"on {socket.gethostname()}, where the trainer runs: no {', no '.join(missing)}")
-        stall = config.trainer.get("stall_seconds")
-        if stall is not None and (isinstance(stall, bool | str) or stall <= 0):
-            raise ValueError(f"trainer.stall_seconds={stall} is not permitted: seconds above 0, or null for never")
+        for key in ("stall_seconds", "stop_seconds"):
+            seconds = config.trainer.get(key)
+            if seconds is not None and (isinstance(seconds, bool | str) or seconds <= 0):
+                raise ValueError(f"trainer.{key}={seconds} is not permitted: seconds above 0, or null for never")
         # verl compares the mode with its own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
         method = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
@@ -118,12 +119,17 @@ class TrustRegionTrainer(VerlTrainer):
         self.validation: dict[str, float] = {}
         self.step_seconds: list[float] = []
         trainer, self.timing_raw = self.config.trainer, {}
-        with Watch(
-            # A timer is added to, or grows, as a part of the step ends.
-            lambda: (self.global_steps, self.timing_raw.copy()),
-            trainer.get("stall_seconds"),
-            lambda: checkpoints.how_to_continue(trainer.default_local_dir),
-            lambda: stop_request.requested(trainer.default_local_dir) is not None,
+        folder = trainer.default_local_dir
+        with (
+            Watch(
+                # A timer is added to, or grows, as a part of the step ends.
+                lambda: (self.global_steps, self.timing_raw.copy()),
+                trainer.get("stall_seconds"),
+                lambda: checkpoints.how_to_continue(folder),
+                lambda: stop_request.waits(folder),
+                trainer.get("stop_seconds"),
+            ),
+            checkpoints.naming_a_full_disk(folder),
         ):
             super().fit(agent_loop_manager)
 

@@ -82,7 +82,7 @@ def train(output, overrides, config, show):
     try:
         with trainer_process.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
             follow(trainer, metrics, show)
-    except BlockingIOError as error:
+    except OSError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except trainer_process.Stopped as stopped:

@@ -21,7 +21,7 @@ def test_a_dense_and_a_moe_recipe_train_on_the_cpu(tmp_path, scale, method, phas
     # After its two steps a run ends by the death of a part, as in tests/e2e/faults.
     overrides += ["trainer.total_training_steps=3", "trainer.save_freq=1", "trainer.test_freq=2"]
     script = ROOT / "recipes" / "shrink.py"
-    run = Run(tmp_path, *overrides, script=script, probe=f"phase:{phase},3").read_until("training for about")
+    run = Run(tmp_path, *overrides, script=script, probe=f"{phase}:3").read_until("training for about")
     wait_for(tmp_path / "logs" / "train-0.log", f"the {phase} of step 3 begins", patience=400)
     end_by_killing(run, part)
     results = read_run(tmp_path / "checkpoints")

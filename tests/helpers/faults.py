@@ -4,9 +4,6 @@ import re
 import signal
 import time
 
-import psutil
-from trainer_run import MARK
-
 PARTS = {
     # part: (title of its process, what the end of the run names)
     "launcher": ("examples/quickstart/run.py", None),
@@ -26,26 +23,11 @@ SECONDS = 90
 """From the death to the end of the command; Ray itself gives a dead control store 60."""
 
 
-def processes(run, title):
-    """The processes of a run whose command or title matches."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == run.mark and re.search(title, " ".join(process.cmdline())):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def end_by_killing(run, part):
     """Kill a part of a run and wait for the run's end: in time, with what died and the way on, and nothing left."""
     title, named = PARTS[part]
-    victims = processes(run, title)
-    assert victims, f"no process {title!r}"
     begin = time.monotonic()
-    for victim in victims:
-        victim.send_signal(signal.SIGKILL)
+    run.kill(title)
     run.finish()
     seconds = time.monotonic() - begin
     print(f"{part}: exit code {run.code} after {seconds:.0f} s\n{run.text[-3000:]}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -89,21 +90,38 @@ class Run(Program):
         program = program or [str(script), "--output", str(output)]
         super().__init__([sys.executable, *program, *overrides], environment, signal.SIGINT)
 
+    def until(self, phase):
+        """Wait until the log of the quickstart's trainer tells the part of a step that ``probe`` names."""
+        self.read_until("starting Ray")
+        log = re.search(r"^training; the full log is (.*)$", self.text, re.M)[1]
+        wait_for(Path(log), f"the {phase} of step", patience=240)
+        return self
+
+    def kill(self, title, number=signal.SIGKILL):
+        """Send a signal to the processes whose command or title matches."""
+        victims = [process for process, command in processes(self.mark).items() if re.search(title, command)]
+        assert victims, f"no process {title!r}"
+        for victim in victims:
+            victim.send_signal(number)
+        return self
+
+
+def processes(mark):
+    """{process: its command or title} of those whose environment holds ``mark``."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found[process] = " ".join(process.cmdline())
+    return found
+
 
 def survivors(mark, patience=90):  # a Ray process was seen to take half a minute, on a machine with other work
     """Processes whose environment holds ``mark`` that are still alive after ``patience`` seconds."""
-    deadline = time.time() + patience
-    while True:
-        alive = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(process.cmdline())
-            except psutil.Error:
-                continue
-        if not alive or time.time() > deadline:
-            return alive
+    deadline = time.monotonic() + patience
+    while (alive := processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
+    return list(alive.values())
 
 
 def wait_for(file, text="", patience=120):

@@ -219,7 +219,7 @@ class Server:
 ray.init()
 server = ray.remote(Server).options(name="vllm_server_1_0", resources={{"node:{}": 0.1}}).remote()
 ray.get(server.__ray_ready__.remote())
-with Watch(lambda: None, None, lambda: "the same command continues", lambda: False):
+with Watch(lambda: None, None, lambda: "the same command continues", lambda: False, None):
     print("the run waits", flush=True)
     time.sleep(1000)  # as the trainer does for responses from a dead node
 """

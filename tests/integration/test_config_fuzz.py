@@ -120,12 +120,12 @@ def breaks(config, method, overrides):
         run = OmegaConf.to_container(config, resolve=True)
     except Exception as error:  # a key that others refer to was deleted
         return {"interpolation", *re.findall(r"\w+", str(error))}
-    broken = set()
+    broken = {key for key, sound in checks_of_the_sampler(run).items() if not sound}
     actor, rollout, algorithm = run["actor_rollout_ref"]["actor"], run["actor_rollout_ref"]["rollout"], run["algorithm"]
     loss, engine = actor.get("policy_loss"), rollout.get("engine_kwargs", {}).get("vllm") or {}
     target, mode = METHODS[method]
-    if loss is None or loss.get("_target_") != CONFIGS + target or "_recursive_" in loss:
-        return {"policy_loss", "_target_", "loss_mode", "preflight"}
+    if loss is None or loss.get("_target_") != CONFIGS + target or not loss.get("_recursive_", True):
+        return broken | {"policy_loss", "_target_", "loss_mode", "preflight"}
     modes = ("vanilla", "dppo_tv") if method == "grpo" else (mode,)
     # What the class has by itself where the key is deleted.
     if loss.get("loss_mode", mode) not in modes:
@@ -133,34 +133,9 @@ def breaks(config, method, overrides):
     shipped = OmegaConf.load(QUICKSTART.parents[1] / "cppo_verl/config/method/_common.yaml")
     shipped = OmegaConf.to_container(shipped)["actor_rollout_ref"]["actor"]["policy_loss"]["preflight"]
     if hides(raw["actor_rollout_ref"]["actor"]["policy_loss"].get("preflight"), loss.get("preflight"), shipped, config):
-        return {"preflight", "not found", "loss_mode"}
+        return broken | {"preflight", "not found", "loss_mode"}
 
-    temperature = rollout["temperature"]
-    recorded = engine.get("logprobs_mode") or rollout["logprobs_mode"]
-    if rollout["logprobs_mode"] not in ("processed_logprobs", "raw_logprobs"):
-        recorded = rollout["logprobs_mode"]
-    spec = engine.get("speculative_config")
-    correction = algorithm["rollout_correction"]
-    checks = {
-        "use_v1": run["trainer"]["use_v1"],
-        "trainer_mode": run["trainer"]["v1"]["trainer_mode"].startswith("cppo_"),
-        "bypass_mode": correction.get("bypass_mode") is True,
-        "rollout_is": correction.get("rollout_is") is None,
-        "rollout_rs": correction.get("rollout_rs") is None,
-        "calculate_log_probs": rollout["calculate_log_probs"],
-        "temperature": temperature > 0,
-        "logprobs_mode": recorded == "processed_logprobs" or (recorded == "raw_logprobs" and temperature == 1),
-        "top_p": rollout["top_p"] == 1,
-        "top_k": rollout["top_k"] < 1,
-        "repetition_penalty": rollout.get("repetition_penalty", 1) == 1,
-        "min_p": "min_p" not in rollout,
-        "pipeline_model_parallel_size": rollout.get("pipeline_model_parallel_size", 1) == 1,
-        "speculative_config": "synthetic" not in str(spec),
-        "trust_region": set(run["trust_region"]) <= {"delta", "delta_b", "budget", "partition", "dump"},
-        "every": run["trust_region"]["dump"]["every"] >= 0,
-        "mask_std_0": isinstance(loss.get("mask_std_0", True), bool),
-    }
-    checks |= {key: engine.get(key) is None for key in CHANGES_MU}
+    checks = {"mask_std_0": isinstance(loss.get("mask_std_0", True), bool)}
     if loss.get("mask_std_0", True):
         mean = actor["loss_agg_mode"].startswith("seq-mean")
         checks |= {
@@ -192,6 +167,34 @@ def breaks(config, method, overrides):
     if any("trust_region.partition=" in override for override in overrides) and "divergence" in loss:
         checks["partition"] = str(loss["divergence"]).startswith(partition)
     return broken | {key for key, sound in checks.items() if not sound}
+
+
+def checks_of_the_sampler(run):
+    """{key: whether mu is the sampler's and reaches the loss}, as far as that is not the loss's own config."""
+    rollout, trainer = run["actor_rollout_ref"]["rollout"], run["trainer"]
+    engine = rollout.get("engine_kwargs", {}).get("vllm") or {}
+    temperature, mode = rollout.get("temperature", 1), rollout.get("logprobs_mode", "processed_logprobs")
+    recorded = (engine.get("logprobs_mode") or mode) if mode in ("processed_logprobs", "raw_logprobs") else mode
+    correction = run["algorithm"].get("rollout_correction", {})
+    checks = {
+        "use_v1": trainer.get("use_v1", True),
+        "trainer_mode": trainer["v1"].get("trainer_mode", "cppo_").startswith("cppo_"),
+        "bypass_mode": correction.get("bypass_mode") is True,
+        "rollout_is": correction.get("rollout_is") is None,
+        "rollout_rs": correction.get("rollout_rs") is None,
+        "calculate_log_probs": rollout.get("calculate_log_probs", True),
+        "temperature": temperature > 0,
+        "logprobs_mode": recorded == "processed_logprobs" or (recorded == "raw_logprobs" and temperature == 1),
+        "top_p": rollout.get("top_p", 1) == 1,
+        "top_k": rollout.get("top_k", -1) < 1,
+        "repetition_penalty": rollout.get("repetition_penalty", 1) == 1,
+        "min_p": "min_p" not in rollout,
+        "pipeline_model_parallel_size": rollout.get("pipeline_model_parallel_size", 1) == 1,
+        "speculative_config": "synthetic" not in str(engine.get("speculative_config")),
+        "trust_region": set(run["trust_region"]) <= {"delta", "delta_b", "budget", "partition", "dump"},
+        "every": run["trust_region"]["dump"].get("every", -1) >= 0,
+    }
+    return checks | {key: engine.get(key) is None for key in CHANGES_MU}
 
 
 def hides(raw, filled, shipped, config):

@@ -11,7 +11,6 @@ import ray
 from cppo_verl.plugin import health
 
 health.INTERVAL = 0.3
-health.SHORTEST_PAUSE = 0.5
 health.PATIENCE = float(sys.argv[2])
 
 @ray.remote(max_concurrency=4)
@@ -27,26 +26,23 @@ wanted = Helper.remote()
 helper = Helper.options(name="vllm_server_0_0").remote()
 pid = ray.get(helper.pid.remote())
 ray.get(wanted.pid.remote())
-begin = time.time()
-def steps():
-    if sys.argv[1] == "stalled": return None
-    # Of steps of a second each it has made four.
-    return min(4, int(time.time() - begin)) if sys.argv[1] in ("asked", "slow") else time.time()
-stall = {"stalled": 3, "slow": 6}.get(sys.argv[1], 15)
+fault = sys.argv[1]
+steps = lambda: None if fault in ("stalled", "asked") else time.monotonic()
+stall_seconds = 3 if fault == "stalled" else None
 try:
-    with health.Watch(steps, stall, lambda: "the same command continues", lambda: sys.argv[1] == "asked"):
+    with health.Watch(steps, stall_seconds, lambda: "the same command continues", lambda: fault == "asked", 3):
         ray.kill(wanted)
         time.sleep(2)
         print("still here", flush=True)
-        if sys.argv[1] == "dead": os.kill(pid, 9)
-        if sys.argv[1] == "engine": helper.fall_ill.remote()
-        if sys.argv[1] == "sync": helper.fail_a_sync.remote()
-        if sys.argv[1] == "deaf":
+        if fault == "dead": os.kill(pid, 9)
+        if fault == "engine": helper.fall_ill.remote()
+        if fault == "sync": helper.fail_a_sync.remote()
+        if fault == "deaf":
             os.kill(pid, 9)
             while True:
                 try: time.sleep(100)
                 except KeyboardInterrupt: pass
-        if sys.argv[1] == "error":
+        if fault == "error":
             os.kill(pid, 9)
             raise KeyError("of something that came of it")
         ray.get(Helper.options(num_cpus=100).remote().pid.remote())
@@ -64,8 +60,7 @@ except RuntimeError as error:
         ("engine", 3, "ended: the engine process of vllm_server_0_0 (pid "),
         ("sync", 3, "ended: a weight sync has failed in vllm_server_0_0 (pid "),
         ("stalled", 3, "ended: no progress for 3 s (trainer.stall_seconds), and nothing has died; the run ends"),
-        ("slow", 3, "ended: no progress for 6 s (trainer.stall_seconds), and nothing has died; the run ends"),
-        ("asked", 3, "ended: asked to stop, but no progress for "),
+        ("asked", 3, "ended: asked to stop, and no progress for 3 s since (trainer.stop_seconds); the run ends"),
         ("deaf", 1, "has died"),
     ],
 )

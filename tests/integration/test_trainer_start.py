@@ -41,6 +41,7 @@ def start(inputs, output, *overrides):
     ("overrides", "error", "message"),
     [
         (["trainer.stall_seconds=2h"], ValueError, "trainer.stall_seconds=2h is not permitted: seconds above 0"),
+        (["trainer.stop_seconds=0"], ValueError, "trainer.stop_seconds=0 is not permitted: seconds above 0"),
         (
             ["actor_rollout_ref.model.path=/nowhere/model"],
             FileNotFoundError,

@@ -1,5 +1,7 @@
 """verl's asynchronous trainers with a top-K divergence."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,14 @@ from documented import overrides, shown
 from trainer_run import BRIEF, Run, link, metrics
 from transformers import AutoModelForCausalLM
 
-from cppo_verl.artifacts.stop_request import request_stop
 from cppo_verl.artifacts.token_dump import read_tokens
 from cppo_verl.core import top_k_divergence
 
 
-@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
-def test_stale_responses_get_the_divergences_of_two_checkpoints(interrupted, mode, tmp_path):
+@pytest.mark.parametrize("mode, phase", [("colocate_async", "update"), ("separate_async", "checkpoint")])
+def test_stale_responses_get_the_divergences_of_two_checkpoints(interrupted, mode, phase, tmp_path):
     """The asynchronous trainers train step 2 on responses of the initial weights: at its first update mu is the
-    model on disk and pi the checkpoint of step 1. Asked to stop while step 2 is at work, they do so in order."""
+    model on disk and pi the checkpoint of step 1. A SIGTERM in a part of step 2 ends them in order."""
     link(interrupted, tmp_path)
     (example,) = (command for command in shown("examples/README.md", "quickstart/run.py") if mode in str(command))
     command = [*overrides(example), *BRIEF, "method=trm_max_avg", "divergence=topk_kl"]
@@ -34,12 +35,12 @@ def test_stale_responses_get_the_divergences_of_two_checkpoints(interrupted, mod
     else:
         # Of 16 prompts, where the example's batch of 32 has eight mini-batches.
         command += ["trainer.v1.separate_async.parameter_sync_step=4"]
-    run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'}").read_until(r"^step +1 ")
-    request_stop(tmp_path / "checkpoints", "enough")
+    run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'},{phase}:2").until(phase)
+    run.process.send_signal(signal.SIGTERM)
     assert run.finish().code == 143, run.text
     assert run.survivors() == []
     steps = metrics(tmp_path, 0)
-    assert f"stopped after step {max(steps)} of 50: enough; the same command continues" in run.text
+    assert f"stopped after step {max(steps)} of 50: SIGTERM; the same command continues" in run.text
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(max(steps))
     for values in steps.values():
         stale = values["training/off_policy/trajectory_staleness/mean"] > 0

@@ -1,18 +1,18 @@
-"""Two ranks: a run from start to end, and the same once more, preempted and resumed."""
+"""Two ranks: a run from start to end, and the same once more, killed in each phase, preempted and resumed."""
 
 import json
 import re
-import shutil
 import signal
 
 import pytest
+from faults import end_by_killing
 from trainer_run import SHORT, Run, link, metrics
 
 from cppo_verl.artifacts.run_reader import read_run
 from cppo_verl.artifacts.token_dump import REASONS, read_tokens
 
 
-def on_two_ranks(output, interrupted):
+def on_two_ranks(output, interrupted, *overrides, probe="seeded"):
     """Six steps with a KL reference, and a single update a rollout batch, so that pi is still mu."""
     if not (output / "data").exists():
         link(interrupted, output)
@@ -29,7 +29,8 @@ def on_two_ranks(output, interrupted):
         "actor_rollout_ref.rollout.agent.default_agent_loop=seeded",
         "trainer.logger=[console,file]",
         "trust_region.dump.responses=7",
-        probe="seeded",
+        *overrides,
+        probe=probe,
     )
 
 
@@ -40,23 +41,36 @@ def on_policy(interrupted, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def preempted(interrupted, tmp_path_factory):
-    """The same once more, with SIGTERM once step 3 is done, the last before step 6 that verl itself saves."""
-    run = on_two_ranks(tmp_path_factory.mktemp("preempted"), interrupted).read_until(r"^step +3 ")
+def folder(tmp_path_factory):
+    """Of the attempts at the same once more, each ended in another way; verl itself saves at steps 3 and 6 alone."""
+    return tmp_path_factory.mktemp("attempts")
+
+
+@pytest.fixture(scope="module")
+def killed_once(interrupted, folder):
+    end_by_killing(on_two_ranks(folder, interrupted, probe="generation:4").until("generation"), "rollout engine")
+
+
+@pytest.fixture(scope="module")
+def preempted(interrupted, folder, killed_once):
+    """Stopped in the generation of step 4."""
+    run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe="generation:4").until("generation")
     run.process.send_signal(signal.SIGTERM)
     return run.finish()
 
 
 @pytest.fixture(scope="module")
-def resumed(interrupted, preempted):
-    """The same command again, where a later attempt was killed while it wrote its checkpoint."""
-    checkpoints = preempted.output / "checkpoints"
-    step = (checkpoints / "latest_checkpointed_iteration.txt").read_text()
-    half = checkpoints / "global_step_6"
-    shutil.copytree(checkpoints / f"global_step_{step}" / "actor", half / "actor")
-    with next(half.glob("actor/model_*rank_0.pt")).open("r+b") as file:
-        file.truncate(1000)
-    return on_two_ranks(preempted.output, interrupted).finish()
+def killed_again(interrupted, folder, preempted):
+    """In an update, and then with half a checkpoint of step 6, which does not count."""
+    for phase, step, part in (("update", 5, "actor worker"), ("checkpoint", 6, "TransferQueue storage")):
+        run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe=f"{phase}:{step}")
+        end_by_killing(run.until(phase), part)
+
+
+@pytest.fixture(scope="module")
+def resumed(interrupted, folder, killed_again):
+    """To the end, while the wall clock jumps back by a day and forth by two."""
+    return on_two_ranks(folder, interrupted, probe="clock:5").finish()
 
 
 def test_pi_is_mu_at_the_first_update_on_every_rank(on_policy):
@@ -72,22 +86,23 @@ def test_pi_is_mu_at_the_first_update_on_every_rank(on_policy):
 
 def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(preempted):
     assert preempted.code == 143, preempted.text
-    step = max(metrics(preempted.output, 0))
-    assert step in (4, 5)
-    assert f"stopped after step {step} of 6: SIGTERM; the same command continues" in preempted.text
-    log = (preempted.output / "logs" / "train-0.log").read_text()
-    assert f"cppo_verl  stopped after step {step} of 6: SIGTERM" in log
+    assert "stopped after step 4 of 6: SIGTERM; the same command continues" in preempted.text
+    log = (preempted.output / "logs" / "train-1.log").read_text()
+    assert "cppo_verl  stopped after step 4 of 6: SIGTERM" in log
     assert "Traceback" not in log
     assert not (preempted.output / "checkpoints" / "stop").exists()
     assert preempted.survivors() == []
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(preempted, resumed, on_policy):
+def test_no_attempt_trains_a_step_again_whose_checkpoint_is_whole(resumed, folder):
+    steps = [sorted(metrics(folder, attempt)) for attempt in range(5)]
+    assert steps == [[0, 1, 2, 3], [4], [], [5], [4, 5, 6]]
+    # of the step it resumes at there is a validation alone
+    assert "actor/lr" not in metrics(folder, 4)[4]
+
+
+def test_a_run_that_was_killed_in_each_phase_equals_an_uninterrupted_one(resumed, on_policy):
     assert (resumed.code, on_policy.code) == (0, 0), resumed.text + on_policy.text
-    stopped = max(metrics(preempted.output, 0))
-    assert sorted(metrics(resumed.output, 1)) == list(range(stopped, 7))
-    # nothing was trained twice: of the step it resumes at there is a validation alone
-    assert "actor/lr" not in metrics(resumed.output, 1)[stopped]
     joint, whole = read_run(resumed.output / "logs").steps, read_run(on_policy.output / "logs").steps
     assert list(joint) == list(whole) == list(range(7))
     of_the_run = re.compile(
@@ -95,6 +110,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(preempted, resumed, on_policy
     )
     rates = set()
     for step in range(1, 7):
+        assert 0 < joint[step]["timing_s/step"] < 600  # whatever the wall clock does
         want = {name: value for name, value in whole[step].items() if of_the_run.match(name)}
         assert {name: joint[step][name] for name in want} == pytest.approx(want, rel=1e-3, abs=1e-6)
         rates.add(want["actor/lr"])
@@ -105,11 +121,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(preempted, resumed, on_policy
 def test_rotation_spares_the_best_checkpoint(resumed):
     folder = resumed.output / "checkpoints"
     best = json.loads((folder / "best" / "best.json").read_text())
-    # an attempt that resumes validates its checkpoint first
+    # the last attempt validates its checkpoint first
     key = "val-core/reasoning_gym/number_sorting/acc/mean@16"
     validated = [
         (step, values[key])
-        for attempt in range(2)
+        for attempt in range(5)
         for step, values in sorted(metrics(resumed.output, attempt).items())
         if step and key in values
     ]

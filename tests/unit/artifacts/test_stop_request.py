@@ -17,6 +17,16 @@ def test_a_run_finds_a_request_and_its_last_reason(tmp_path):
     assert stop_request.requested(folder) == "maintenance"
 
 
+def test_a_request_waits_until_it_is_answered_and_what_cannot_be_read_is_none(tmp_path):
+    assert not stop_request.waits(tmp_path)
+    stop_request.request_stop(tmp_path, "SIGTERM")
+    assert stop_request.waits(tmp_path)
+    stop_request.answer(tmp_path, "stopped after step 4 of 6: SIGTERM")
+    assert not stop_request.waits(tmp_path)
+    (tmp_path / "stop").mkdir()
+    assert not stop_request.waits(tmp_path)
+
+
 @pytest.mark.parametrize("make", [lambda f: (f / "stop").touch(), lambda f: (f / "stop").write_text("\n")])
 def test_an_empty_file_is_a_request_too(tmp_path, make):
     make(tmp_path)

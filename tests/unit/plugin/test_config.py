@@ -60,6 +60,7 @@ def test_one_override_makes_a_grpo_command_a_cppo_command(compose):
         "algorithm.rollout_correction.bypass_mode",
         "trainer.v1.trainer_mode",
         "trainer.stall_seconds",
+        "trainer.stop_seconds",
         "trust_region",
         *(RULE + key for key in ("_target_", "loss_mode", "mask_std_0", "preflight", "delta", "delta_b", "budget")),
         *(RULE + key for key in ("budget_clamp", "w_min", "weights", "divergence", "gate", "tau")),

@@ -1,11 +1,11 @@
-"""What a rollout server remembers for the watch."""
+"""What a rollout server remembers for the watch, and how long the watch waits."""
 
 import asyncio
 from types import SimpleNamespace
 
 import pytest
 
-from cppo_verl.plugin.health import engine_fault, remember_failed_syncs
+from cppo_verl.plugin.health import Watch, engine_fault, remember_failed_syncs
 
 
 def test_a_failed_weight_sync_is_remembered_and_another_call_is_not():
@@ -19,3 +19,22 @@ def test_a_failed_weight_sync_is_remembered_and_another_call_is_not():
         with pytest.raises(MemoryError, match=f"'{method}', 3"):
             asyncio.run(server.collective_rpc(method, timeout=3))
         assert engine_fault(server) == fault
+
+
+@pytest.mark.parametrize(
+    "limits, still, since_asked, longest, key",
+    [
+        ((7200, 600), 7201, 0, 0, "stall_seconds"),
+        ((7200, 600), 7199, 0, 5000, None),
+        ((7200, 600), 601, 601, 10, "stop_seconds"),
+        ((7200, 600), 5000, 599, 10, None),
+        # a part of this run has taken longer before
+        ((7200, 600), 1100, 1100, 600, None),
+        ((7200, 600), 1201, 1201, 600, "stop_seconds"),
+        ((None, None), 1e9, 1e9, 0, None),
+    ],
+)
+def test_a_run_that_stands_still_gets_less_time_once_it_is_asked_to_stop(limits, still, since_asked, longest, key):
+    stall_seconds, stop_seconds = limits
+    watch = Watch(lambda: None, stall_seconds, lambda: "", lambda: False, stop_seconds)
+    assert (f"(trainer.{key})" in (watch._stall(still, since_asked, longest) or "")) == (key is not None)
