@@ -240,5 +240,21 @@ def _command(report: Report, config: DictConfig) -> None:
     report.say("ok", "mu", f"the rollout engine's own log-probabilities ({settings})")
     if getattr(policy_loss, "captures", False):
         report.say("ok", "top-K", captured_bytes(config))
+    routing(report, config)
     for missing in missing_files(config):
         report.say("FAIL", "files", f"{missing} does not exist on this machine")
+
+
+def routing(report: Report, config: DictConfig) -> None:
+    """Say whether the actor replays the experts that the rollout chose for each token (R3), if anything asks for it."""
+    actor, key = config.actor_rollout_ref.actor, "actor_rollout_ref.rollout.enable_rollout_routing_replay"
+    recorded, mode_key = OmegaConf.select(config, key), f"{actor.strategy}.router_replay.mode"
+    mode = OmegaConf.select(actor, mode_key)
+    if mode is None and recorded:
+        nobody = f"the {actor.strategy} engine does not replay them, megatron and veomni do: set {key}=false"
+        report.say("warn", "routing", f"the rollout records each token's experts, but {nobody}")
+    elif mode == "R3":
+        report.check(bool(recorded), "routing", "R3: the actor replays the rollout's experts", f"R3 needs {key}=true")
+    elif mode == "R2":
+        way_out = f"set actor_rollout_ref.actor.{mode_key}=R3 {key}=true"
+        report.say("FAIL", "routing", f"R2 replays routes of a forward pass that bypass mode leaves out: {way_out}")

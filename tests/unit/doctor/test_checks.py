@@ -2,9 +2,10 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from cppo_verl.cli import main
-from cppo_verl.doctor.checks import ConfigError, Report, _compiler, _device, compose_command
+from cppo_verl.doctor.checks import ConfigError, Report, _compiler, _device, compose_command, routing
 
 COMMAND = [
     "+method=cppo",
@@ -136,3 +137,31 @@ def test_a_compiler_and_pythons_headers_are_looked_for(missing, capsys, monkeypa
     out = capsys.readouterr().out
     named = "no-such-compiler" if missing == "compiler" else str(tmp_path / "Python.h")
     assert report.failed and f"not found: {named}: install a C compiler and Python's headers (gcc, python3-dev)" in out
+
+
+FLAG = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mode", "recorded", "finding"),
+    [
+        ("fsdp2", None, False, ""),
+        ("fsdp2", None, True, f"warn  routing .* the fsdp2 engine does not replay them, .*: set {FLAG}=false"),
+        ("megatron", "disabled", False, ""),
+        ("megatron", "R3", True, "ok    routing .* R3: the actor replays the rollout's experts"),
+        ("veomni", "R3", False, f"FAIL  routing .* R3 needs {FLAG}=true"),
+        ("megatron", "R2", True, "FAIL  routing .* R2 .* set actor_rollout_ref.actor.megatron.router_replay.mode=R3"),
+    ],
+)
+def test_routing_replay_is_on_off_or_lacks_something(strategy, mode, recorded, finding, capsys):
+    actor = {"strategy": strategy} | ({strategy: {"router_replay": {"mode": mode}}} if mode else {})
+    rollout = {"enable_rollout_routing_replay": recorded}
+    routing(Report(), OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": rollout}}))
+    out = capsys.readouterr().out
+    assert re.match(finding, out) if finding else out == ""
+
+
+def test_verls_config_has_the_keys_of_routing_replay(compose):
+    assert OmegaConf.select(compose(), FLAG) is False
+    megatron = compose("model_engine=megatron", config_name="ppo_trainer")
+    assert OmegaConf.select(megatron, "actor_rollout_ref.actor.megatron.router_replay.mode") == "disabled"
