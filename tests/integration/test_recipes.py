@@ -103,7 +103,7 @@ def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_settings_of_a_recipe_are_those_that_the_paper_prints(recipe, scale):
-    """Of the paper's tables of settings, as `table --settings` prints them."""
+    """As `table --settings` prints them."""
     config = flattened(OmegaConf.to_container(recipe(f"scale={scale}"), resolve=True))
     found = [where(config) if callable(where) else config[where] for where in SETTINGS.values()]
     as_numbers = {"8k": 8192, "16k": 16384, "none": 0}
