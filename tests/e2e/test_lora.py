@@ -17,7 +17,7 @@ def test_a_lora_adapter_reaches_the_rollout_engine(interrupted, tmp_path):
     # After what this test is about, the run ends by the death of a part, as in tests/e2e/faults.
     short = [*BRIEF, "trainer.total_training_steps=5", "trainer.save_freq=3"]
     run = Run(tmp_path, *overrides(command), *short, probe="generation:4").until("generation")
-    end_by_killing(run, "reward worker")
+    end_by_killing(run, "rollout engine")
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert sorted(metrics(tmp_path, 0)) == [1, 2, 3]
     for step, values in metrics(tmp_path, 0).items():

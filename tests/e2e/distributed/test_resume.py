@@ -1,4 +1,4 @@
-"""Two ranks: a run from start to end, and the same once more, killed in each phase, preempted and resumed."""
+"""Two ranks: a run from start to end, and the same once more, preempted, killed twice and resumed."""
 
 import json
 import re
@@ -47,14 +47,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed_once(interrupted, folder):
-    end_by_killing(on_two_ranks(folder, interrupted, probe="generation:4").until("generation"), "rollout engine")
-
-
-@pytest.fixture(scope="module")
-def preempted(interrupted, folder, killed_once):
+def preempted(interrupted, folder):
     """Stopped in the generation of step 4."""
-    run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe="generation:4").until("generation")
+    run = on_two_ranks(folder, interrupted, probe="generation:4").until("generation")
     run.process.send_signal(signal.SIGTERM)
     return run.finish()
 
@@ -90,7 +85,7 @@ def test_pi_is_mu_at_the_first_update_on_every_rank(on_policy):
 def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(preempted):
     assert preempted.code == 143, preempted.text
     assert "stopped after step 4 of 6: SIGTERM; the same command continues" in preempted.text
-    log = (preempted.output / "logs" / "train-1.log").read_text()
+    log = (preempted.output / "logs" / "train-0.log").read_text()
     assert "cppo_verl  stopped after step 4 of 6: SIGTERM" in log
     assert "Traceback" not in log
     assert not (preempted.output / "checkpoints" / "stop").exists()
@@ -98,13 +93,13 @@ def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(preempted):
 
 
 def test_no_attempt_trains_a_step_again_whose_checkpoint_is_whole(resumed, folder):
-    steps = [sorted(metrics(folder, attempt)) for attempt in range(5)]
-    assert steps == [[0, 1, 2, 3], [4], [], [5], [4, 5, 6]]
+    steps = [sorted(metrics(folder, attempt)) for attempt in range(4)]
+    assert steps == [[0, 1, 2, 3, 4], [], [5], [4, 5, 6]]
     # of the step it resumes at there is a validation alone
-    assert "actor/lr" not in metrics(folder, 4)[4]
+    assert "actor/lr" not in metrics(folder, 3)[4]
 
 
-def test_a_run_that_was_killed_in_each_phase_equals_an_uninterrupted_one(resumed, on_policy):
+def test_a_run_that_was_stopped_and_killed_equals_an_uninterrupted_one(resumed, on_policy):
     assert (resumed.code, on_policy.code) == (0, 0), resumed.text + on_policy.text
     joint, whole = read_run(resumed.output / "logs").steps, read_run(on_policy.output / "logs").steps
     assert list(joint) == list(whole) == list(range(7))
@@ -128,7 +123,7 @@ def test_rotation_spares_the_best_checkpoint(resumed):
     key = "val-core/reasoning_gym/number_sorting/acc/mean@16"
     validated = [
         (step, values[key])
-        for attempt in range(5)
+        for attempt in range(4)
         for step, values in sorted(metrics(resumed.output, attempt).items())
         if step and key in values
     ]
