@@ -46,8 +46,9 @@ def over_mini_batches(sums: Mapping[str, Sequence[float]]) -> dict[str, list[flo
     Mini-batches differ in their number of micro-batches where batch sizes are dynamic. That number, times the ranks, is
     the tokens of the whole mini-batch, which every micro-batch reports, over their mean.
     """
-    means = zip(sums[UPDATE_TOKENS], sums[f"{METRIC_PREFIX}all/tokens"], strict=True)
-    factors = [whole / mean if mean else 0.0 for whole, mean in means]
+    # verl's own losses report no sums.
+    whole_and_mean = (sums.get(key, ()) for key in (UPDATE_TOKENS, f"{METRIC_PREFIX}all/tokens"))
+    factors = [whole / mean if mean else 0.0 for whole, mean in zip(*whole_and_mean, strict=True)]
     return {key: [value * factor for value, factor in zip(sums[key], factors, strict=True)] for key in sums}
 
 

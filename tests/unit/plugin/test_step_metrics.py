@@ -1,5 +1,6 @@
 """Engine mismatch and policy drift, told apart by the update."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,10 @@ def test_the_shares_of_updates_of_unequal_size_are_those_of_all_their_tokens():
     sums |= {f"{METRIC_PREFIX}all/tokens": [10.0, 90.0], f"{METRIC_PREFIX}all/masked": [9.0, 0.0]}
     metrics = step_shares(sums | {UPDATE_TOKENS: [10, 90]})
     assert metrics["trust_region/masked_share"] == metrics["actor/pg_clipfrac"] == pytest.approx(0.09)
+
+
+def test_a_loss_of_verls_own_has_no_shares():
+    assert step_shares(defaultdict(list)) == {}
 
 
 def test_mini_batches_weigh_by_their_tokens_and_not_by_their_micro_batches():
