@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 def holds_run(folder: Path) -> bool:
     """Whether this is the folder of a training run, as hydra leaves it, or of its checkpoints."""
-    return any(folder.glob("*/hydra.yaml")) or (folder / "latest_checkpointed_iteration.txt").exists()
+    made = ("hydra/hydra.yaml", ".hydra/hydra.yaml", "latest_checkpointed_iteration.txt")
+    return any((folder / name).exists() for name in made)
 
 
 def request(args: argparse.Namespace) -> dict:

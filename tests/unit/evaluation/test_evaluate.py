@@ -99,6 +99,8 @@ def test_an_output_within_a_run_is_refused_and_one_beside_it_is_not(evaluated, m
     run = weights.parents[2]
     (run / made_by).parent.mkdir(exist_ok=True)
     (run / made_by).touch()
+    (run.parent / "of_another").mkdir()
+    (run.parent / "of_another" / "hydra.yaml").touch()  # lies beside both
     assert main(["evaluate", "--output", str(run / "scores" / "of_step_5"), *arguments]) == 1
     assert f"is within the run {run} and would count as a part of it" in capsys.readouterr().err
     assert main(["evaluate", "--output", str(output), *arguments]) == 0
