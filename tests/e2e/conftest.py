@@ -4,14 +4,14 @@ import signal
 import time
 
 import pytest
-from trainer_run import RAY_STARTED, SHORT, Run, link, wait_for
+from trainer_run import RAY_STARTED, SHORT, Run, link
 
 
 @pytest.fixture(scope="session")
 def interrupted(tmp_path_factory):
     """The quickstart in an empty folder, ended by two signals as Ray starts: it leaves data and a warmed-up model."""
     run = Run(tmp_path_factory.mktemp("interrupted"), *SHORT).read_until("starting Ray")
-    wait_for(run.output / "logs" / "train-0.log", RAY_STARTED)
+    run.wait_for(run.output / "logs" / "train-0.log", RAY_STARTED)
     run.process.send_signal(signal.SIGTERM)
     time.sleep(3)
     run.ended_by_the_first = run.process.poll() is not None

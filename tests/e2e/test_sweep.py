@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from trainer_run import BRIEF, QUICKSTART, RAY_STARTED, Run, link, wait_for
+from trainer_run import BRIEF, QUICKSTART, RAY_STARTED, Run, link
 
 from cppo_verl.artifacts.run_reader import read_run
 
@@ -33,7 +33,7 @@ def killed_sweep(interrupted, tmp_path_factory):
     output = tmp_path_factory.mktemp("methods")
     link(interrupted, output)
     run = sweep(output).read_until(rf"method={METHODS[1]}: started")
-    wait_for(output / "sweep" / f"method={METHODS[1]}" / "train-0.log", RAY_STARTED)
+    run.wait_for(output / "sweep" / f"method={METHODS[1]}" / "train-0.log", RAY_STARTED)
     run.process.send_signal(signal.SIGINT)
     return run.finish()
 

@@ -65,7 +65,23 @@ class Program:
             self.text += line
             if re.search(pattern, line):
                 return self
-        raise AssertionError(f"{pattern!r} never came:\n{self.text}")
+        self.give_up(f"{pattern!r} never came:\n{self.text}")
+
+    def wait_for(self, file, text):
+        """Wait until a file that the command writes holds ``text``."""
+        deadline = time.monotonic() + 480  # another trainer and other tests may run beside this one
+        while text not in (held := file.read_text(errors="replace") if file.exists() else ""):
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.give_up(f"{file} never held {text!r}; its end is:\n{held[-5000:]}")
+            time.sleep(0.1)
+        return self
+
+    def give_up(self, why):
+        """Fail the test, without leaving its processes to take the memory and the time of the tests after it."""
+        for process in processes(self.mark):
+            with suppress(psutil.Error):
+                process.kill()
+        raise AssertionError(why)
 
     def finish(self):
         self.text += self.process.stdout.read()
@@ -94,13 +110,13 @@ class Run(Program):
         """Wait until the log of the quickstart's trainer tells the part of a step that ``probe`` names."""
         self.read_until("starting Ray")
         log = re.search(r"^training; the full log is (.*)$", self.text, re.M)[1]
-        wait_for(Path(log), f"the {phase} of step", patience=240)
-        return self
+        return self.wait_for(Path(log), f"the {phase} of step")
 
     def kill(self, title, number=signal.SIGKILL):
         """Send a signal to the processes whose command or title matches."""
         victims = [process for process, command in processes(self.mark).items() if re.search(title, command)]
-        assert victims, f"no process {title!r}"
+        if not victims:
+            self.give_up(f"no process {title!r}")
         for victim in victims:
             victim.send_signal(number)
         return self
@@ -122,14 +138,6 @@ def survivors(mark, patience=90):  # a Ray process was seen to take half a minut
     while (alive := processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return list(alive.values())
-
-
-def wait_for(file, text="", patience=120):
-    """Wait until ``file`` is there and holds ``text``."""
-    deadline = time.time() + patience
-    while not file.exists() or text not in file.read_text(errors="replace"):
-        assert time.time() < deadline, f"{file} did not hold {text!r} in {patience} s"
-        time.sleep(0.1)
 
 
 def metrics(output, attempt):

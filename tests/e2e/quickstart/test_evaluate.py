@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from trainer_run import QUICKSTART, RAY_STARTED, Program, wait_for
+from trainer_run import QUICKSTART, RAY_STARTED, Program
 
 from cppo_verl.artifacts.run_reader import read_run
 
@@ -20,7 +20,7 @@ def test_evaluate_interrupted_and_again_gives_verls_own_metric(quickstart, tmp_p
     command += ["data.val_max_samples=12"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = Program(command, {"OMP_NUM_THREADS": "1"}, signal.SIGINT)
-    wait_for(tmp_path / "e" / "verl.log", RAY_STARTED)
+    killed.wait_for(tmp_path / "e" / "verl.log", RAY_STARTED)
     killed.process.send_signal(signal.SIGINT)
     assert "interrupted; the same command starts over" in killed.finish().text
     assert killed.code == 130
