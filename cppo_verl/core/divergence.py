@@ -127,10 +127,9 @@ def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tenso
 
 
 def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Log-probabilities log_softmax(logits[rows]).gather(ids), without gradient, reading the logits once.
+    """Log-probabilities log_softmax(logits[rows]).gather(ids), without gradient, a few rows at a time.
 
-    The normaliser is summed over a few rows at a time, in a buffer that stays in the processor's cache and is all that
-    is allocated beside the result.
+    On an accelerator no value is looked at, so that the host waits for nothing.
 
     Args:
         logits: shape [N, V], any floating dtype.
@@ -142,17 +141,36 @@ def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) ->
     """
     logits = logits.detach()
     rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+    normaliser = _cached_normaliser if logits.device.type == "cpu" else _block_normaliser
+    retained = logits[rows.unsqueeze(-1), ids].double()
+    return (retained - normaliser(logits, rows).unsqueeze(-1)).float()
+
+
+def _block_normaliser(logits: Tensor, rows: Tensor, block_bytes: int = 2**24) -> Tensor:
+    """logsumexp(logits[rows]) of shape [R], fp64, in blocks that are large enough to keep an accelerator busy."""
+    blocks = []
+    for part in rows.split(max(1, block_bytes // (4 * logits.shape[-1]))):
+        x = logits[part].float()
+        largest = x.amax(-1, keepdim=True)
+        blocks.append(largest.squeeze(-1).double() + x.sub_(largest).exp_().sum(-1).log_())
+    return torch.cat(blocks)
+
+
+def _cached_normaliser(logits: Tensor, rows: Tensor, buffer_bytes: int = 2**21) -> Tensor:
+    """logsumexp(logits[rows]) of shape [R], fp64, reading the logits once.
+
+    The exponentials are summed in a buffer that stays in the processor's cache, which is four times faster than the
+    memory, and is all that is allocated beside the result.
+    """
     index, vocabulary = rows.tolist(), logits.shape[-1]
-    # An accelerator has to be kept busy by one call; a core reads its own cache four times faster.
-    buffer_bytes = 2**21 if logits.device.type == "cpu" else 2**26
     step = max(1, min(len(rows), buffer_bytes // (4 * vocabulary)))
-    buffer = torch.empty((step, vocabulary), dtype=torch.float32, device=logits.device)
-    total = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+    buffer = torch.empty((step, vocabulary), dtype=torch.float32)
+    total = torch.empty(len(rows), dtype=torch.float32)
     for start in range(0, len(rows), step):
         part = index[start : start + step]
         # Neighbours, as a response's rows are, need no copy.
-        neighbours = part == list(range(part[0], part[0] + len(part)))
-        taken = logits[part[0] : part[0] + len(part)] if neighbours else logits[part]
+        neighbours = part[-1] - part[0] == len(part) - 1 and part == list(range(part[0], part[-1] + 1))
+        taken = logits[part[0] : part[-1] + 1] if neighbours else logits[part]
         x = buffer[: len(taken)]
         # Not shifted by the largest logit first, which is a pass more; where fp32 does not reach, see below.
         x = torch.exp(taken, out=x) if taken.dtype == x.dtype else x.copy_(taken).exp_()
@@ -161,8 +179,7 @@ def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) ->
     out_of_range = ((total < 1e-30) | ~total.isfinite()).nonzero().flatten()
     for part in out_of_range.split(step):
         normaliser[part] = logits[rows[part]].double().logsumexp(-1)
-    retained = logits[rows.unsqueeze(-1), ids].double()
-    return (retained - normaliser.unsqueeze(-1)).float()
+    return normaliser
 
 
 def as_float32(x: Tensor) -> Tensor:

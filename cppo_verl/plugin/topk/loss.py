@@ -63,15 +63,17 @@ def divergence_of_logits(logits: Tensor, data: TensorDict, kind: Kind) -> Tensor
         ValueError: candidates that do not belong to their tokens; all are checked, each time.
     """
     response_mask, responses = data["response_mask"], data["responses"].values()
-    rows, tokens, entries = _layout(data)
+    rows, tokens, entries, captured = _layout(data)
     valid = response_mask.values().bool()
     first = get_ulysses_sequence_parallel_rank() * len(logits) if get_ulysses_sequence_parallel_world_size() > 1 else 0
-    here = valid & (rows >= first) & (rows < first + len(logits))
+    # Places, not a mask: with a mask every use of it would make the host wait for an accelerator.
+    here = (valid & (rows >= first) & (rows < first + len(logits))).nonzero().squeeze(-1)
     rows, entries = rows[here] - first, entries[here]
 
     sampled = responses[here]
     log_mu_sampled = data["rollout_log_probs"].values()[here].float()
     ids, codes = unpack(data[IDS_FIELD].values()[entries], data[CODES_FIELD].values()[entries])
+    ids = ids.where(captured[here].unsqueeze(-1), ABSENT)
     is_sampled = ids == sampled.unsqueeze(-1)
     check_alignment(ids, codes, is_sampled, log_mu_sampled, tokens[here])
 
@@ -82,23 +84,20 @@ def divergence_of_logits(logits: Tensor, data: TensorDict, kind: Kind) -> Tensor
     return out
 
 
-def _layout(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
-    """Each response token's row of the logits that predict it, position in its response, and row of the candidates."""
-    lengths = data["responses"].offsets().diff()
-    starts = data["responses"].offsets()[:-1]
-    position = torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
-    first_row = data["input_ids"].offsets()[:-1] + data["prompts"].offsets().diff() - 1
-    first_entry, entries = data[IDS_FIELD].offsets()[:-1], data[IDS_FIELD].offsets().diff()
-    # verl's padding rows are copies of another row with the response cut to one token that is not valid.
-    short = (entries < lengths).nonzero().flatten().tolist()
-    if short:
-        got, wanted = entries[short[0]].item(), lengths[short[0]].item()
-        raise ValueError(
-            f"response {short[0]} of this micro-batch has mu's most likely tokens for {got} of its {wanted} tokens: "
-            "the agent loop changed the response after it was captured; use divergence=binary_tv with it"
-        )
-    row, entry = (first.repeat_interleave(lengths) + position for first in (first_row, first_entry))
-    return row, position, entry
+def _layout(data: TensorDict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each response token: the row of the logits that predict it, its position in the response, the row of its
+    candidates, and whether there is one, as verl's padding rows and changed responses have fewer."""
+    lengths, starts = data["responses"].offsets().diff(), data["responses"].offsets()[:-1]
+    total = len(data["responses"].values())  # known to the host, as the sum of the lengths is not
+
+    def of_tokens(of_responses: Tensor) -> Tensor:
+        return of_responses.repeat_interleave(lengths, output_size=total)
+
+    position = torch.arange(total, device=lengths.device) - of_tokens(starts)
+    row = of_tokens(data["input_ids"].offsets()[:-1] + data["prompts"].offsets().diff() - 1) + position
+    entry = of_tokens(data[IDS_FIELD].offsets()[:-1]) + position
+    captured = position < of_tokens(data[IDS_FIELD].offsets().diff())
+    return row, position, entry.where(captured, 0), captured
 
 
 def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tensor, position: Tensor) -> None:
@@ -123,8 +122,8 @@ def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tens
         got, wanted = int((ids[where] != ABSENT).sum()), ids.shape[-1]
         raise ValueError(
             f"the rollout engine gave {got} of mu's {wanted} most likely tokens at response position {t} ({n} such or "
-            f"misaligned tokens of {len(ids)} in this micro-batch): an agent loop that rewrites token ids or "
-            "log-probabilities, or an engine that returns fewer; use divergence=binary_tv with it"
+            f"misaligned tokens of {len(ids)} in this micro-batch): an agent loop that changes the response after it "
+            "was captured, or an engine that returns fewer; use divergence=binary_tv with it"
         )
     raise ValueError(
         f"mu's most likely tokens do not belong to the sampled tokens: {n} of {len(ids)} of this micro-batch, the "

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import fuzz
 from verl.trainer.distillation.fsdp.losses import _chunked_topk_log_probs
 
-from cppo_verl.core import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
+from cppo_verl.core import binary_divergence, divergence, exact_divergence, partition_divergence, top_k_divergence
 from cppo_verl.core.divergence import gather_log_probs
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -230,6 +230,13 @@ def test_half_precision_is_raised_first(kind, drawn):
         assert torch.equal(got, expected)
 
 
+@pytest.fixture(params=["_cached_normaliser", "_block_normaliser"])
+def normaliser(request, monkeypatch):
+    """Both variants, of the CPU and of an accelerator, on the CPU."""
+    monkeypatch.setattr(divergence, "_cached_normaliser", getattr(divergence, request.param))
+
+
+@pytest.mark.usefixtures("normaliser")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gathered_log_probs_are_those_of_the_log_softmax(dtype):
     g = torch.Generator().manual_seed(0)
@@ -245,6 +252,7 @@ def test_gathered_log_probs_are_those_of_the_log_softmax(dtype):
     assert gather_log_probs(logits, ids[:0], rows[:0]).shape == (0, 5)
 
 
+@pytest.mark.usefixtures("normaliser")
 @pytest.mark.parametrize("shift", [-1e4, -80.0, 60.0, 95.0, 1e4])
 def test_gathered_log_probs_of_logits_that_fp32_cannot_exponentiate(shift):
     g = torch.Generator().manual_seed(2)

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
 from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_answers import answer
 
-from cppo_verl.core import exact_divergence
+from cppo_verl.core import divergence, exact_divergence
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD
 from cppo_verl.plugin.topk.loss import divergence_of_logits
 from cppo_verl.plugin.topk.vllm_server import captured
@@ -117,6 +118,31 @@ def test_divergence_of_logits_is_the_oracles(kind, top_k):
         torch.testing.assert_close(shown.double(), exact[valid], rtol=0, atol=2e-6)
 
 
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result the host of an accelerator waits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        spread = func is torch.ops.aten.repeat_interleave.Tensor and (kwargs or {}).get("output_size") is None
+        self.count += by_mask or spread or func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten.item)
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("copies", [1, 30])
+def test_the_host_waits_twice_whatever_the_number_of_responses(copies, monkeypatch):
+    monkeypatch.setattr(divergence, "_cached_normaliser", divergence._block_normaliser)  # the accelerator's
+    data, logits, *_ = random_micro_batch()
+    whole = divergence_of_logits(logits, data, "tv")
+    data = TensorDict({k: nested(list(x.unbind()) * copies) for k, x in data.items()}, batch_size=4 * copies)
+    with Waits() as waits:
+        got = divergence_of_logits(logits.repeat(copies, 1), data, "tv")
+    assert waits.count == 2
+    torch.testing.assert_close(got, whole.repeat(copies))
+
+
 def test_no_gradient_flows_and_the_logits_are_left_alone():
     data, logits, *_ = random_micro_batch()
     logits = logits.requires_grad_()
@@ -194,5 +220,7 @@ def test_fewer_candidates_are_refused_where_they_are_needed():
     with pytest.raises(ValueError, match="gave 2 of mu's 3 most likely tokens at response position 3"):
         divergence_of_logits(logits, data, "tv")
     data[IDS_FIELD] = nested([*ids[:2], ids[2][:2], ids[3]])
-    with pytest.raises(ValueError, match="response 2 .* most likely tokens for 2 of its 6 tokens"):
+    codes = data[CODES_FIELD].unbind()
+    data[CODES_FIELD] = nested([*codes[:2], codes[2][:2], codes[3]])
+    with pytest.raises(ValueError, match="gave 0 of mu's 3 .* at response position 3 .* changes the response after"):
         divergence_of_logits(logits, data, "tv")
