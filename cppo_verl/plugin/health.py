@@ -57,6 +57,8 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._dead_before = {key for key, actor in _actors().items() if actor["State"] == "DEAD"}
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts a background job, and nohup too
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.watcher = threading.Thread(target=self._look, name="health", daemon=True)
         self.watcher.start()
         return self
