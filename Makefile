@@ -17,7 +17,7 @@ BROWSER := $(VENV)/browser
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
-.PHONY: install quickstart test test-unit test-extras test-faults test-fuzz lint docs dist clean
+.PHONY: install quickstart test test-unit test-extras test-faults test-fuzz bench lint docs dist clean
 
 install: $(VENV)/installed
 
@@ -53,6 +53,14 @@ test-faults: install
 # A thousand random settings, instead of the few that `make test` tries.
 test-fuzz: install
 	FUZZ_CASES=1000 $(PYTEST) tests/integration/test_config_fuzz.py
+
+# The ratios of docs/benchmarks.md, side by side on this machine. Those of whole steps need a quickstart's folder: docs/topk.md.
+bench: install
+	$(BIN)/python tests/benchmarks/loss.py
+	$(BIN)/python tests/benchmarks/top_k.py logits
+	$(BIN)/python tests/benchmarks/transport.py
+	$(BIN)/python tests/benchmarks/scale.py
+	$(BIN)/python tests/benchmarks/reading.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
 """The CPPO loss beside verl's dppo_tv on the same tensors, in one process each run and in turn.
 
-    python tests/benchmarks/loss.py [--tokens 524288] [--repeats 41] [--threads 1]
+    python tests/benchmarks/loss.py [--repeats 41] [--threads 1]
 
-Prints, for response lengths from 1k to 64k at a fixed number of tokens, the median time of forward and backward of
-both, their ratio, and CPPO's time per token; then peak extra memory of both, each in a process of its own.
+Prints, for micro-batches of 8 thousand to half a million tokens, the median time of forward and backward of both, their
+ratio, and CPPO's time per token; then the number of tensor operations that each issues, and their peak extra memory,
+measured in a process of its own.
 """
 
 import argparse
@@ -15,12 +16,15 @@ from statistics import median
 
 import torch
 import verl  # noqa: F401  loads the plug-in
+from torch.utils._python_dispatch import TorchDispatchMode
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
 from cppo_verl.plugin.config import CPPOLossConfig
 
-LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536)
+SHAPES = ((8, 1024), (16, 8192), (64, 8192), (16, 32768), (4, 65536))
+"""Responses and their padded length."""
+MEMORY_SHAPES = ((4096, 1024), (64, 65536))
 
 
 def tensors(rows, length):
@@ -62,23 +66,40 @@ def peak_memory(loss_mode, rows, length):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
+class OperationCount(TorchDispatchMode):
+    """Counts the tensor operations inside, those of the backward pass too."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(loss_mode):
+    data = tensors(*SHAPES[0])
+    config = configs(data)[loss_mode]
+    step(loss_mode, data, config)
+    with OperationCount() as count:
+        step(loss_mode, data, config)
+    return count.number
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=524288)
     parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
-        loss_mode, length = args.memory[0], int(args.memory[1])
-        print(peak_memory(loss_mode, args.tokens // length, length))
+        print(peak_memory(args.memory[0], int(args.memory[1]), int(args.memory[2])))
         return
 
-    print(f"torch {torch.__version__}, {args.threads} thread(s), {args.tokens} tokens, median of {args.repeats}")
-    print("length   rows   dppo_tv ms   cppo ms   ratio   cppo ns/token")
-    for length in LENGTHS:
-        data = tensors(args.tokens // length, length)
+    print(f"torch {torch.__version__}, {args.threads} thread(s), median of {args.repeats}")
+    print("rows  length   dppo_tv ms   cppo ms   ratio   cppo ns/token")
+    for rows, length in SHAPES:
+        data = tensors(rows, length)
         times = {name: [] for name in configs(data)}
         for repeat in range(args.repeats + 2):
             for name, config in configs(data).items():
@@ -89,15 +110,16 @@ def main():
         cppo, dppo = median(times["cppo"]), median(times["dppo_tv"])
         ratio = median(a / b for a, b in zip(times["cppo"], times["dppo_tv"], strict=True))
         print(
-            f"{length:6d} {args.tokens // length:6d} {dppo * 1e3:12.1f} {cppo * 1e3:9.1f} {ratio:7.2f} "
-            f"{cppo / args.tokens * 1e9:15.1f}"
+            f"{rows:4d}{length:8d}{dppo * 1e3:13.1f}{cppo * 1e3:10.1f}{ratio:8.2f}{cppo / rows / length * 1e9:16.1f}",
+            flush=True,
         )
-    for length in (LENGTHS[0], LENGTHS[-1]):
-        command = [sys.executable, __file__, "--tokens", str(args.tokens * 8), "--memory"]
-        peak = {m: int(subprocess.check_output([*command, m, str(length)], text=True)) for m in ("dppo_tv", "cppo")}
+    print(f"tensor operations: dppo_tv {operations('dppo_tv')}, cppo {operations('cppo')}")
+    for rows, length in MEMORY_SHAPES:
+        command = [sys.executable, __file__, "--memory"]
+        shape = [str(rows), str(length)]
+        peak = {m: int(subprocess.check_output([*command, m, *shape], text=True)) for m in ("dppo_tv", "cppo")}
         print(
-            f"peak extra memory at length {length}, {args.tokens * 8} tokens: "
-            f"dppo_tv {peak['dppo_tv'] / 2**20:.0f} MiB, "
+            f"peak extra memory at [{rows} x {length}]: dppo_tv {peak['dppo_tv'] / 2**20:.0f} MiB, "
             f"cppo {peak['cppo'] / 2**20:.0f} MiB, ratio {peak['cppo'] / peak['dppo_tv']:.2f}"
         )
 
