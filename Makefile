@@ -17,7 +17,7 @@ BROWSER := $(VENV)/browser
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
-.PHONY: install quickstart test test-unit test-extras test-faults test-fuzz bench lint docs dist clean
+.PHONY: install quickstart study study-smoke test test-unit test-extras test-faults test-fuzz bench lint docs dist clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,19 @@ $(BROWSER)/chromium: $(VENV)/installed
 
 quickstart: install
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
+
+# The tables and pictures of studies/trust_regions/findings.md, anew from the raw results.
+study: install
+	$(BIN)/python -m studies.trust_regions.report
+
+# Two cells of the study with two seeds, end to end.
+study-smoke: install
+	mkdir -p outputs/study-smoke
+	cp studies/trust_regions/findings.md outputs/study-smoke/page.md
+	$(BIN)/python -m studies.trust_regions.run -m output=$(CURDIR)/outputs/study-smoke/cells \
+	    inputs=outputs/study-smoke/shared results_folder=outputs/study-smoke/results \
+	    rule=dppo,cppo horizon=16 updates=4 learning_rate=3e-4 steps=4 limit=2
+	$(BIN)/python -m studies.trust_regions.report --results outputs/study-smoke/results --page outputs/study-smoke/page.md
 
 test: install lint $(BROWSER)/chromium
 	$(PYTEST)

@@ -33,7 +33,7 @@ def run(config: DictConfig, file: Path) -> None:
     """Train all seeds of the cell, and write what was measured to ``file``."""
     torch.set_num_threads(1)  # a cell a core
     begin = time.monotonic()
-    seeds = list(SEEDS.get(config.seeds, config.seeds))
+    seeds = list(SEEDS.get(config.seeds, config.seeds))[: config.limit]
     rate = results.best_rate(config, GRID) if config.learning_rate == "chosen" else float(config.learning_rate)
     settings = Settings(
         config.horizon,

@@ -34,7 +34,7 @@ def file_of(config: DictConfig) -> Path:
     if config.staleness:
         parts.append(f"stale-{config.staleness}")
     folder = config.seeds if isinstance(config.seeds, str) else "other"
-    return Path(config.results, folder, "_".join(parts) + ".parquet")
+    return Path(config.results_folder, folder, "_".join(parts) + ".parquet")
 
 
 def write(file: Path, rows: pd.DataFrame, about: dict[str, Any]) -> None:

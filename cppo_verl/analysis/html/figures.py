@@ -16,7 +16,7 @@ SERIES = ("#3b7fc4", "#d9822b", "#3a9d6c", "#a864b8", "#cf5b56", "#8f7355", "#2f
 BLUE, ORANGE, GREEN, PURPLE, RED, _, _, GREY = SERIES
 INK = "#010203"
 """Colour of text and axes, which a page replaces by that of its text; no series has it."""
-_STYLE: Any = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
+STYLE: Any = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Figure:
     height: float = 3.4
 
     def __post_init__(self) -> None:
-        with rc_context(_STYLE):
+        with rc_context(STYLE):
             self.canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
             self.axes: Axes = self.canvas.add_subplot(title=self.title)
 
@@ -42,7 +42,7 @@ class Figure:
         handles, labels = self.axes.get_legend_handles_labels()
         if handles:
             outside = kwargs.get("loc", "").startswith("outside")
-            with rc_context(_STYLE):
+            with rc_context(STYLE):
                 (self.canvas if outside else self.axes).legend(handles, labels, **kwargs)
 
     def _lay_out(self) -> None:
@@ -55,7 +55,7 @@ class Figure:
         """The figure for a page: without a background, as wide as there is room, text in the page's colour."""
         sink = io.StringIO()
         # Without the salt, equal ids in two pictures of a page would both refer to the first picture.
-        with rc_context(_STYLE | {"svg.hashsalt": self.name}):
+        with rc_context(STYLE | {"svg.hashsalt": self.name}):
             self._lay_out()
             self.canvas.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
         text = sink.getvalue()
@@ -70,7 +70,7 @@ class Figure:
     def save(self, folder: Path) -> None:
         """Write NAME.png and NAME.svg to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
-        with rc_context(_STYLE | {"svg.hashsalt": self.name}):
+        with rc_context(STYLE | {"svg.hashsalt": self.name}):
             self._lay_out()
             self.canvas.savefig(folder / f"{self.name}.png", dpi=150)
             self.canvas.savefig(folder / f"{self.name}.svg", metadata={"Date": None})

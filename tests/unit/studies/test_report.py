@@ -1,0 +1,140 @@
+"""The report's numbers, recomputed by hand from made results."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from studies.trust_regions import report, results
+from studies.trust_regions.loop import POSITION_BINS
+
+STEPS = 20
+SEEDS = range(201, 209)
+
+
+def made(method, horizon=64, updates=16, level=0.5, share=0.05, masked=0.05, **settings):
+    """A cell whose runs end at ``level`` and a little more for later seeds."""
+    rows = []
+    for i, seed in enumerate(SEEDS):
+        for step in range(1, STEPS + 1):
+            accuracy = 0.3 + (level + 0.01 * i - 0.3) * step / STEPS
+            rows.append({"seed": seed, "step": step, "accuracy": accuracy, "masked": masked, "by_budget": 0.6 * masked})
+    frame = pd.DataFrame(rows).assign(deviation=0.01, tokens=100, not_finite=0)
+    frame = frame.assign(**{f"masked_at_{b}": masked for b in range(POSITION_BINS)})
+    about = {"method": method, "share": share, "seeds": "evaluation"}
+    about["settings"] = {"horizon": horizon, "updates": updates, "learning_rate": 1e-4} | {
+        "rollout_dtype": "float32",
+        "staleness": 0,
+    }
+    about["settings"] |= settings
+    return results.Cell(frame, about)
+
+
+def study(*cells, grid=(), trainer=()):
+    return report.Study(list(grid), list(cells), list(trainer))
+
+
+def row(text, start):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_cell_reads_back_as_it_was_written(tmp_path):
+    cell = made("cppo")
+    results.write(tmp_path / "evaluation" / "a.parquet", *cell)
+    read = results.read(tmp_path / "evaluation" / "a.parquet")
+    assert read.about == cell.about
+    pd.testing.assert_frame_equal(read.rows, cell.rows.round(5), check_dtype=False, rtol=1e-6)
+
+
+def test_the_primary_metric_is_the_mean_over_the_last_tenth_of_the_steps():
+    cell = made("cppo")
+    for seed, value in results.final_accuracy(cell.rows).items():
+        own = cell.rows[cell.rows["seed"] == seed].sort_values("step")["accuracy"].tolist()
+        assert value == pytest.approx(sum(own[-2:]) / 2)
+
+
+def test_the_primary_table_shows_the_paired_difference_and_its_correction():
+    text = report.compared(study(made("cppo", level=0.58), made("dppo", level=0.5)), "cppo", "dppo")
+    got = row(text, "T = 64, 16 updates")
+    # 0.08 at the last step of twenty, and 0.08 * 19 / 20 at the one before.
+    assert got[3].startswith("**+7.8 [+7.8, +7.8]**")
+    # Of the 2^8 choices of signs two are as extreme; nothing to correct in a family of one.
+    assert float(got[4]) == pytest.approx(2 / 2**8, abs=0.003)
+    assert row(text, "T = 16, 4 updates")[1:] == ["not run"] * 5
+
+
+def test_a_small_difference_is_not_called_one():
+    text = report.compared(study(made("cppo", level=0.51), made("dppo", level=0.5)), "cppo", "dppo")
+    assert "**" not in text
+
+
+def test_holms_correction():
+    # By its definition: the k-th smallest of n times n - k + 1, never below one before it.
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert report.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_wilsons_interval_solves_its_equation():
+    for count, total in itertools.product((0, 1, 7, 20), (20, 300)):
+        z, rate = 1.959964, count / total
+        for p in report.wilson(count, total):
+            assert abs(rate - p) == pytest.approx(z * np.sqrt(p * (1 - p) / total), abs=1e-6)
+
+
+def test_a_cell_outside_the_matched_share_is_marked():
+    cells = made("cppo", masked=0.09), made("dppo", masked=0.05)
+    assert "*" in row(report.compared(study(*cells), "cppo", "dppo"), "T = 64, 16 updates")[1]
+    assert "*" not in row(report.compared(study(*cells), "cppo", "dppo"), "T = 64, 16 updates")[2]
+    assert "*" in row(report.all_methods(study(*cells)), "CPPO")[5]
+
+
+def test_collapsed_runs_are_counted_in_grid_and_evaluation():
+    falling = made("none")
+    falling.rows.loc[(falling.rows["seed"] < 204) & (falling.rows["step"] > 5), "accuracy"] = 0.0
+    text = report.collapse_table(study(falling, made("dppo"), grid=[falling]))
+    assert row(text, "no mask")[1].startswith("6 of 16, ")
+    assert row(text, "DPPO")[1].startswith("0 of 8, ")
+
+
+def test_an_arm_does_not_stand_in_for_the_complete_part():
+    arms = made("cppo", rollout_dtype="bfloat16"), made("cppo", staleness=1), made("cppo", share="paper")
+    assert study(*arms).find("cppo", 64, 16) is None
+    text = report.arms(study(*arms, made("dppo", level=0.42, staleness=1)))
+    assert "rollout one batch old" in text and "+7.8" in text
+
+
+def test_the_change_with_the_horizon_is_that_of_the_paired_differences():
+    cells = []
+    for horizon, updates in report.CONDITIONS:
+        cells.append(made("dppo", horizon, updates))
+        cells.append(made("cppo", horizon, updates, level=0.5 + {16: 0.0, 64: 0.04, 192: 0.08}[horizon]))
+    text = report.contrasts(study(*cells))
+    assert row(text, "T = 192 minus T = 16")[1] == "+7.8 [+7.8, +7.8]"
+    assert row(text, "32 minus 4 updates")[1] == "+0.0 [+0.0, +0.0]"
+
+
+def test_the_instruments_are_compared_on_the_trainers_seeds():
+    trainer = made("cppo", level=0.55)
+    few = trainer._replace(rows=trainer.rows[trainer.rows["seed"] < 206])
+    got = row(report.instruments(study(made("cppo"), trainer=[few])), "CPPO")
+    assert got[1] == "5"
+    assert got[4].startswith("+4.9 ")
+
+
+def test_the_page_is_filled_between_its_markers_and_stays_so():
+    page = "# Page\n\n<!-- table: methods -->\nold\n<!-- end -->\n\ntext\n"
+    filled = report.rewrite(page, study(made("cppo")))
+    assert "old" not in filled and filled.endswith("<!-- end -->\n\ntext\n")
+    assert report.rewrite(filled, study(made("cppo"))) == filled
+    with pytest.raises(KeyError):
+        report.rewrite("<!-- table: unknown -->\n<!-- end -->", study())
+
+
+def test_an_empty_study_has_all_tables_and_pictures(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in report.TABLES))
+    report.main(["--results", str(tmp_path), "--page", str(page)])
+    assert page.read_text().count("not run") > 50
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == len(report.PICTURES)
