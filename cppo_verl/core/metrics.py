@@ -1,9 +1,13 @@
 """Metrics of the mask: sums that add up over micro-batches and ranks, and the shares made of them."""
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from cppo_verl.core.trust_region import TrustRegion
+from cppo_verl.core.trust_region import TrustRegion, count
 
 GROUPS = ("all", "positive", "negative")
 TOKEN_SUMS = ("tokens", "masked", "budget_rejected", "divergence", "log_ratio")
@@ -13,7 +17,7 @@ POSITION_SUMS = ("tokens", "divergence")
 
 
 @torch.no_grad()
-def mask_sums(
+def token_sums(
     region: TrustRegion,
     update_mask: Tensor,
     divergence: Tensor,
@@ -21,12 +25,8 @@ def mask_sums(
     advantages: Tensor,
     valid: Tensor,
     delta: float,
-    p90: Tensor,
 ) -> Tensor:
-    """Sums over the batch that the step's metrics are made of.
-
-    A token belongs to the sign of its advantage, a response to the sign of its advantages' sum; those of advantage zero
-    count in "all" only.
+    """Sums over tokens, each of which belongs to the sign of its advantage; to "all" alone if that is zero.
 
     Args:
         region: the constraints of each token.
@@ -36,30 +36,54 @@ def mask_sums(
         advantages: A_t, [B, L], zero outside the mask.
         valid: the mask as 0 and 1 in their dtype, [B, L].
         delta: token threshold.
-        p90: 0.9-quantile of D_t per response, [B, 1].
 
     Returns:
-        Sums, [3, 9]: a row per group of `GROUPS`, a column per name of TOKEN_SUMS + RESPONSE_SUMS.
+        [15]: per name of TOKEN_SUMS a sum per group of `GROUPS`.
     """
+    groups = torch.stack([valid, advantages, -advantages]).gt_(0).flatten(1)
+    tokens = groups.sum(1)
     # The token threshold comes first: what w_t D_t <= delta would have let pass, the budget rejected.
-    below = (region.weighted_divergence <= delta).to(valid.dtype)
-    tokens, kept, below, kept_below, divergence_sum, log_ratio_sum = _sums_by_sign(
-        (valid, update_mask, below, below * update_mask, divergence, log_ratio), valid, advantages.sign()
-    )
-    token_sums = (tokens, tokens - kept, below - kept_below, divergence_sum, log_ratio_sum)
-
-    weight = region.weights.sum(-1)
-    responses = valid.sum(-1).clamp_max_(1)
-    delta_b = torch.zeros_like(weight) if region.delta_b is None else region.delta_b.squeeze(-1)
-    prefix_average = region.weighted_divergence.sum(-1) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
-    response_sums = _sums_by_sign(
-        (responses, delta_b, p90.squeeze(-1), prefix_average), responses, advantages.sum(-1).sign()
-    )
-    return torch.stack([*token_sums, *response_sums], dim=1)
+    below = torch.le(region.weighted_divergence, delta, out=torch.empty_like(valid))
+    budget_rejected = below.addcmul_(below, update_mask, value=-1)
+    kept, *others = (groups @ x.flatten() for x in (update_mask, budget_rejected, divergence, log_ratio))
+    return torch.cat([tokens, tokens - kept, *others])
 
 
 @torch.no_grad()
-def position_sums(divergence: Tensor, valid: Tensor) -> Tensor:
+def response_columns(region: TrustRegion, advantages: Tensor, length: Tensor, p90: Tensor) -> Tensor:
+    """What `response_sums` needs of each response.
+
+    Args:
+        region: the constraints of each token.
+        advantages: A_t, [B, L], zero outside the mask.
+        length: number of valid tokens, [B, 1].
+        p90: 0.9-quantile of D_t, [B, 1].
+
+    Returns:
+        [B, 6].
+    """
+    delta_b = torch.zeros_like(p90) if region.delta_b is None else region.delta_b
+    summed = (advantages, region.weighted_divergence, region.weights)
+    return torch.cat([length, delta_b, p90, *(x.sum(-1, keepdim=True) for x in summed)], 1)
+
+
+def response_sums(columns: np.ndarray) -> np.ndarray:
+    """Sums over responses, each of which belongs to the sign of its advantages' sum; to "all" alone if that is zero.
+
+    Args:
+        columns: `response_columns` on the host.
+
+    Returns:
+        [4, 3]: a row per name of RESPONSE_SUMS, a column per group of `GROUPS`.
+    """
+    length, delta_b, p90, advantage, prefix, weight = columns.T
+    responses = length > 0
+    prefix_average = prefix / np.where(responses, weight, 1)
+    return np.stack([responses, delta_b, p90, prefix_average]) @ np.stack([responses, advantage > 0, advantage < 0], 1)
+
+
+@torch.no_grad()
+def position_sums(divergence: Tensor, valid: Tensor, counted: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Number of tokens and sum of D_t by position in the response.
 
     Bin b holds the valid tokens t = 1..T of a response with b T < POSITION_BINS t <= (b + 1) T.
@@ -67,30 +91,23 @@ def position_sums(divergence: Tensor, valid: Tensor) -> Tensor:
     Args:
         divergence: D_t, [B, L], zero outside the mask.
         valid: the mask as 0.0 and 1.0, [B, L].
+        counted: `count` of it, if the caller has it already.
 
     Returns:
         [2, POSITION_BINS]: the numbers, the sums.
     """
-    count = valid.cumsum(-1)
-    share = torch.arange(1, POSITION_BINS + 1, device=valid.device) / POSITION_BINS
-    last = (count[:, -1:] * share).floor()
-    # Where the last token of each bin stands; a response without tokens has sums of zero anywhere.
-    column = torch.searchsorted(count, last).clamp_max_(valid.shape[-1] - 1)
-    upto = divergence.cumsum(-1).gather(-1, column).where(last > 0, 0)
-    zero = upto.new_zeros((len(upto), 1))
-    return torch.stack([last.diff(dim=-1, prepend=zero).sum(0), upto.diff(dim=-1, prepend=zero).sum(0)])
+    t, length = count(valid) if counted is None else counted
+    last = (length * _borders(length.device)).floor_()
+    # The sum before the token that follows the last one of each bin.
+    before = pad(divergence, (1, 0)).cumsum_(-1)
+    sums = before.gather(-1, torch.searchsorted(t, last, right=True))
+    return torch.stack([last, sums]).diff().sum(1)
 
 
-def _sums_by_sign(columns: tuple[Tensor, ...], valid: Tensor, sign: Tensor) -> Tensor:
-    """Sum of each column over the valid entries, over those of sign 1 and of sign -1: [columns, 3].
-
-    A dot product with a 0-1 vector costs a third of masking and summing. ``sign`` is 0 where not valid.
-    """
-    valid, sign = valid.flatten(), sign.flatten()
-    nonzero = sign.abs()
-    dots = torch.stack([torch.dot(x.flatten(), y) for x in columns for y in (valid, nonzero, sign)]).view(-1, 3)
-    total, unsigned, signed = dots.unbind(1)
-    return torch.stack([total, (unsigned + signed) / 2, (unsigned - signed) / 2], dim=1)
+@lru_cache
+def _borders(device: torch.device) -> Tensor:
+    """Of the position bins, as shares of a response."""
+    return torch.linspace(0, 1, POSITION_BINS + 1, device=device)
 
 
 def shares(sums: dict[str, float]) -> dict[str, float]:

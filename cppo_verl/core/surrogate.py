@@ -49,23 +49,22 @@ def clipped_weight(ratio: Tensor, advantages: Tensor, low: float, high: float) -
 
 
 class WeightedLogProb(torch.autograd.Function):
-    """Per-token loss -weight_t whose gradient with respect to log_pi is -weight_t too.
+    """The weight itself, whose gradient with respect to log_pi is the weight too.
 
-    Its gradient is that of -weight_t rho_t / sg(rho_t), without the exponential and what it would store. Its negative
-    sum is the surrogate (11), sum_t M_t rho_t A_t, for `surrogate_weight` without a cap.
+    Its gradient is that of weight_t rho_t / sg(rho_t), without the exponential and what it would store. Its sum is the
+    surrogate (11), sum_t M_t rho_t A_t, for `surrogate_weight` without a cap.
     """
 
     @staticmethod
     def forward(ctx: Any, log_pi: Tensor, weight: Tensor) -> Tensor:
-        loss = -weight
-        ctx.save_for_backward(loss)
+        ctx.save_for_backward(weight)
         ctx.dtype = log_pi.dtype
-        return loss
+        return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (loss,) = ctx.saved_tensors
-        return (grad * loss).to(ctx.dtype), None
+        (weight,) = ctx.saved_tensors
+        return (grad * weight).to(ctx.dtype), None
 
 
 def masked_surrogate(
@@ -84,7 +83,7 @@ def masked_surrogate(
         [..., L], fp32 (fp64 for fp64).
     """
     log_ratio = as_float32(log_pi.detach()) - as_float32(log_mu)
-    return WeightedLogProb.apply(log_pi, surrogate_weight(log_ratio, advantages, update_mask, ratio_cap))
+    return -WeightedLogProb.apply(log_pi, surrogate_weight(log_ratio, advantages, update_mask, ratio_cap))
 
 
 @torch.no_grad()

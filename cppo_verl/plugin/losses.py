@@ -1,19 +1,20 @@
 """The policy losses, as verl calls them: keyword arguments, padded tensors [B, L], (loss, metrics) back."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
 from cppo_verl.core import metrics, neighbours, surrogate, trust_region
-from cppo_verl.core.divergence import Kind, as_float32, binary_divergence
+from cppo_verl.core.divergence import Kind, binary_divergence
 from cppo_verl.plugin.config import (
     CPPOLossConfig,
     MethodConfig,
@@ -23,14 +24,14 @@ from cppo_verl.plugin.config import (
 )
 
 METRIC_PREFIX = "actor/trust_region/"
-SUM_NAMES = [
-    f"{METRIC_PREFIX}{group}/{name}" for group in metrics.GROUPS for name in metrics.TOKEN_SUMS + metrics.RESPONSE_SUMS
-]
-SUM_NAMES += [
+TOKEN_SUM_NAMES = [f"{METRIC_PREFIX}{group}/{name}" for name in metrics.TOKEN_SUMS for group in metrics.GROUPS]
+TOKEN_SUM_NAMES += [
     f"{METRIC_PREFIX}position_{b}/{name}" for name in metrics.POSITION_SUMS for b in range(metrics.POSITION_BINS)
 ]
 ABSOLUTE_SUMS = [f"{METRIC_PREFIX}update/absolute_{name}" for name in ("log_ratio", "log_mu")]
-SUM_NAMES += ABSOLUTE_SUMS
+TOKEN_SUM_NAMES += ABSOLUTE_SUMS
+RESPONSE_SUM_NAMES = [f"{METRIC_PREFIX}{group}/{name}" for name in metrics.RESPONSE_SUMS for group in metrics.GROUPS]
+SUM_NAMES = TOKEN_SUM_NAMES + RESPONSE_SUM_NAMES
 UPDATE_TOKENS = f"{METRIC_PREFIX}update/tokens"
 """Number of tokens of the update that a micro-batch is a part of, over all ranks."""
 LOG_PROB_TOLERANCE = 1e-3
@@ -48,6 +49,8 @@ class Tokens(NamedTuple):
     """True on valid tokens."""
     valid: Tensor
     """The mask as 0 and 1; a conversion for each use would cost as much as the arithmetic."""
+    counted: tuple[Tensor, Tensor]
+    """t, and T [B, 1]."""
     divergence: Tensor | None
     """D_t where it was measured in the forward pass, as the top-K divergences are."""
 
@@ -99,14 +102,16 @@ def cppo(method: CPPOLossConfig, config: ActorConfig, tokens: Tokens) -> Decisio
     if method.weights == "shuffled":
         weights = trust_region.shuffled_weights(tokens.mask, method.w_min)
     else:
-        weights = trust_region.position_weights(tokens.valid, method.w_min, horizon=method.horizon)
+        weights = trust_region.position_weights(
+            tokens.valid, method.w_min, horizon=method.horizon, counted=tokens.counted
+        )
     delta_b: Tensor | float | None = None
     if method.budget == "adaptive":
         delta_b = trust_region.adaptive_budget(divergence, tokens.mask, method.delta_b, method.budget_clamp, p90)
     elif method.budget == "fixed":
         delta_b = method.delta_b
     delta, gate, log_ratio, advantages = method.delta, method.gate, tokens.log_ratio, tokens.advantages
-    region = trust_region.build_trust_region(divergence, tokens.mask, delta=delta, delta_b=delta_b, weights=weights)
+    region = trust_region.build_trust_region(divergence, None, delta=delta, delta_b=delta_b, weights=weights)
     keep = trust_region.update_mask(region, log_ratio, advantages, delta=delta, gate=gate, tau=method.tau)
     weight = surrogate.surrogate_weight(log_ratio, advantages, keep, method.ratio_cap)
     # The penalty's weights leave [0, 1]; the metrics count what it takes off a weight of 1, at most all of it.
@@ -121,7 +126,7 @@ def trm(method: TRMLossConfig, config: ActorConfig, tokens: Tokens) -> Decision:
         divergence, tokens.mask, delta=method.delta, delta_avg=method.delta_avg
     )
     delta = torch.inf if method.delta is None else method.delta
-    region = trust_region.build_trust_region(divergence, tokens.mask, delta=delta, delta_b=None)
+    region = trust_region.build_trust_region(divergence, None, delta=delta, delta_b=None, weights=tokens.valid)
     weight = surrogate.surrogate_weight(tokens.log_ratio, tokens.advantages, keep, method.ratio_cap)
     return Decision(weight, keep, region, divergence, delta, p90)
 
@@ -133,7 +138,7 @@ def prefix_ratio(method: PrefixRatioLossConfig, config: ActorConfig, tokens: Tok
     low, high = config.clip_ratio_low, config.clip_ratio_high
     inside = ((ratio >= 1 - low) & (ratio <= 1 + high)).to(ratio.dtype)
     divergence, p90 = _divergence("binary", "tv", tokens)
-    region = trust_region.build_trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
+    region = trust_region.build_trust_region(divergence, None, delta=torch.inf, delta_b=None, weights=tokens.valid)
 
     weight = surrogate.clipped_weight(ratio, tokens.advantages, low, high)
     return Decision(weight, inside, region, divergence, torch.inf, p90)
@@ -146,7 +151,7 @@ def neighbour(method: NeighbourLossConfig, config: ActorConfig, tokens: Tokens) 
     else:
         keep = neighbours.vaco_mask(tokens.log_ratio, tokens.advantages, tokens.mask, method.delta)
     divergence, p90 = _divergence("binary", "tv", tokens)
-    region = trust_region.build_trust_region(divergence, tokens.mask, delta=torch.inf, delta_b=None)
+    region = trust_region.build_trust_region(divergence, None, delta=torch.inf, delta_b=None, weights=tokens.valid)
     weight = surrogate.surrogate_weight(tokens.log_ratio, tokens.advantages, keep, method.ratio_cap)
     return Decision(weight, keep, region, divergence, torch.inf, p90)
 
@@ -162,7 +167,7 @@ def _divergence(partition: str, kind: Kind, tokens: Tokens) -> tuple[Tensor, Ten
             f"divergence={partition}_{kind} is measured in the forward pass, for which the plug-in's trainers arrange: "
             "set trainer.v1.trainer_mode=cppo_sync, or divergence=binary_tv"
         )
-    return divergence, trust_region.masked_quantile(divergence, tokens.mask, 0.9)
+    return divergence, trust_region.quantile_of_largest(divergence, tokens.counted[1], 0.9)
 
 
 def policy_loss(
@@ -177,7 +182,7 @@ def policy_loss(
     loss_agg_mode: str = "token-mean",
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """A rule's decisions as a policy loss of verl, averaged by verl's ``agg_loss``.
+    """A rule's decisions as a policy loss of verl, averaged as verl's ``agg_loss`` does.
 
     Args:
         rule: one of this module's rules: method config, actor config and tokens to a decision.
@@ -213,46 +218,82 @@ def policy_loss(
         )
 
     mask = response_mask.bool()
+    largest = torch.finfo(torch.float32).max
     with torch.no_grad():
         inputs = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
-        valid = mask.to(torch.float32)
-        # Zero outside the mask; nan_to_num hides no fault on valid tokens, which check_values looks for below.
-        log_pi, log_mu, advantages = (as_float32(x).nan_to_num(0, 0, 0).mul_(valid) for x in inputs.values())
+        # A byte is converted several times as fast as a boolean on a CPU.
+        valid = mask.view(torch.uint8).to(torch.float32)
+        # Zero outside the mask. On valid tokens the largest number stands for what is not finite; the maximum shows it.
+        cleaned = torch.stack([x.float() for x in inputs.values()]).nan_to_num_(largest, largest, largest).mul_(valid)
+        log_pi, log_mu, advantages = cleaned.unbind()
         context = _context.get()
         measured = None if context.divergence is None else torch.where(mask, context.divergence, 0)
-        tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask, valid, measured)
+        counted = trust_region.count(valid)
+        tokens = Tokens(log_pi, log_mu, log_pi - log_mu, advantages, mask, valid, counted, measured)
         decision = rule(method, config, tokens)
         if context.observed is not None:
             context.observed.append((method, tokens, decision))
         weight, update_mask, region, divergence, delta, p90 = decision
-        sums = metrics.mask_sums(region, update_mask, divergence, tokens.log_ratio, advantages, valid, delta, p90)
-        positions = metrics.position_sums(divergence, valid)
-        absolute = torch.stack([torch.linalg.vector_norm(x, 1) for x in (tokens.log_ratio, log_mu)])
-        # The maximum shows nan, +inf and values above zero, the sum shows -inf.
-        extremes = torch.stack([f(x).float() for x in inputs.values() for f in (torch.amax, torch.sum)])
-        lowest = valid.new_zeros(1) if measured is None else measured.amin().float().view(1)
+        reported = [
+            cleaned.amax((1, 2)),
+            metrics.token_sums(region, update_mask, divergence, tokens.log_ratio, advantages, valid, delta),
+            metrics.position_sums(divergence, valid, counted).flatten(),
+            torch.stack([tokens.log_ratio, log_mu]).abs_().sum((1, 2)),
+            metrics.response_columns(region, advantages, counted[1], p90).flatten(),
+        ]
+        if measured is not None:
+            reported.append(measured.amin().float().view(1))
         # One transfer to the host for everything.
-        reported = torch.cat([sums.flatten(), positions.flatten(), absolute, extremes, lowest])
-        *totals, pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum, d_min = reported.tolist()
+        host = torch.cat(reported).cpu().numpy().astype(float)
+    ends = np.cumsum([len(x) for x in reported])
+    (pi_max, mu_max, a_max), totals, columns, lowest = np.split(host, ends[[0, 3, 4]])
+    sums = dict(zip(TOKEN_SUM_NAMES, totals.tolist(), strict=True))
 
     # An infinite D_t shows in its sum.
-    d_sum = totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/divergence")]
-    sound = all(map(math.isfinite, (pi_max, pi_sum, mu_max, mu_sum, a_max, a_sum, d_min, d_sum)))
-    if not sound or max(pi_max, mu_max) > LOG_PROB_TOLERANCE or d_min < 0:  # perhaps in the padding only
+    d_sum, num_tokens = (sums[f"{METRIC_PREFIX}all/{name}"] for name in ("divergence", "tokens"))
+    sound = max(pi_max, mu_max) <= LOG_PROB_TOLERANCE and a_max < largest and math.isfinite(d_sum)
+    if not sound or (lowest < 0).any():
         if measured is not None:
             inputs["divergence"] = measured
         for name, x in inputs.items():
             check_values(name, x, mask)
+    of_responses = metrics.response_sums(columns.reshape(len(mask), -1))
+    sums |= zip(RESPONSE_SUM_NAMES, of_responses.ravel().tolist(), strict=True)
 
-    loss_mat = surrogate.WeightedLogProb.apply(log_prob, weight)
-    num_tokens = totals[SUM_NAMES.index(f"{METRIC_PREFIX}all/tokens")]
-    if num_tokens:
-        loss = agg_loss(loss_mat=loss_mat, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+    weighted = surrogate.WeightedLogProb.apply(log_prob, weight)
+    batch = config.global_batch_info
+    divisor = constant_divisor(loss_agg_mode, batch, mask.shape[1])
+    if divisor:
+        loss = weighted.sum() * (-batch.get("dp_size", 1) / divisor)
+    elif num_tokens:
+        loss = agg_loss(loss_mat=-weighted, loss_mask=valid, loss_agg_mode=loss_agg_mode, **batch)
     else:
         # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
-        loss = loss_mat.sum()
-    of_update = config.global_batch_info.get("batch_num_tokens") or num_tokens
-    return loss, dict(zip(SUM_NAMES, totals, strict=True)) | {UPDATE_TOKENS: of_update}
+        loss = weighted.sum()
+    return loss, sums | {UPDATE_TOKENS: batch.get("batch_num_tokens") or num_tokens}
+
+
+def constant_divisor(loss_agg_mode: str, batch: Mapping[str, Any], length: int) -> float | None:
+    """What verl's ``agg_loss`` divides the loss of each token by, in the modes in which it is one number.
+
+    With it the loss is a sum and a product, where ``agg_loss`` takes fifteen operations more.
+
+    Args:
+        loss_agg_mode: a mode of ``agg_loss``.
+        batch: the actor's ``global_batch_info``.
+        length: padded length of the responses.
+
+    Returns:
+        The number, without dp_size; None where it depends on the response, or ``batch`` lacks a number that it needs.
+    """
+    sequences = batch.get("global_batch_size")
+    if loss_agg_mode == "token-mean":
+        return batch.get("batch_num_tokens")
+    if loss_agg_mode == "seq-mean-token-sum":
+        return sequences
+    if loss_agg_mode == "seq-mean-token-sum-norm" and sequences:
+        return sequences * (batch.get("loss_scale_factor") or length)
+    return None
 
 
 register_policy_loss("cppo")(partial(policy_loss, cppo, CPPOLossConfig))

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from loss_batches import CAP, DELTA, DELTA_B, W_MIN, actor_config, batch, call
+from torch.utils._python_dispatch import TorchDispatchMode
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
 from verl.utils.metric import AggregationType, Metric
 from verl.utils.py_functional import append_to_dict, rename_dict
@@ -228,3 +229,49 @@ def test_a_measured_divergence_that_is_none_is_refused_with_the_way_out(value):
     )
     with loss_context(divergence=divergence), pytest.raises(ValueError, match=message):
         call(data, actor_config(divergence="topk_kl"))
+
+
+@pytest.mark.parametrize("scale", [None, 7])
+@pytest.mark.parametrize(
+    "mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+)
+def test_loss_and_gradient_are_averaged_as_agg_loss_does_with_the_numbers_of_the_whole_batch(mode, scale):
+    data, config = batch(), actor_config(tokens=1000, sequences=50, dp_size=2)
+    config.global_batch_info["loss_scale_factor"] = scale
+    loss, _ = call(data, config, mode)
+    loss.backward()
+    value, grad, _ = expected(data)
+    given = dict(loss_mask=data["response_mask"].double(), loss_agg_mode=mode, **config.global_batch_info)
+    assert loss.item() == pytest.approx(agg_loss(loss_mat=torch.tensor(value).double(), **given).item(), rel=1e-5)
+    leaf = torch.zeros_like(given["loss_mask"], requires_grad=True)
+    agg_loss(loss_mat=torch.tensor(grad).double() * leaf, **given).backward()
+    torch.testing.assert_close(data["log_prob"].grad.double(), leaf.grad, rtol=1e-5, atol=1e-8)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the tensor operations inside, those of the backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(("rows", "width"), [(6, 40), (24, 40), (6, 160)])
+def test_forward_and_backward_take_at_most_100_operations_and_one_transfer(rows, width, mode, monkeypatch):
+    """On an accelerator a small micro-batch costs its operations; one that waits for a value costs much more."""
+    transfers, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(self.shape) or cpu(self))
+    data = batch(rows=rows, width=width)
+    config = actor_config(int(data["response_mask"].sum()), rows)
+    with Operations() as operations:
+        loss, _ = call(data, config, mode)
+        loss.backward()
+    assert len(operations.names) <= 100
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+    assert not [name for name in operations.names if name.split(".")[1] in waiting]
+    assert len(transfers) == 1
