@@ -68,6 +68,12 @@ try:
         def _register_cpu_engine(_module: ModuleType) -> None:
             from cppo_verl.cpu import fsdp_engine  # noqa: F401
 
+        @wrapt.when_imported("verl.workers.rollout.replica")
+        def _register_cpu_replica(module: ModuleType) -> None:
+            from cppo_verl.cpu import rollout_server
+
+            module.RolloutReplicaRegistry.register("vllm", rollout_server.load_replica)
+
         @wrapt.when_imported("verl.checkpoint_engine.base")
         def _register_gloo(_module: ModuleType) -> None:
             from cppo_verl.cpu import gloo_checkpoint_engine  # noqa: F401

@@ -1,4 +1,4 @@
-"""The two places in vLLM 0.28.0's CPU build that keep verl from updating its weights.
+"""The two places in vLLM 0.28.0's CPU build that keep verl from updating its weights, and one that makes each run wait.
 
 vLLM loads this module in each of its processes, through the entry point group "vllm.general_plugins": it must not
 import verl. It does nothing where vLLM does not run on the CPU. tests/unit/cpu/test_vllm_patches.py fails when vLLM no
@@ -6,6 +6,7 @@ longer needs one of the patches.
 """
 
 import functools
+import inspect
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,3 +40,16 @@ def keep_plain_weights() -> None:
         process(self, layer)
 
     UnquantizedFusedMoEMethod.process_weights_after_loading = pack_each_time  # type: ignore[method-assign]  # a patch
+    sample_uncompiled()
+
+
+def sample_uncompiled() -> None:
+    """Run as written the two functions of the sampler that vLLM compiles on the CPU in spite of enforce_eager.
+
+    Their first calls take five seconds, and twenty where nothing is cached: longer than a tiny model generates.
+    """
+    from vllm.v1.sample import sampler
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
+    topk_topp_sampler.compiled_random_sample = inspect.unwrap(topk_topp_sampler.compiled_random_sample)

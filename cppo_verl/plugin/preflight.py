@@ -127,6 +127,8 @@ MU_KEEPING = {
 }
 """Arguments of a rollout engine that are known to leave the distribution sampled from, or to change it and its recorded
 log-probabilities alike, as quantisation does. verl hands all others on too, and they win over its own."""
+VLLM_EXECUTORS = ("mp", "ray", "uni")
+"""vLLM's own ways to run its workers."""
 EXACT_REJECTION = ("standard", "block", "strict", "probabilistic")
 """vLLM's ways of speculative decoding that sample from the target's distribution."""
 
@@ -196,6 +198,8 @@ def engine_rules(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Iterator[
         elif engine == "vllm" and key == "speculative_config":
             inexact = f"accepts tokens that mu would not; rejection_sample_method must be one of {EXACT_REJECTION}"
             yield Rule(setting, value, samples_exactly(value), inexact, "null")
+        elif engine == "vllm" and key == "distributed_executor_backend" and value in VLLM_EXECUTORS:
+            continue  # anything else is the path of a class
         else:
             yield Rule(setting, value, False, f"is not known to leave what {engine} samples and records alone", "null")
 

@@ -107,3 +107,34 @@ def test_vllm_still_packs_the_weights_of_experts_at_the_first_load_only(experts,
     keep_plain_weights()
     for output, expected in loads():
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_vllm_still_compiles_two_functions_of_its_sampler():
+    """When this fails, drop sample_uncompiled."""
+    from vllm.v1.sample import sampler
+    from vllm.v1.sample.ops import logprobs, topk_topp_sampler
+
+    from cppo_verl.cpu.vllm_patches import sample_uncompiled
+
+    assert "@torch.compile" in inspect.getsource(topk_topp_sampler).partition("def compiled_random_sample")[0]
+    assert hasattr(logprobs.batched_count_greater_than, "_torchdynamo_orig_callable")
+    sample_uncompiled()
+    for function in (sampler.batched_count_greater_than, topk_topp_sampler.compiled_random_sample):
+        assert not hasattr(function, "_torchdynamo_orig_callable")
+    x = torch.randn(5, 9)
+    ranks = sampler.batched_count_greater_than(x, x[:, :1])
+    assert ranks.tolist() == [sum(value >= row[0] for value in row) for row in x.tolist()]
+
+
+def test_uncompiled_samples_follow_the_softmax():
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from cppo_verl.cpu.vllm_patches import sample_uncompiled
+
+    sample_uncompiled()
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
+    drawn = topk_topp_sampler.compiled_random_sample(logits.expand(100_000, -1).contiguous())
+    share = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(share, logits.softmax(-1), rtol=0, atol=0.006)  # four standard errors
+    assert share[3] == 0

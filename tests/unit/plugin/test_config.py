@@ -319,6 +319,7 @@ ENGINE = "actor_rollout_ref.rollout.engine_kwargs."
         "vllm.generation_config=folder",
         "vllm.reasoning_config={}",
         "vllm.worker_cls=mine.Worker",
+        "vllm.distributed_executor_backend=mine.Executor",
         "vllm.scheduler_cls=mine.Scheduler",
         "vllm.diffusion_config={}",
         "vllm.additional_config={a: 1}",
@@ -341,6 +342,7 @@ def test_an_engine_argument_that_may_change_mu_is_refused_by_name_and_null_mends
     [
         "vllm.logprobs_mode=raw_logprobs",  # at temperature 1
         "vllm.logprobs_mode=processed_logprobs",
+        "vllm.distributed_executor_backend=uni",
         "vllm.speculative_config={method: ngram,num_speculative_tokens: 3}",
         'vllm.speculative_config=\'{"method": "ngram", "rejection_sample_method": "block"}\'',
         "vllm.quantization=fp8",
