@@ -1,4 +1,4 @@
-"""The two places in verl 0.9.1 that offer no seam. Applied on the CPU platform only."""
+"""The places in verl 0.9.1 that offer no seam. Applied on the CPU platform only."""
 
 import os
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import verl.utils.distributed as distributed
 import wrapt
+
+from cppo_verl.cpu import agent_loop_patches
 
 if TYPE_CHECKING:
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver, BucketedWeightSender
@@ -21,6 +23,9 @@ def apply() -> None:
         distributed.initialize_global_process_group_ray, backend="cpu:gloo"
     )
     wrapt.when_imported("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")(separate_sockets)
+    wrapt.when_imported("verl.trainer.ppo.v1.agent_loop_tq")(agent_loop_patches.join_puts)
+    wrapt.when_imported("verl.experimental.agent_loop.agent_loop")(agent_loop_patches.score_in_place)
+    wrapt.when_imported("verl.experimental.agent_loop.agent_loop")(agent_loop_patches.make_loops_directly)
 
 
 def separate_sockets(module: ModuleType) -> None:

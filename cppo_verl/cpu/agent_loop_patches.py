@@ -1,0 +1,146 @@
+"""What makes verl's agent loops cheap on a machine of few cores. Applied on the CPU platform only.
+
+The patches change how or how often something is done, not what. tests/unit/cpu/test_agent_loop_patches.py fails when
+verl no longer needs one of them.
+"""
+
+import asyncio
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import hydra
+import wrapt
+from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from verl.experimental.agent_loop import AgentLoopWorker
+    from verl.protocol import DataProto
+
+
+def join_puts(module: ModuleType) -> None:
+    """Put all responses that wait into TransferQueue at once.
+
+    verl puts each response by itself, in three requests that take 5 ms of a core together, whatever they carry.
+    """
+    module.list_of_dict_to_tensordict = list  # type: ignore[attr-defined]  # a patch
+    module.tq = joined_queue()  # type: ignore[attr-defined]  # a patch
+
+
+GATHERING = 0.02
+"""Seconds that a put waits for others. The responses to a prompt count once all of them are there."""
+
+
+class JoinedQueue:
+    """The module transfer_queue with another ``async_kv_batch_put``.
+
+    Ray pickles the class of verl's agent-loop worker with what its methods name: this is a process's own.
+    """
+
+    def __init__(self) -> None:
+        import transfer_queue
+        from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+        self.module = transfer_queue
+        self.async_kv_batch_put = JoinedPuts(transfer_queue.async_kv_batch_put, list_of_dict_to_tensordict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __reduce__(self) -> tuple[Callable[[], "JoinedQueue"], tuple[()]]:
+        return joined_queue, ()
+
+
+@functools.cache
+def joined_queue() -> JoinedQueue:
+    return JoinedQueue()
+
+
+class JoinedPuts:
+    """TransferQueue's ``async_kv_batch_put`` of rows that are dicts; those that come while another waits or is on its
+    way are put together.
+
+    Args:
+        put: TransferQueue's own.
+        join: makes the TensorDict for it of a list of rows.
+    """
+
+    def __init__(self, put: Callable[..., Awaitable[Any]], join: Callable[[list[dict]], Any]) -> None:
+        self.put, self.join = put, join
+        self._lock = asyncio.Lock()
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future]] = []
+
+    async def __call__(self, **put: Any) -> Any:
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append((put, answer))
+        async with self._lock:
+            if not answer.done():
+                await asyncio.sleep(GATHERING)
+                await self._put_all()
+        return await answer
+
+    async def _put_all(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        alike = defaultdict(list)  # a TensorDict has the same fields in all rows
+        for put, answer in waiting:
+            alike[put["partition_id"], tuple(sorted(put["fields"][0]))].append((put, answer))
+        for (partition_id, _), group in alike.items():
+            keys, rows, tags = ([x for put, _ in group for x in put[name]] for name in ("keys", "fields", "tags"))
+            try:
+                stored = await self.put(keys=keys, fields=self.join(rows), tags=tags, partition_id=partition_id)
+            except Exception as error:
+                for _, answer in group:
+                    answer.set_exception(error)
+            else:
+                for _, answer in group:
+                    answer.set_result(stored)
+
+
+def make_loops_directly(module: ModuleType) -> None:
+    """Call the class of an agent loop that is registered by its class alone.
+
+    verl makes one for each response, by hydra's ``instantiate``: three times the work of the class itself.
+    """
+    module.hydra = SimpleNamespace(utils=SimpleNamespace(instantiate=instantiate))  # type: ignore[attr-defined]  # a patch
+
+
+def instantiate(config: Mapping[str, Any], **arguments: Any) -> Any:
+    """hydra's ``instantiate``, without its copies where ``config`` has no arguments of its own."""
+    if config.keys() == {"_target_"}:
+        return hydra.utils.get_class(config["_target_"])(**arguments)
+    return hydra.utils.instantiate(config=config, **arguments)
+
+
+def score_in_place(module: ModuleType) -> None:
+    """With reward.num_workers=0 compute the rewards in the agent-loop workers themselves.
+
+    A rule's reward takes less than the call of another process, whose start takes seconds.
+    """
+    wrapt.wrap_function_wrapper(module, "AgentLoopWorker.__init__", _with_own_reward)
+
+
+def _with_own_reward(
+    wrapped: Callable[..., None], worker: "AgentLoopWorker", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    wrapped(*args, **kwargs)
+    if worker.reward_loop_worker_handles == []:
+        worker.reward_loop_worker_handles = [OwnReward(worker.config)]  # type: ignore[list-item]  # called like one
+
+
+class OwnReward:
+    """verl's reward worker in this process, called like the handle of one in another."""
+
+    def __init__(self, config: DictConfig) -> None:
+        from verl.experimental.reward_loop import RewardLoopWorker
+
+        if config.reward.reward_model.enable:
+            raise ValueError("reward.num_workers=0 computes rules alone: a reward model needs reward.num_workers=1")
+        self.worker = RewardLoopWorker(config)
+        self.compute_score = SimpleNamespace(remote=self._compute_score)
+
+    async def _compute_score(self, data: "DataProto") -> dict:
+        # verl's reward manager writes into what it gets, which is a copy where the worker is another process.
+        return await self.worker.compute_score(copy.deepcopy(data))
