@@ -76,6 +76,8 @@ def train(output, overrides, config, show):
         "WANDB_DIR": str(logs),
         # Each of verl's dozen processes would start a thread a core.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # Workers that Ray starts ahead stay idle: they lack the environment that verl gives its own.
+        "RAY_prestart_worker_first_driver": "0",
         "HYDRA_FULL_ERROR": "1",
     }
     print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)

@@ -1,11 +1,9 @@
 """An actor's class that is imported by the actor itself alone."""
 
 import asyncio
-import inspect
 from collections import Counter
 
 import pytest
-from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
 from cppo_verl.cpu.rollout_server import Deferred, deferred
 
@@ -38,14 +36,3 @@ def test_a_constructor_that_fails_says_why():
         deferred(asyncio.Semaphore)(-1)
     with pytest.raises(AttributeError, match="actor"):
         object.__new__(Deferred).actor  # noqa: B018
-
-
-def test_every_method_of_verls_server_is_passed_on_as_what_it_is():
-    passed_on = deferred(vLLMHttpServer)
-    for name, method in inspect.getmembers(vLLMHttpServer, inspect.isfunction):
-        if not name.startswith("__"):
-            assert inspect.iscoroutinefunction(getattr(passed_on, name)) == inspect.iscoroutinefunction(method)
-    assert (passed_on.__name__, passed_on.actor_class) == (
-        "vLLMHttpServer",
-        f"{vLLMHttpServer.__module__}.vLLMHttpServer",
-    )
