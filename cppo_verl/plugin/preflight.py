@@ -199,7 +199,10 @@ def engine_rules(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Iterator[
             inexact = f"accepts tokens that mu would not; rejection_sample_method must be one of {EXACT_REJECTION}"
             yield Rule(setting, value, samples_exactly(value), inexact, "null")
         elif engine == "vllm" and key == "distributed_executor_backend" and value in VLLM_EXECUTORS:
-            continue  # anything else is the path of a class
+            # anything else is the path of a class
+            ranks = rollout.get("ranks", [1])
+            alone = f"starts one worker, where rollout.tensor_model_parallel_size and pipeline's are {ranks}"
+            yield Rule(setting, value, value != "uni" or max(ranks) == 1, alone, "mp")
         else:
             yield Rule(setting, value, False, f"is not known to leave what {engine} samples and records alone", "null")
 

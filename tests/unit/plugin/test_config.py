@@ -337,12 +337,22 @@ def test_an_engine_argument_that_may_change_mu_is_refused_by_name_and_null_mends
     start_up(cppo(ENGINE + override, f"{ENGINE}{key}=null"))
 
 
+def test_a_rollout_of_several_ranks_in_one_process_is_refused_as_it_would_wait_for_ever(cppo):
+    uni, ranks = (
+        f"{ENGINE}vllm.distributed_executor_backend=uni",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    )
+    with pytest.raises(InstantiationException, match=r"backend=uni starts one worker, .* are \[2, 1\]; set \S+=mp"):
+        start_up(cppo(uni, f"{ranks}=2"))
+    start_up(cppo(uni, f"{ranks}=1"))
+
+
 @pytest.mark.parametrize(
     "override",
     [
         "vllm.logprobs_mode=raw_logprobs",  # at temperature 1
         "vllm.logprobs_mode=processed_logprobs",
-        "vllm.distributed_executor_backend=uni",
+        "vllm.distributed_executor_backend=mp",
         "vllm.speculative_config={method: ngram,num_speculative_tokens: 3}",
         'vllm.speculative_config=\'{"method": "ngram", "rejection_sample_method": "block"}\'',
         "vllm.quantization=fp8",
