@@ -9,6 +9,7 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -143,4 +144,5 @@ class OwnReward:
 
     async def _compute_score(self, data: "DataProto") -> dict:
         # verl's reward manager writes into what it gets, which is a copy where the worker is another process.
-        return await self.worker.compute_score(copy.deepcopy(data))
+        own = replace(data, batch=data.batch.clone(), non_tensor_batch=copy.deepcopy(data.non_tensor_batch))
+        return await self.worker.compute_score(own)
