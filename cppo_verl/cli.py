@@ -13,6 +13,10 @@ COMMANDS = {
     "doctor": ("doctor.checks", "check this environment and a training command's settings, without training"),
     "evaluate": ("evaluation.evaluate", "score a checkpoint by verl's own validation: Avg@n, pass@k, intervals"),
     "inspect": ("analysis.inspect.command", "show which tokens of a run each method would mask, where and why"),
+    "mismatch": (
+        "analysis.mismatch",
+        "measure, before a run, whether its engines' mismatch would spend its trust region",
+    ),
     "prepare": ("data.prepare", "write public data sets as parquet files in verl's schema"),
     "report": ("analysis.report.command", "draw one or more runs as one page, from their logs and token dumps"),
     "stop": ("launch.stop", "ask a run to end after its current step, with a checkpoint"),
@@ -22,7 +26,7 @@ COMMANDS = {
 
 INSTALL = dict.fromkeys(COMMANDS, "pip install 'cppo-verl[tools]', or '.[tools]' in a checkout")
 INSTALL |= dict.fromkeys(
-    ["doctor", "evaluate"], "pip install 'cppo-verl[gpu]', or `make install` in a checkout for the CPU"
+    ["doctor", "evaluate", "mismatch"], "pip install 'cppo-verl[gpu]', or `make install` in a checkout for the CPU"
 )
 """{name: how to get all that the command needs}."""
 
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _needed(command: str) -> list[str]:
-    """The packages that a command needs: those of the extra ``tools``, and a trainer to evaluate with."""
+    """The packages that a command needs: those of the extra ``tools``, and a trainer where it starts one."""
     if command in ("doctor", "stop"):
         return []
     try:
@@ -69,7 +73,7 @@ def _needed(command: str) -> list[str]:
     except PackageNotFoundError:  # a checkout that is not installed
         return []
     tools = [re.split(r"[^\w.-]", line)[0] for line in lines if line.endswith('extra == "tools"')]
-    return [*tools, "TransferQueue"] if command == "evaluate" else tools
+    return [*tools, "TransferQueue"] if command in ("evaluate", "mismatch") else tools
 
 
 def _installed(name: str) -> bool:

@@ -147,7 +147,8 @@ def test_stop_needs_the_standard_library_alone(bare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["calibrate x", "doctor", "evaluate --output x", "inspect x", "report x", "table x"]
+    "command",
+    ["calibrate x", "doctor", "evaluate --output x", "inspect x", "mismatch --dump x", "report x", "table x"],
 )
 def test_a_command_without_its_packages_says_what_to_install(bare, command):
     ended = bare(*command.split())
@@ -191,7 +192,7 @@ def test_without_any_extra_each_command_says_what_it_misses(environment, materia
     run = environment("")
     shown = subprocess.check_output([tmp_path / "venv/bin/cppo-verl", "--help"], cwd=tmp_path, text=True)
     assert "usage: cppo-verl" in shown and "doctor" in shown
-    for command in [*TOOLS, "evaluate --output evaluated"]:
+    for command in [*TOOLS, "evaluate --output evaluated", "mismatch --dump run"]:
         ended = run(command)
         assert ended.returncode == 1 and "Traceback" not in ended.stderr
         assert re.search(r"needs [\w, -]+, not installed here: pip install 'cppo-verl\[\w+\]'", ended.stderr)

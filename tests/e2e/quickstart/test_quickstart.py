@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from cppo_verl.artifacts.run_reader import read_generations, read_run
 from cppo_verl.artifacts.token_dump import REASONS, read_tokens
+from cppo_verl.cli import main
 from cppo_verl.rewards.reasoning_gym import compute_score
 
 REGION = OmegaConf.load(QUICKSTART.with_name("quickstart.yaml")).trust_region
@@ -150,3 +151,13 @@ def test_validation_keeps_the_answers_that_make_up_its_metric(quickstart):
         assert {benchmark for benchmark, _ in answers.correct} == {"reasoning_gym/number_sorting"}
         values = answers.accuracy().values()
         assert sum(values) / 16 == pytest.approx(accuracies[step]["reasoning_gym/number_sorting"])
+
+
+def test_the_engines_mismatch_is_that_of_the_logged_first_updates(quickstart, capsys):
+    assert main(["mismatch", "--dump", str(quickstart.output)]) == 0
+    out = capsys.readouterr().out
+    assert "ok: the mismatch alone takes 0.0% of the prefix budget and puts 0.00% of the tokens outside" in out
+    mean = float(re.search(r"^\| all +\| [\d,]+ +\| (\S+)", out, re.M)[1])
+    steps = metrics(quickstart.output, 0)
+    logged = [steps[step]["trust_region/first_update/divergence"] for step in (2, 4, 6)]
+    assert min(logged) <= mean * 1.005 and mean <= max(logged) * 1.005  # printed with three digits
