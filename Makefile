@@ -7,6 +7,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 TORCH_INDEX ?=
 GPU_PYTHON ?= python
+GPU_PINS ?= .venv-gpu-pins
+PYTHON_GPU_PINS ?= python3.12
 BIN := $(VENV)/bin
 
 # Explicit, so that the CPU serves also where torch is a CUDA build.
@@ -18,7 +20,8 @@ BROWSER := $(VENV)/browser
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
-.PHONY: install quickstart study study-smoke test test-unit test-extras test-faults test-fuzz test-gpu bench lint docs dist clean
+.PHONY: install quickstart study study-smoke test test-unit test-extras test-faults test-fuzz test-gpu test-gpu-pins \
+    bench lint docs dist clean
 
 install: $(VENV)/installed
 
@@ -73,6 +76,19 @@ test-fuzz: install
 test-gpu:
 	env -u VERL_PLATFORM $(GPU_PYTHON) tests/gpu/core.py
 	env -u VERL_PLATFORM $(GPU_PYTHON) tests/gpu/stack.py
+
+# The GPU's versions, with vLLM's CPU build for the one that needs CUDA, in an environment of their own: docs/engines.md has
+# time and gigabytes.
+$(GPU_PINS)/installed: requirements/gpu-constraints.txt requirements/install-gpu-pins.sh requirements/vllm-name/setup.py
+	VENV=$(GPU_PINS) PYTHON=$(PYTHON_GPU_PINS) requirements/install-gpu-pins.sh
+	$(GPU_PINS)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
+test-gpu-pins: $(GPU_PINS)/installed
+	$(GPU_PINS)/bin/python -m pytest -n 2 --no-loadscope-reorder --durations=20 -m "nightly or not nightly" \
+	    tests/e2e/quickstart/test_quickstart.py tests/e2e/test_mismatch.py tests/e2e/test_engine.py \
+	    "tests/e2e/test_recipes.py::test_a_dense_and_a_moe_recipe_train_on_the_cpu[qwen3_8b_base-cppo_kl]" \
+	    tests/unit tests/integration/test_recipes.py tests/integration/test_gpu.py tests/integration/test_model_runner_v2.py
 
 # The ratios of docs/benchmarks.md, side by side on this machine. Those of whole steps need a quickstart's folder: docs/topk.md.
 bench: install

@@ -69,4 +69,5 @@ def test_verl_has_no_way_of_its_own_to_hand_over_weights_between_processes_here(
     """When this fails, see whether gloo_checkpoint_engine.py can go."""
     from verl.checkpoint_engine import CheckpointEngineRegistry
 
-    assert set(CheckpointEngineRegistry._registry) == {"naive", "gloo"}
+    # Where cupy is installed, verl registers those that need CUDA.
+    assert set(CheckpointEngineRegistry._registry) - {"nccl", "delta_sharded"} == {"naive", "gloo"}

@@ -95,6 +95,8 @@ def experts():
 
 def test_vllm_still_packs_the_weights_of_experts_at_the_first_load_only(experts, monkeypatch):
     """When this fails, drop the second part of vllm_patches.py."""
+    if not version("vllm").startswith("0.28."):
+        pytest.skip("the patch is of vLLM 0.28's CPU build; that of 0.24 keeps experts from a weight sync otherwise")
     from cppo_verl.cpu.vllm_patches import keep_plain_weights
 
     method, loads = experts

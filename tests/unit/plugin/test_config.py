@@ -2,6 +2,7 @@
 
 import copy
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -390,8 +391,9 @@ def test_every_permitted_argument_of_vllm_is_one():
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     known = {action.dest for action in make_arg_parser(FlexibleArgumentParser())._actions}
-    # Of vLLM 0.24, which runs on GPUs, alone.
-    assert set(MU_KEEPING["vllm"].split()) - known <= {"calculate_kv_scales", "swap_space"}
+    # Of vLLM 0.24, which runs on GPUs, or of 0.28 alone; and of older ones.
+    other = "calculate_kv_scales" if version("vllm").startswith("0.28.") else "max_num_scheduled_tokens"
+    assert set(MU_KEEPING["vllm"].split()) - known <= {other, "swap_space"}
 
 
 def test_a_penalty_of_the_rollout_is_refused_and_whatever_validation_samples_is_not(cppo):
