@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
 
 Kind = Literal["tv", "kl"]
 
@@ -141,9 +142,42 @@ def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) ->
     """
     logits = logits.detach()
     rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
-    normaliser = _cached_normaliser if logits.device.type == "cpu" else _block_normaliser
     retained = logits[rows.unsqueeze(-1), ids].double()
-    return (retained - normaliser(logits, rows).unsqueeze(-1)).float()
+    return (retained - _normaliser(logits, rows).unsqueeze(-1)).float()
+
+
+def gather_sharded_log_probs(logits: Tensor, ids: Tensor, rows: Tensor, group: ProcessGroup, vocabulary: int) -> Tensor:
+    """`gather_log_probs` where the columns of the logits are split evenly over the ranks of a group, in order.
+
+    One all-reduce brings together each rank's normaliser and the logits of the ids that it holds, C + ranks numbers a
+    row. All but one of the summands of each are zero, so the sum is exact.
+
+    Args:
+        logits: the columns of this rank, shape [N, W], any floating dtype.
+        ids: token ids, shape [R, C]; the same on all ranks, as are the rows.
+        rows: which rows of the logits, shape [R].
+        group: the ranks.
+        vocabulary: how many of their columns are tokens; those after them are padding.
+
+    Returns:
+        Shape [R, C], fp32; NaN for an id that is no token.
+    """
+    logits, width = logits.detach(), logits.shape[-1]
+    first = group.rank() * width
+    column, tokens = ids - first, logits[:, : max(0, vocabulary - first)]
+    held = (column >= 0) & (column < width)
+    retained = logits[rows.unsqueeze(-1), column.clamp(0, width - 1)].double().where(held, 0)
+    retained.masked_fill_((ids < 0) | (ids >= vocabulary), torch.nan)
+    normalisers = retained.new_zeros(len(rows), group.size())
+    normalisers[:, group.rank()] = _normaliser(tokens, rows) if tokens.shape[-1] else -torch.inf
+    shared = torch.cat([retained, normalisers], dim=-1)
+    all_reduce(shared, group=group)
+    retained, normalisers = shared.split([ids.shape[-1], group.size()], dim=-1)
+    return (retained - normalisers.logsumexp(-1, keepdim=True)).float()
+
+
+def _normaliser(logits: Tensor, rows: Tensor) -> Tensor:
+    return (_cached_normaliser if logits.device.type == "cpu" else _block_normaliser)(logits, rows)
 
 
 def _block_normaliser(logits: Tensor, rows: Tensor, block_bytes: int = 2**24) -> Tensor:

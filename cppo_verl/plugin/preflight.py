@@ -52,7 +52,8 @@ class Preflight(BaseConfig):
     shuffle: bool
     strategy: str
     use_fused_kernels: bool
-    pad_to_length: bool
+    engine: dict
+    """Of the actor's engine, how it lays logits out."""
     distillation: bool
     use_task_rewards: bool
     trust_region: dict
@@ -251,27 +252,46 @@ def mask_std_0_rules(run: Preflight) -> list[Rule]:
 
 def top_k_rules(run: Preflight, top_k: int) -> list[Rule]:
     """What a divergence on mu's ``top_k`` most likely tokens needs beyond `rollout_policy_rules`."""
-    vllm, fsdp, false, naive, fcfs = (
-        f"{value} or divergence=binary_tv" for value in ("vllm", "fsdp2", "false", "naive", "fcfs")
-    )
+    vllm, false, naive, fcfs = (f"{value} {OR_BINARY}" for value in ("vllm", "false", "naive", "fcfs"))
     name, policy, backend = (run.rollout[key] for key in ("name", "scheduling_policy", "checkpoint_backend"))
-    disaggregated, fused, padded = run.rollout["disaggregation"], run.use_fused_kernels, run.pad_to_length
-    most = engine_kwargs(run.rollout, "vllm").get("max_logprobs", 20)
+    disaggregated, most = run.rollout["disaggregation"], engine_kwargs(run.rollout, "vllm").get("max_logprobs", 20)
     enough, returns = most == -1 or most >= top_k, name in ("vllm", TOP_K_ROLLOUT)
-    unread = "is an engine whose logits the top-K divergences do not read"
-    refused = "is refused by verl's engine together with its logits hook"
     passed = "passes a request from server to server, and mu's most likely tokens not"
     other, lost = "is refused by verl for any rollout but its own", "is lost: verl gives priorities to its own rollout"
-    fused_key, most_key = "actor_rollout_ref.model.use_fused_kernels", f"++{ROLLOUT}engine_kwargs.vllm.max_logprobs"
+    most_key = f"++{ROLLOUT}engine_kwargs.vllm.max_logprobs"
     return [
         Rule(ROLLOUT + "name", name, returns, "cannot return mu's most likely tokens", vllm),
         Rule(most_key, most, enough, f"is below top_k={top_k}", str(top_k)),
         Rule(ROLLOUT + "disaggregation.enabled", disaggregated, not disaggregated, passed, false),
         Rule(ROLLOUT + "checkpoint_engine.backend", backend, backend != "delta_sharded", other, naive),
         Rule(ROLLOUT + "scheduling_policy", policy, policy == "fcfs", lost, fcfs),
-        Rule(ACTOR + "strategy", run.strategy, run.strategy in ("fsdp", "fsdp2"), unread, fsdp),
-        Rule(fused_key, fused, not fused, "leaves no logits to take D_t from", false),
-        Rule(ACTOR + "fsdp_config.pad_to_length", padded, not padded, refused, false),
+        *logits_rules(run),
+    ]
+
+
+OR_BINARY = "or divergence=binary_tv"
+
+
+def logits_rules(run: Preflight) -> list[Rule]:
+    """What the actor's engine needs for D_t to be taken from its logits."""
+    fused = run.use_fused_kernels
+    fsdp, false, one, null = (f"{value} {OR_BINARY}" for value in ("fsdp2", "false", "1", "null"))
+    unread = "is an engine whose logits the top-K divergences do not read"
+    refused = "is refused by verl's engine together with its logits hook"
+    split = "splits sequences over ranks, in which the top-K divergences do not find their tokens"
+    aligned = "pads sequences to lengths at which the top-K divergences do not find their tokens"
+    key = ACTOR + ("megatron." if run.strategy == "megatron" else "fsdp_config.")
+    needed: dict[str, tuple[Any, str, str]] = {
+        "pad_to_length": (False, refused, false),
+        "dynamic_context_parallel": (False, refused, false),
+        "context_parallel_size": (1, split, one),
+        "override_transformer_config.fp8": (None, aligned, null),
+    }
+    engine = {name: run.engine[name.rpartition(".")[2]] for name in needed}
+    return [
+        Rule(ACTOR + "strategy", run.strategy, run.strategy in ("fsdp", "fsdp2", "megatron"), unread, fsdp),
+        Rule("actor_rollout_ref.model.use_fused_kernels", fused, not fused, "leaves no logits to take D_t from", false),
+        *(Rule(key + name, engine[name], engine[name] == value, *text) for name, (value, *text) in needed.items()),
         Rule("distillation.enabled", run.distillation, not run.distillation, "uses verl's only logits hook", false),
     ]
 

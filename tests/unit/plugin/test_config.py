@@ -85,7 +85,7 @@ def test_a_method_without_a_divergence_refuses_one(compose, method):
             "actor_rollout_ref.actor.fsdp_config.pad_to_length=false",
         ),
         (["distillation.enabled=true"], "distillation.enabled=false"),
-        (["actor_rollout_ref.actor.strategy=megatron"], "actor_rollout_ref.actor.strategy=fsdp2"),
+        (["actor_rollout_ref.actor.strategy=veomni"], "actor_rollout_ref.actor.strategy=fsdp2"),
         ([RULE + "top_k=50"], "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"),
         (
             ["actor_rollout_ref.rollout.disaggregation.enabled=true"],

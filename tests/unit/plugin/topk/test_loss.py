@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
@@ -12,7 +13,7 @@ from vllm_answers import answer
 
 from cppo_verl.core import divergence, exact_divergence
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD
-from cppo_verl.plugin.topk.loss import divergence_of_logits
+from cppo_verl.plugin.topk.loss import Layout, divergence_of_logits, fsdp_layout
 from cppo_verl.plugin.topk.vllm_server import captured
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -36,11 +37,15 @@ def test_a_divergence_is_that_of_the_full_distributions(policies, y, kind):
     if torch.unique(log_mu).numel() < len(log_mu):  # which of equals are the top K is open
         log_mu = (log_mu - 1e-4 * torch.arange(len(log_mu))).log_softmax(-1)
     data, logits = micro_batch([log_mu[None]], [log_pi[None]], [[y]], top_k=min(20, len(log_mu)))
-    got = divergence_of_logits(logits.float(), data, kind)[1].item()
+    got = fsdp_divergence(logits.float(), data, kind)[1].item()
     cells = oracle.partition(log_mu.exp().tolist(), y, min(20, len(log_mu)))
     want = {"tv": oracle.total_variation, "kl": oracle.kl}[kind](log_mu.exp().tolist(), log_pi.exp().tolist(), cells)
     # fp32; where mu is a spike, KL takes the logarithm of a rest of 1e-7
     assert got == pytest.approx(want, abs=1e-6 if kind == "tv" else 5e-6)
+
+
+def fsdp_divergence(logits, data, kind):
+    return divergence_of_logits(logits, data, kind, fsdp_layout(data, logits.unsqueeze(0)))
 
 
 def nested(rows):
@@ -102,7 +107,7 @@ def random_micro_batch(top_k=3, vocabulary=11, seed=0):
 @pytest.mark.parametrize("top_k", [1, 3, 11])
 def test_divergence_of_logits_is_the_oracles(kind, top_k):
     data, logits, log_mu, log_pi, responses, masks, prompts = random_micro_batch(top_k)
-    got = divergence_of_logits(logits, data, kind)
+    got = fsdp_divergence(logits, data, kind)
     measure = {"tv": oracle.total_variation, "kl": oracle.kl}[kind]
     want = []
     for mu, pi, response, mask, prompt in zip(log_mu, log_pi, responses, masks, prompts, strict=True):
@@ -131,14 +136,24 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("copies", [1, 30])
-def test_the_host_waits_twice_whatever_the_number_of_responses(copies, monkeypatch):
+def test_the_host_waits_twice_whatever_the_number_of_responses(copies, split, one_rank, monkeypatch):
     monkeypatch.setattr(divergence, "_cached_normaliser", divergence._block_normaliser)  # the accelerator's
     data, logits, *_ = random_micro_batch()
-    whole = divergence_of_logits(logits, data, "tv")
+    whole = fsdp_divergence(logits, data, "tv")
     data = TensorDict({k: nested(list(x.unbind()) * copies) for k, x in data.items()}, batch_size=4 * copies)
+    logits = logits.repeat(copies, 1)
+    layout = Layout(fsdp_layout(data, logits.unsqueeze(0)).starts, *((one_rank, 11) if split else ()))
     with Waits() as waits:
-        got = divergence_of_logits(logits.repeat(copies, 1), data, "tv")
+        got = divergence_of_logits(logits, data, "tv", layout)
     assert waits.count == 2
     torch.testing.assert_close(got, whole.repeat(copies))
 
@@ -147,7 +162,7 @@ def test_no_gradient_flows_and_the_logits_are_left_alone():
     data, logits, *_ = random_micro_batch()
     logits = logits.requires_grad_()
     before = logits.detach().clone()
-    assert not divergence_of_logits(logits, data, "tv").requires_grad
+    assert not fsdp_divergence(logits, data, "tv").requires_grad
     assert torch.equal(logits.detach(), before)
 
 
@@ -155,25 +170,25 @@ def test_parts_of_a_sequence_parallel_group_make_the_whole(monkeypatch):
     import cppo_verl.plugin.topk.loss as module
 
     data, logits, *_ = random_micro_batch()
-    whole = divergence_of_logits(logits, data, "tv")
+    whole = fsdp_divergence(logits, data, "tv")
     n = -(-len(logits) // 3)
     padded = torch.cat([logits, torch.zeros(3 * n - len(logits), logits.shape[-1])])
     monkeypatch.setattr(module, "get_ulysses_sequence_parallel_world_size", lambda: 3)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(module, "get_ulysses_sequence_parallel_rank", lambda rank=rank: rank)
-        parts.append(divergence_of_logits(padded[rank * n : (rank + 1) * n], data, "tv"))
+        parts.append(fsdp_divergence(padded[rank * n : (rank + 1) * n], data, "tv"))
     assert torch.equal(torch.cat(parts)[: len(logits)], whole)
 
 
 def test_verls_padding_rows_are_passed_over():
     data, logits, *_ = random_micro_batch()
-    whole = divergence_of_logits(logits, data, "tv")
+    whole = fsdp_divergence(logits, data, "tv")
     # The last row is not valid anywhere; verl's padding leaves another row's candidates beside one token.
     longer = [*data[IDS_FIELD].unbind()[:3], data[IDS_FIELD].unbind()[2]]
     data[IDS_FIELD] = nested(longer)
     data[CODES_FIELD] = nested([*data[CODES_FIELD].unbind()[:3], data[CODES_FIELD].unbind()[2]])
-    assert torch.equal(divergence_of_logits(logits, data, "tv"), whole)
+    assert torch.equal(fsdp_divergence(logits, data, "tv"), whole)
 
 
 @pytest.mark.parametrize("by", [1, -1])
@@ -182,7 +197,7 @@ def test_candidates_shifted_by_one_token_are_refused(by):
     for field in (IDS_FIELD, CODES_FIELD):
         data[field] = nested([row.roll(by, 0) for row in data[field].unbind()])
     with pytest.raises(ValueError, match="do not belong to the sampled tokens"):
-        divergence_of_logits(logits, data, "tv")
+        fsdp_divergence(logits, data, "tv")
 
 
 @pytest.mark.parametrize("row", [0, 2])
@@ -192,7 +207,7 @@ def test_one_misplaced_token_among_many_is_found(row):
     codes[row][-1] += 1  # a high bit: 4096 units of 2^-22
     data[CODES_FIELD] = nested(codes)
     with pytest.raises(ValueError, match="1 of 9 of this micro-batch.* for the same token"):
-        divergence_of_logits(logits, data, "tv")
+        fsdp_divergence(logits, data, "tv")
 
 
 def test_a_sampled_token_likelier_than_the_candidates_is_refused():
@@ -206,7 +221,7 @@ def test_a_sampled_token_likelier_than_the_candidates_is_refused():
     with pytest.raises(
         ValueError, match="response position 0, where rollout_log_probs has -0.001000.*only less likely"
     ):
-        divergence_of_logits(logits, data, "tv")
+        fsdp_divergence(logits, data, "tv")
 
 
 def test_fewer_candidates_are_refused_where_they_are_needed():
@@ -214,13 +229,13 @@ def test_fewer_candidates_are_refused_where_they_are_needed():
     ids = data[IDS_FIELD].unbind()
     ids[2][1] = ABSENT  # tool output
     data[IDS_FIELD] = nested(ids)
-    divergence_of_logits(logits, data, "tv")
+    fsdp_divergence(logits, data, "tv")
     ids[2][3, 2] = ABSENT
     data[IDS_FIELD] = nested(ids)
     with pytest.raises(ValueError, match="gave 2 of mu's 3 most likely tokens at response position 3"):
-        divergence_of_logits(logits, data, "tv")
+        fsdp_divergence(logits, data, "tv")
     data[IDS_FIELD] = nested([*ids[:2], ids[2][:2], ids[3]])
     codes = data[CODES_FIELD].unbind()
     data[CODES_FIELD] = nested([*codes[:2], codes[2][:2], codes[3]])
     with pytest.raises(ValueError, match="gave 0 of mu's 3 .* at response position 3 .* changes the response after"):
-        divergence_of_logits(logits, data, "tv")
+        fsdp_divergence(logits, data, "tv")
