@@ -17,6 +17,9 @@ export VERL_PLATFORM := cpu
 # A Chromium from the npm registry, for the tests of the pages.
 BROWSER := $(VENV)/browser
 
+# Megatron-Core, for the test of verl's Megatron engine, apart from what other tests import.
+MEGATRON := $(VENV)/megatron
+
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
@@ -34,6 +37,10 @@ $(BROWSER)/chromium: $(VENV)/installed
 	$(BIN)/npm install --silent --no-audit --no-fund --prefix $(BROWSER) @sparticuz/chromium@153.0.0
 	$(BIN)/python tests/helpers/browser.py $(BROWSER)
 
+$(MEGATRON): requirements/megatron.txt $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r $<
+	touch $@
+
 quickstart: install
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
@@ -50,7 +57,7 @@ study-smoke: install
 	    rule=dppo,cppo horizon=16 updates=4 learning_rate=3e-4 steps=4 limit=2
 	$(BIN)/python -m studies.trust_regions.report --results outputs/study-smoke/results --page outputs/study-smoke/page.md
 
-test: install lint $(BROWSER)/chromium
+test: install lint $(BROWSER)/chromium $(MEGATRON)
 	$(PYTEST)
 
 test-unit: install

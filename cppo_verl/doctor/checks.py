@@ -240,9 +240,27 @@ def _command(report: Report, config: DictConfig) -> None:
     report.say("ok", "mu", f"the rollout engine's own log-probabilities ({settings})")
     if getattr(policy_loss, "captures", False):
         report.say("ok", "top-K", captured_bytes(config))
+    engine(report, config, device)
     routing(report, config)
     for missing in missing_files(config):
         report.say("FAIL", "files", f"{missing} does not exist on this machine")
+
+
+def engine(report: Report, config: DictConfig, device: str) -> None:
+    """Say how Megatron's engine, where it is the actor's, would be laid out, and whether this environment has it."""
+    layout = config.actor_rollout_ref.actor.get("megatron")
+    if layout is None:
+        return
+    if device == "cpu":
+        way_out = "leave model_engine=megatron out of the command, or ask where it trains"
+        report.say("FAIL", "engine", f"verl has its Megatron engine for GPUs alone: {way_out}")
+        return
+    bridge = "mbridge" if layout.vanilla_mbridge else "megatron-bridge"
+    missing = ", ".join(name for name in ("megatron-core", bridge) if not _installed(name))
+    parallel = ("tensor_model", "pipeline_model", "context", "expert_model")
+    sizes = ", ".join(f"{name.removesuffix('_model')} {layout[f'{name}_parallel_size']}" for name in parallel)
+    bad = f"Megatron's needs {missing}: install them on every node, as verl's extra \"megatron\" has them"
+    report.check(not missing, "engine", f"Megatron; parallel: {sizes}", bad)
 
 
 def routing(report: Report, config: DictConfig) -> None:

@@ -53,7 +53,7 @@ class Preflight(BaseConfig):
     strategy: str
     use_fused_kernels: bool
     engine: dict
-    """Of the actor's engine, how it lays logits out."""
+    """Of the actor's engine, what bears on its logits."""
     distillation: bool
     use_task_rewards: bool
     trust_region: dict
@@ -94,6 +94,8 @@ def violations(rules: list[Rule]) -> list[str]:
 
 CORRECTION, ROLLOUT, ACTOR = "algorithm.rollout_correction.", "actor_rollout_ref.rollout.", "actor_rollout_ref.actor."
 TRUNCATES = "truncates the sampling distribution, so the trainer's log-probabilities describe a different distribution"
+TRANSFORMER = ACTOR + "megatron.override_transformer_config."
+COUNTED = "gives padding a share of the trainer's log-probabilities, which describe a different distribution then"
 SGLANG_ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
 CORRECTS = "corrects for the mismatch that the ratio to mu already carries"
 
@@ -141,6 +143,7 @@ def rollout_policy_rules(run: Preflight) -> list[Rule]:
     trainer = nearest if nearest in TRAINER_MODES else TRAINER_MODES[0]
     rollout, correction = run.rollout, run.rollout_correction
     temperature, penalty = (rollout[key] for key in ("temperature", "repetition_penalty"))
+    padded = run.engine["should_pad_vocab"]
     modes = ("processed_logprobs", *(["raw_logprobs"] if temperature == 1 else []))
     legacy = "is the legacy trainer, which replaces the policy loss in bypass mode"
     dropped = "drops the rollout engine's log-probabilities"
@@ -164,6 +167,7 @@ def rollout_policy_rules(run: Preflight) -> list[Rule]:
         sampled("top_p", rollout["top_p"] == 1, TRUNCATES, "1"),
         sampled("top_k", rollout["top_k"] in (-1, 0), TRUNCATES, "-1"),
         Rule(f"++{ROLLOUT}repetition_penalty", penalty, penalty == 1, penalised, "1"),
+        Rule(TRANSFORMER + "should_pad_vocab", padded, not padded, COUNTED, "null"),
         *engine_rules(rollout, modes),
     ]
 

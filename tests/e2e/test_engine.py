@@ -1,4 +1,7 @@
-"""Every method in verl's own FSDP2 engine and ppo_loss: the gradient does not depend on micro-batches or ranks."""
+"""Every method in verl's own FSDP2 engine and ppo_loss: the gradient does not depend on micro-batches or ranks.
+
+Nor on the engine: verl's own Megatron engine runs beside it, on Megatron-Core's layers, pipeline and tensor parallel.
+"""
 
 import itertools
 import os
@@ -9,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_worker import batch
 
 from cppo_verl.core import top_k_divergence
+from cppo_verl.plugin.topk.loss import DIVERGENCE
 
 WORKER = Path(__file__).parents[1] / "helpers" / "engine_worker.py"
+CORE = Path(sys.prefix) / "megatron"
 METHODS = sorted(
     path.stem
     for path in (Path(__file__).parents[2] / "cppo_verl" / "config" / "method").glob("*.yaml")
@@ -21,6 +27,10 @@ METHODS = sorted(
 TOP_K = ["cppo+topk_tv", "cppo_kl+topk_kl", "dppo+topk_tv", "trm_max_avg+topk_kl"]
 MODES = ["cppo@seq-mean-token-sum", "cppo@seq-mean-token-mean", "grpo@seq-mean-token-mean"]
 ALL = [*METHODS, *TOP_K, *MODES]
+# By tensor and by pipeline parallelism, and with a vocabulary of 32 tokens in 40 columns.
+MEGATRON = ["tp2", "pp2"]
+PADDED_VOCABULARY = "tp2v40"
+IN_MEGATRON = ["cppo", "cppo@seq-mean-token-sum", "cppo+topk_tv", "cppo_kl+topk_kl"]
 
 
 def free_port():
@@ -41,8 +51,8 @@ def model(tmp_path_factory):
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=16,
         pad_token_id=0,
         eos_token_id=1,
@@ -56,26 +66,37 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gradients(model, tmp_path_factory):
-    """{world size: {(method, case): {parameter: gradient}}}, and of two ranks that share each sequence as "sp"."""
-    folder, port = tmp_path_factory.mktemp("gradients"), free_port()
-    results = {}
-    for key, world, sp, methods in ((1, 1, 1, ALL), (2, 2, 1, ALL), ("sp", 2, 2, TOP_K)):
-        output = folder / f"{key}.pt"
-        ranks = []
-        for rank in range(world):
-            env = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            command = [sys.executable, str(WORKER), str(model), str(output), str(sp), *methods]
-            env |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
-            ranks.append(
-                subprocess.Popen(
-                    command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
-            )
+def run(model, tmp_path_factory):
+    """Run engines in a number of processes; {engine: {(method, case): {parameter: gradient}}}."""
+
+    def in_processes(world, engines, methods):
+        output, port = tmp_path_factory.mktemp("gradients"), free_port()
+        command = [sys.executable, str(WORKER), str(model), str(output), engines, *methods]
+        env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+        if "sp" not in engines:
+            assert CORE.exists(), f"no Megatron-Core in {CORE}: make {CORE.relative_to(CORE.parents[1])}"
+            env["PYTHONPATH"] = os.pathsep.join([str(CORE), *filter(None, [env.get("PYTHONPATH")])])
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank)}, **pipes) for rank in range(world)]
         texts = [rank.communicate(timeout=300)[0] for rank in ranks]
         assert all(rank.returncode == 0 for rank in ranks), "\n".join(texts)
-        results[key] = torch.load(output, weights_only=False)
-    return results
+        return {name: torch.load(output / f"{name}.pt", weights_only=False) for name in engines.split(",")}
+
+    return in_processes
+
+
+@pytest.fixture(scope="module")
+def gradients(run):
+    """{world size: {(method, case): {parameter: gradient}}}, and of two ranks that share each sequence as "sp"."""
+    one, two, shared = run(1, "sp1", ALL), run(2, "sp1", ALL), run(2, "sp2", TOP_K)
+    return {1: one["sp1"], 2: two["sp1"], "sp": shared["sp2"]}
+
+
+@pytest.fixture(scope="module")
+def in_megatron(run):
+    """{engine: {(method, case): {parameter: gradient}}}"""
+    return run(2, f"tp2,{PADDED_VOCABULARY}", IN_MEGATRON) | run(2, "pp2", IN_MEGATRON)
 
 
 def compare(got, want):
@@ -140,7 +161,6 @@ def test_a_top_k_gradient_does_not_depend_on_the_layout(gradients, method, world
 
 @pytest.mark.parametrize("method", TOP_K)
 def test_divergences_in_the_engine_are_those_of_its_logits(gradients, model, method):
-    from engine_worker import batch
     from transformers import AutoModelForCausalLM
 
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -156,12 +176,47 @@ def test_sequence_parallel_ranks_gather_each_tokens_divergence(gradients, method
     check_divergences(gradients["sp"][method, "whole"]["model_output"], method)
 
 
+@pytest.mark.parametrize("method", IN_MEGATRON)
+@pytest.mark.parametrize("engine", MEGATRON)
+def test_the_gradient_in_megatron_is_that_in_fsdp2(gradients, in_megatron, engine, method):
+    from cppo_verl.plugin.step_metrics import pop_shares
+
+    cases = [case for name, case in in_megatron[engine] if name == method]
+    assert len(cases) == (6 if "+" in method else 4)
+    for case in cases:
+        got, want = in_megatron[engine][method, case], gradients[1][method, case]
+        assert got.keys() == want.keys()
+        for name in want.keys() - {"metrics", "model_output"}:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+        shares = pop_shares(dict(want["metrics"]))
+        assert pop_shares(dict(got["metrics"])) == pytest.approx(shares, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", [method for method in IN_MEGATRON if "+" in method])
+@pytest.mark.parametrize("engine", [*MEGATRON, PADDED_VOCABULARY])
+def test_divergences_in_megatron_are_those_of_its_tokens_logits(in_megatron, engine, method):
+    for case in ("whole", "dynamic", "padded"):
+        output = in_megatron[engine][method, case]["model_output"]
+        torch.testing.assert_close(output[DIVERGENCE], in_megatron["pp2"][method, case]["model_output"][DIVERGENCE])
+    output = in_megatron[engine][method, "whole"]["model_output"]
+    columns = 40 if engine == PADDED_VOCABULARY else 32
+    assert output["logits"][0].shape[-1] == columns
+    check_divergences(output | {"logits": [output["logits"][0][:, :32]]}, method)
+
+
+def test_verls_megatron_engine_counts_padding_in_its_log_probabilities(in_megatron):
+    """Why the plug-in refuses a padded vocabulary: pi would not be the policy that mu was."""
+    output = in_megatron[PADDED_VOCABULARY]["cppo+topk_tv", "whole"]["model_output"]
+    data, _ = batch()
+    following = torch.cat([row.roll(-1) for row in data["input_ids"].unbind()]).unsqueeze(-1)
+    inside = torch.cat([torch.arange(len(row)) < len(row) - 1 for row in data["input_ids"].unbind()])
+    counted = output["logits"][0].log_softmax(-1).gather(-1, following).squeeze(-1)
+    torch.testing.assert_close(output["log_probs"][inside], counted[inside], rtol=0, atol=1e-6)
+    assert output["logits"][0][:, 32:].abs().max() == 0
+
+
 def check_divergences(output, method):
     """D_t of the model output against the loops over its full logits."""
-    from engine_worker import batch
-
-    from cppo_verl.plugin.topk.loss import DIVERGENCE
-
     data, log_mu = batch()
     kind = method.rpartition("_")[2]
     lengths = data["input_ids"].offsets().diff().tolist()

@@ -1,10 +1,12 @@
-"""One rank of verl's FSDP2 engine under its own ppo_loss, without Ray: gradients of fixed batches.
+"""One rank of one of verl's engines under its own ppo_loss, without Ray: gradients of fixed batches.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python engine_worker.py MODEL OUTPUT SP METHOD...
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python engine_worker.py MODEL OUTPUT ENGINE METHOD...
 
-SP is the size of the Ulysses sequence-parallel groups; METHOD is one of the hydra group, METHOD+DIVERGENCE or
-METHOD@LOSS_AGG_MODE. Writes {(method, case): {parameter: gradient}} to OUTPUT from rank 0; beside the gradients stand
-"metrics", as verl reduces them over micro-batches and ranks, and "model_output" of rank 0.
+ENGINE is sp1 or sp2, FSDP2 with Ulysses sequence-parallel groups of that size, or one of Megatron's as
+`megatron_cpu.Backend` names them; several, joined by commas, run in turn. METHOD is one of the hydra group,
+METHOD+DIVERGENCE or METHOD@LOSS_AGG_MODE. The last rank writes {(method, case): {parameter: gradient}} to
+OUTPUT/ENGINE.pt; beside the gradients stand "metrics", as verl reduces them over micro-batches and ranks, and that
+rank's "model_output".
 """
 
 import sys
@@ -83,7 +85,44 @@ def batch():
     return data, log_mu
 
 
-def run(engine, actor_config, data, micro_batch_size, global_batch_size, **layout):
+class FSDP2:
+    """verl's FSDP2 engine, with Ulysses sequence-parallel groups of a size."""
+
+    layouts = LAYOUTS
+
+    def __init__(self, name):
+        self.size = int(name.removeprefix("sp"))
+        self.overrides = [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={self.size}", "+platform=cpu"]
+        if self.size > 1:
+            self.layouts = {case: x for case, x in LAYOUTS.items() if x.get("use_remove_padding", True)}
+
+    def build(self, config, actor_config):
+        engine = EngineRegistry.new(
+            model_type="language_model",
+            backend="fsdp2",
+            model_config=omega_conf_to_dataclass(config.model),
+            engine_config=actor_config.engine,
+            optimizer_config=actor_config.optim,
+            checkpoint_config=actor_config.checkpoint,
+        )
+        engine.initialize()
+        return engine
+
+    def lay_out(self, engine, use_remove_padding):
+        pass  # the micro-batch says it
+
+    def whole(self, engine, logits, data):
+        """The logits [tokens, V] of all ranks."""
+        parts = [logits.clone() for _ in range(self.size)]
+        if self.size > 1:
+            torch.distributed.all_gather(parts, parts[0].clone(), group=get_ulysses_sequence_parallel_group())
+        return torch.cat(parts, dim=1)[0]
+
+    def gradient(self, engine):
+        return {name: p.grad.full_tensor().clone() for name, p in engine.module.named_parameters()}
+
+
+def run(backend, engine, actor_config, data, micro_batch_size, global_batch_size, **layout):
     captures = getattr(actor_config.policy_loss, "captures", False)
     settings = dict(
         temperature=1.0,
@@ -94,22 +133,23 @@ def run(engine, actor_config, data, micro_batch_size, global_batch_size, **layou
         distillation_use_topk=captures,
         return_model_output=True,
     )
-    tu.assign_non_tensor(data, **settings | layout)
+    settings |= layout
+    tu.assign_non_tensor(data, **settings)
+    backend.lay_out(engine, settings["use_remove_padding"])
     shown = []
 
     def watched(*args, student_logits=None, **kwargs):
         if student_logits is not None:
-            parts = [student_logits.detach().clone() for _ in range(engine.ulysses_sequence_parallel_size)]
-            if len(parts) > 1:
-                torch.distributed.all_gather(parts, parts[0].clone(), group=get_ulysses_sequence_parallel_group())
-            shown.append(torch.cat(parts, dim=1)[0])
-        return top_k_ppo_loss(*args, student_logits=student_logits, **kwargs)
+            shown.append(backend.whole(engine, student_logits.detach(), kwargs["data"]))
+        return top_k_ppo_loss(*args, student_logits=student_logits, vocabulary=VOCABULARY, **kwargs)
 
     loss = watched if captures else ppo_loss
     with engine.train_mode():
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(data, partial(loss, config=actor_config))
-        gradient = {name: p.grad.full_tensor().clone() for name, p in engine.module.named_parameters()}
+        gradient = backend.gradient(engine)
+    if not output:  # a pipeline's first ranks
+        return gradient
     metrics = allgather_dict_into_dict(output["metrics"], group=engine.get_data_parallel_group())
     gradient["metrics"] = {
         key: Metric.aggregate_dp(value) for key, value in metrics.items() if isinstance(value[0], Metric)
@@ -119,14 +159,28 @@ def run(engine, actor_config, data, micro_batch_size, global_batch_size, **layou
     return gradient
 
 
-def main(model, output, sp, *methods):
+def main(model, output, engines, *methods):
     initialize_global_process_group_ray()
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    dp_size = world // int(sp)
+    for name in engines.split(","):
+        results = results_of(name, model, methods)
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            torch.save(results, f"{output}/{name}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def results_of(engine_name, model, methods):
+    if engine_name.startswith("sp"):
+        backend = FSDP2(engine_name)
+    else:
+        import megatron_cpu
+
+        backend = megatron_cpu.Backend(engine_name)
+    rank, dp_size = torch.distributed.get_rank(), torch.distributed.get_world_size() // backend.size
 
     def part(data, rows, micro_batch_size):
         """This data-parallel rank's rows, and a micro-batch size that divides them."""
-        share, dp_rank = len(rows) // dp_size, rank // int(sp)
+        share, dp_rank = len(rows) // dp_size, rank // backend.size
         mine = tu.index_select_tensor_dict(data, rows[dp_rank * share : (dp_rank + 1) * share])
         size = min(micro_batch_size, share)
         return mine, size if share % size == 0 else 1
@@ -141,21 +195,12 @@ def main(model, output, sp, *methods):
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose(
                 "ppo_trainer",
-                [f"+method={method}", "+platform=cpu", f"actor_rollout_ref.model.path={model}", *overrides]
-                + ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", "data.max_response_length=16"]
-                + [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sp}"],
+                [f"+method={method}", f"actor_rollout_ref.model.path={model}", "data.max_response_length=16"]
+                + ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", *overrides, *backend.overrides],
             ).actor_rollout_ref
         actor_config = omega_conf_to_dataclass(config.actor)
         if engine is None:
-            engine = EngineRegistry.new(
-                model_type="language_model",
-                backend="fsdp2",
-                model_config=omega_conf_to_dataclass(config.model),
-                engine_config=actor_config.engine,
-                optimizer_config=actor_config.optim,
-                checkpoint_config=actor_config.checkpoint,
-            )
-            engine.initialize()
+            engine = backend.build(config, actor_config)
         seq_mean = actor_config.loss_agg_mode.startswith("seq-mean")
         for case, (micro_batch_size, content) in CASES.items():
             data, _ = batch()
@@ -167,15 +212,12 @@ def main(model, output, sp, *methods):
                 data.update(masked)
             rows = kept.nonzero().flatten().tolist() if content == "removed" else list(range(ROWS))
             mine, size = part(data, rows, micro_batch_size)
-            results[name, case] = run(engine, actor_config, mine, size, len(rows))
+            results[name, case] = run(backend, engine, actor_config, mine, size, len(rows))
         if divergence:
-            for case, layout in LAYOUTS.items():
-                if sp == "1" or layout.get("use_remove_padding", True):
-                    mine, size = part(batch()[0], list(range(ROWS)), 2)
-                    results[name, case] = run(engine, actor_config, mine, size, ROWS, **layout)
-    if rank == 0:
-        torch.save(results, output)
-    torch.distributed.destroy_process_group()
+            for case, layout in backend.layouts.items():
+                mine, size = part(batch()[0], list(range(ROWS)), 2)
+                results[name, case] = run(backend, engine, actor_config, mine, size, ROWS, **layout)
+    return results
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -112,20 +112,22 @@ def test_the_settings_of_a_recipe_are_those_that_the_paper_prints(recipe, scale)
         assert ours == (wanted if isinstance(ours, str) else float(wanted)), name
 
 
-def test_the_30b_run_is_laid_out_for_fsdp2_and_as_the_pull_request_lays_out_megatron(recipe):
-    scale = "scale=qwen3_30b_a3b_base"
-    fsdp = recipe(scale).actor_rollout_ref.actor
-    assert (fsdp.strategy, fsdp.fsdp_config.param_offload, fsdp.fsdp_config.optimizer_offload) == ("fsdp2", True, True)
-    config = recipe(scale, "backend=megatron")
+@pytest.mark.parametrize(("scale", "experts", "offload"), [("qwen3_30b_a3b_base", 8, True), ("qwen3_1.7b", 1, False)])
+def test_another_engine_changes_the_layout_alone_to_that_of_the_pull_request(recipe, scale, experts, offload):
+    fsdp, config = recipe(f"scale={scale}"), recipe(f"scale={scale}", "backend=megatron")
+    assert fsdp.actor_rollout_ref.actor.strategy == "fsdp2"
+    assert fsdp.actor_rollout_ref.actor.fsdp_config.param_offload == offload
     validate_config(config, use_reference_policy=False, use_critic=False)
     actor, layout = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.megatron
     assert (actor.strategy, config.actor_rollout_ref.rollout.tensor_model_parallel_size) == ("megatron", 2)
     parallel = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
-    assert [layout[f"{name}_parallel_size"] for name in parallel] == [4, 1, 8, 1]
-    assert layout.param_offload and layout.optimizer_offload and actor.optim.lr == 1e-6
-    assert omega_conf_to_dataclass(actor).policy_loss.divergence == "binary_tv"
-    with pytest.raises(InstantiationException, match="set actor_rollout_ref.actor.strategy=fsdp2 or divergence=binary"):
-        omega_conf_to_dataclass(recipe(scale, "backend=megatron", "divergence=topk_tv").actor_rollout_ref.actor)
+    assert [layout[f"{name}_parallel_size"] for name in parallel] == [4, 1, experts, 1]
+    assert layout.param_offload == layout.optimizer_offload == offload and actor.optim.lr == 1e-6
+    method, before = (omega_conf_to_dataclass(c.actor_rollout_ref.actor).policy_loss for c in (config, fsdp))
+    assert method.divergence == "topk_tv"
+    assert all(method[f.name] == before[f.name] for f in fields(method) if f.name != "preflight")
+    binary = recipe(f"scale={scale}", "backend=megatron", "method=cppo_pr6731")
+    assert omega_conf_to_dataclass(binary.actor_rollout_ref.actor).policy_loss.divergence == "binary_tv"
 
 
 @pytest.mark.parametrize("method", ["cppo", "grpo", "cppo_pr6731"])

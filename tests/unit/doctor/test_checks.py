@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cppo_verl.cli import main
-from cppo_verl.doctor.checks import ConfigError, Report, _compiler, _device, compose_command, routing
+from cppo_verl.doctor.checks import ConfigError, Report, _compiler, _device, compose_command, engine, routing
 
 COMMAND = [
     "+method=cppo",
@@ -137,6 +137,26 @@ def test_a_compiler_and_pythons_headers_are_looked_for(missing, capsys, monkeypa
     out = capsys.readouterr().out
     named = "no-such-compiler" if missing == "compiler" else str(tmp_path / "Python.h")
     assert report.failed and f"not found: {named}: install a C compiler and Python's headers (gcc, python3-dev)" in out
+
+
+@pytest.mark.parametrize(
+    ("device", "vanilla", "installed", "finding"),
+    [
+        ("cuda", "false", ("megatron-core", "megatron-bridge"), "ok    engine +Megatron; .* tensor 4, .*, expert 8"),
+        ("cuda", "false", ("megatron-core",), "FAIL  engine +Megatron's needs megatron-bridge: install them on every"),
+        ("cuda", "true", ("megatron-bridge",), "FAIL  engine +Megatron's needs megatron-core, mbridge: install"),
+        ("cpu", "false", ("megatron-core", "megatron-bridge"), "FAIL  engine +verl has its Megatron engine for GPUs"),
+    ],
+)
+def test_megatrons_engine_is_there_or_lacks_packages(device, vanilla, installed, finding, compose, capsys, monkeypatch):
+    monkeypatch.setattr("cppo_verl.doctor.checks._installed", lambda name: name in installed or None)
+    megatron = "actor_rollout_ref.actor.megatron."
+    sizes = [f"{megatron}tensor_model_parallel_size=4", f"{megatron}expert_model_parallel_size=8"]
+    config = compose("model_engine=megatron", *sizes, f"{megatron}vanilla_mbridge={vanilla}")
+    engine(Report(), config, device)
+    assert re.match(finding, capsys.readouterr().out)
+    engine(Report(), compose(), device)
+    assert capsys.readouterr().out == ""
 
 
 FLAG = "actor_rollout_ref.rollout.enable_rollout_routing_replay"

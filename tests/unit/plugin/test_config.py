@@ -116,6 +116,52 @@ def test_what_keeps_mus_likeliest_tokens_away_is_refused_with_the_override_that_
     omega_conf_to_dataclass(change(way_out))
 
 
+MEGATRON = "actor_rollout_ref.actor.megatron."
+
+
+@pytest.fixture(scope="module")
+def megatron(compose):
+    return lambda *overrides: compose("model_engine=megatron", *GRPO, "+method=cppo", *overrides)
+
+
+@pytest.mark.parametrize("divergence", ["binary_tv", "topk_tv"])
+def test_one_override_turns_a_grpo_command_for_megatron_into_cppo(megatron, divergence):
+    sizes = {"tensor_model": 4, "pipeline_model": 2, "expert_model": 8, "expert_tensor": 1}
+    parallel = [f"{MEGATRON}{name}_parallel_size={size}" for name, size in sizes.items()]
+    config = megatron(f"divergence={divergence}", *parallel)
+    start_up(config)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert (actor.strategy, actor.policy_loss.divergence) == ("megatron", divergence)
+    assert get_trainer_cls(config.trainer.v1.trainer_mode).__name__ == "TrustRegionTrainerSync"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason", "value_that_mends_it"),
+    [
+        ("context_parallel_size", 2, "splits sequences over ranks", 1),
+        ("dynamic_context_parallel", True, "is refused by verl's engine", "false"),
+        ("pad_to_length", True, "is refused by verl's engine", "false"),
+        ("override_transformer_config.fp8", "hybrid", "pads sequences to lengths", "null"),
+    ],
+)
+def test_where_megatron_lays_tokens_out_otherwise_the_top_k_divergences_are_refused(
+    megatron, setting, value, reason, value_that_mends_it
+):
+    further = {"dynamic_context_parallel": [f"{MEGATRON}max_seqlen_per_dp_cp_rank=4096"]}.get(setting, [])
+    override = f"++{MEGATRON}{setting}={value}"
+    start_up(megatron(override, *further))
+    mended = f"set {MEGATRON}{setting}={value_that_mends_it} or divergence=binary_tv"
+    with pytest.raises(InstantiationException, match=rf"{MEGATRON}{setting}={value} {reason}.*; {mended}"):
+        start_up(megatron(override, *further, "divergence=topk_tv"))
+
+
+@pytest.mark.parametrize("divergence", ["binary_tv", "topk_tv"])
+def test_a_padded_vocabulary_is_refused(megatron, divergence):
+    setting = f"{MEGATRON}override_transformer_config.should_pad_vocab"
+    with pytest.raises(InstantiationException, match=f"{setting}=True gives padding a share.*; set {setting}=null"):
+        start_up(megatron(f"+{setting}=true", f"divergence={divergence}"))
+
+
 def test_the_binary_divergences_ask_for_none_of_it(cppo):
     start_up(cppo("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.model.use_fused_kernels=true"))
 

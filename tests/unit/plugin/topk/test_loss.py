@@ -1,5 +1,8 @@
 """D_t from verl's logits hook."""
 
+import sys
+from types import SimpleNamespace
+
 import oracle
 import pytest
 import torch
@@ -13,7 +16,7 @@ from vllm_answers import answer
 
 from cppo_verl.core import divergence, exact_divergence
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD
-from cppo_verl.plugin.topk.loss import Layout, divergence_of_logits, fsdp_layout
+from cppo_verl.plugin.topk.loss import Layout, divergence_of_logits, fsdp_layout, megatron_layout
 from cppo_verl.plugin.topk.vllm_server import captured
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -179,6 +182,18 @@ def test_parts_of_a_sequence_parallel_group_make_the_whole(monkeypatch):
         monkeypatch.setattr(module, "get_ulysses_sequence_parallel_rank", lambda rank=rank: rank)
         parts.append(fsdp_divergence(padded[rank * n : (rank + 1) * n], data, "tv"))
     assert torch.equal(torch.cat(parts)[: len(logits)], whole)
+
+
+def test_logits_that_megatron_has_laid_out_otherwise_are_refused(one_rank, monkeypatch):
+    core = SimpleNamespace(get_tensor_model_parallel_group=lambda: one_rank)
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", core)
+    data, logits, *_ = random_micro_batch()
+    whole = fsdp_divergence(logits, data, "tv")
+    layout = megatron_layout(data, logits.unsqueeze(0), "thd", vocabulary=11)
+    torch.testing.assert_close(divergence_of_logits(logits, data, "tv", layout), whole)
+    for length in (len(logits) // 2, len(logits) + 1):  # of two context-parallel ranks; padded
+        with pytest.raises(RuntimeError, match=rf"{len(logits)} tokens of 4 rows out in {length} logits"):
+            megatron_layout(data, torch.empty(1, length, 11), "thd", vocabulary=11)
 
 
 def test_verls_padding_rows_are_passed_over():
