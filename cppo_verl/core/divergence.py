@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce
 
 Kind = Literal["tv", "kl"]
 
@@ -146,7 +145,9 @@ def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) ->
     return (retained - _normaliser(logits, rows).unsqueeze(-1)).float()
 
 
-def gather_sharded_log_probs(logits: Tensor, ids: Tensor, rows: Tensor, group: ProcessGroup, vocabulary: int) -> Tensor:
+def gather_sharded_log_probs(
+    logits: Tensor, ids: Tensor, rows: Tensor, group: "torch.distributed.ProcessGroup", vocabulary: int
+) -> Tensor:
     """`gather_log_probs` where the columns of the logits are split evenly over the ranks of a group, in order.
 
     One all-reduce brings together each rank's normaliser and the logits of the ids that it holds, C + ranks numbers a
@@ -171,7 +172,7 @@ def gather_sharded_log_probs(logits: Tensor, ids: Tensor, rows: Tensor, group: P
     normalisers = retained.new_zeros(len(rows), group.size())
     normalisers[:, group.rank()] = _normaliser(tokens, rows) if tokens.shape[-1] else -torch.inf
     shared = torch.cat([retained, normalisers], dim=-1)
-    all_reduce(shared, group=group)
+    torch.distributed.all_reduce(shared, group=group)
     retained, normalisers = shared.split([ids.shape[-1], group.size()], dim=-1)
     return (retained - normalisers.logsumexp(-1, keepdim=True)).float()
 
@@ -185,7 +186,7 @@ def _block_normaliser(logits: Tensor, rows: Tensor, block_bytes: int = 2**24) ->
     blocks = []
     for part in rows.split(max(1, block_bytes // (4 * logits.shape[-1]))):
         x = logits[part].float()
-        largest = x.amax(-1, keepdim=True)
+        largest = x.amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # a shard may have no mass at all
         blocks.append(largest.squeeze(-1).double() + x.sub_(largest).exp_().sum(-1).log_())
     return torch.cat(blocks)
 

@@ -28,8 +28,8 @@ def _dump(module):
         return
     original = module.divergence_of_logits
 
-    def dumping(logits, data, divergence):
-        result = original(logits, data, divergence)
+    def dumping(logits, data, *args):
+        result = original(logits, data, *args)
         fields = ("input_ids", "prompts", "responses", "response_mask", "rollout_log_probs")
         rows = {name: [x.clone() for x in data[name].unbind()] for name in fields}
         folder = Path(PROBES["dump"])

@@ -264,6 +264,12 @@ def test_gathered_log_probs_of_logits_that_fp32_cannot_exponentiate(shift):
     torch.testing.assert_close(gather_log_probs(logits, ids).double(), want, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.usefixtures("normaliser")
+def test_a_shard_of_the_vocabulary_without_mass_adds_none():
+    logits = torch.tensor([[-math.inf, -math.inf], [-math.inf, 0.0]])
+    assert divergence._normaliser(logits, torch.tensor([0, 1])).tolist() == [-math.inf, 0.0]
+
+
 def test_gathered_log_probs_agree_with_verls():
     g = torch.Generator().manual_seed(1)
     logits, ids = torch.randn(17, 300, generator=g), torch.randint(0, 300, (17, 4), generator=g)
