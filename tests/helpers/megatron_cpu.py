@@ -71,6 +71,7 @@ class Backend:
     def build(self, config, actor_config):
         from mbridge.core import llm_bridge
         from mbridge.models.qwen3 import Qwen3Bridge
+        from megatron.core import parallel_state
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
         from verl.workers.engine.megatron import transformer_impl
 
@@ -99,6 +100,7 @@ class Backend:
         transformer_impl.set_random_seed = torch.manual_seed
         # verl's engine trains in half precision alone.
         object.__setattr__(actor_config.engine, "dtype", "float32")
+        parallel_state.destroy_model_parallel()  # of the engine before
         engine = OnCPU(
             model_config=omega_conf_to_dataclass(config.model),
             engine_config=actor_config.engine,
@@ -113,10 +115,10 @@ class Backend:
 
     def whole(self, engine, logits, data):
         """The logits [tokens, columns] of all ranks, without padding between the rows."""
-        from megatron.core import parallel_state
+        from megatron.core import parallel_state as mpu
 
-        parts = [torch.empty_like(logits) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
-        torch.distributed.all_gather(parts, logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        parts = [torch.empty_like(logits) for _ in range(mpu.get_tensor_model_parallel_world_size())]
+        torch.distributed.all_gather(parts, logits.contiguous(), group=mpu.get_tensor_model_parallel_group())
         lengths = data["input_ids"].offsets().diff().tolist()
         if len(logits) > 1:
             sizes = [logits.shape[1]] * len(lengths)
