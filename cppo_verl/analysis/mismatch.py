@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     print(found.table().terminal(found.caption()))
-    print("\n" + "\n".join(found.verdict(config)))
+    print("\n" + "\n".join(found.advice(config)))
     return int(found.masks)
 
 
@@ -229,7 +229,7 @@ class Mismatch(NamedTuple):
             "masked whose update moves away from mu, about a half."
         )
 
-    def verdict(self, config: DictConfig | None) -> list[str]:
+    def advice(self, config: DictConfig | None) -> list[str]:
         """Say what the mismatch does to the run, and what to change if it does anything."""
         budget, mean = self.rule.budget != "none", self.tokens.divergence.mean()
         takes = f"takes {percent(self.spent)} of the prefix budget and " if budget else ""

@@ -63,7 +63,7 @@ def test_the_sums_are_those_of_the_oracle(budget):
 )
 def test_what_is_said_grows_with_the_mismatch(mean, begins, says):
     found = Mismatch.of(responses(mean), CPPO(budget="fixed"))
-    lines = found.verdict(None)
+    lines = found.advice(None)
     assert lines[0].startswith(begins)
     assert found.masks == begins.startswith("FAIL")
     assert all(any(part in line for line in lines) for part in says)
@@ -72,14 +72,14 @@ def test_what_is_said_grows_with_the_mismatch(mean, begins, says):
 
 def test_a_method_without_a_budget_is_judged_by_its_token_threshold_alone():
     found = Mismatch.of(responses(0.05), CPPO(budget="none", w_min=1.0))
-    (first, *rest) = found.verdict(None)
+    (first, *rest) = found.advice(None)
     assert first.startswith("FAIL: the mismatch alone puts ") and not any("delta_b" in line for line in rest)
     assert found.table().rows[0][4] is None
 
 
 def test_the_advice_names_what_the_run_sets():
     config = compose_command([*QUICKSTART, "actor_rollout_ref.rollout.quantization=fp8", DTYPE])
-    lines = Mismatch.of(responses(0.04), CPPO()).verdict(config)
+    lines = Mismatch.of(responses(0.04), CPPO()).advice(config)
     assert any("actor_rollout_ref.rollout.quantization=null (it is fp8)" in line for line in lines)
     assert any("the rollout computes in bfloat16, the actor in fp32" in line for line in lines)
 
