@@ -25,7 +25,6 @@ from studies.trust_regions.loop import Batch, Measured, Settings
 SEEDS = {"grid": range(101, 105), "evaluation": range(201, 221)}
 GRID = (1e-4, 3e-4, 1e-3)
 """Learning rates."""
-PILOT_STEPS = 10
 PILOT_RESPONSES = 800
 
 
@@ -85,17 +84,16 @@ def _paper(method: str) -> rules.Thresholds:
 
 
 def pilot(config: DictConfig, settings: Settings, method: str, thresholds: rules.Thresholds) -> list[Response]:
-    """Responses at random updates of a short run with ``method``; kept, as all methods of a condition need them."""
+    """Responses at random updates of a run with ``method``; kept, as all methods of a condition need them."""
     condition = f"{settings.horizon}-{settings.updates}-{settings.learning_rate:g}-{config.rollout}-{config.staleness}"
     name = "-".join([condition, method, *(f"{x:g}" for x in thresholds.values())])
     file = Path(config.inputs, "pilot", f"{name}.pt")
     if not file.exists():
         seeds = list(SEEDS["grid"])
-        short = Settings(**asdict(settings) | {"steps": PILOT_STEPS})
         kept: list[Response] = []
         random = np.random.default_rng(0)
         # Of all responses of the pilot about this part is kept.
-        part = PILOT_RESPONSES / (len(seeds) * PILOT_STEPS * settings.prompts * settings.samples)
+        part = PILOT_RESPONSES / (len(seeds) * settings.steps * settings.prompts * settings.samples)
 
         def keep(step: int, update: int, batch: Batch, log_pi: torch.Tensor) -> None:
             drawn = random.random(batch.rewards.shape) < part
@@ -104,7 +102,7 @@ def pilot(config: DictConfig, settings: Settings, method: str, thresholds: rules
 
         actor = replay.setting(rules.text(method, thresholds), rules.header(settings.horizon)).actor
         first = warmup.first_policies(settings.horizon, seeds, Path(config.inputs, "first"))
-        loop.train(first, seeds, short, actor, keep)
+        loop.train(first, seeds, settings, actor, keep)
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as (temporary,):
             torch.save(kept, temporary)
