@@ -177,11 +177,13 @@ def _load_math_verify() -> Verify:
     signs = str.maketrans(pairs)
 
     def verify(answer: str, accepted: list[str]) -> bool:
-        box = rf"\boxed{{{announced_answer(answer).translate(signs)}}}"
+        announced = rf"\boxed{{{announced_answer(answer).translate(signs)}}}"
         # No timeout of its own: that is a signal, which Python handles between bytecodes, too late for a regex.
-        found = library.parse(box, answer_forms, parsing_timeout=None)
+        found = library.parse(announced, answer_forms, parsing_timeout=None)
         for truth in accepted if found else ():
-            gold = library.parse(rf"\boxed{{{truth.translate(signs)}}}", truth_form, parsing_timeout=None)
+            # Without a last full stop, as the answer: data sets have some.
+            box = rf"\boxed{{{truth.translate(signs).rstrip(' .')}}}"
+            gold = library.parse(box, truth_form, parsing_timeout=None)
             if library.verify(gold, found, timeout_seconds=None):
                 return True
         return False

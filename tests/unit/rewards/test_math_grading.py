@@ -81,6 +81,9 @@ ANSWERS = [
     (line("12 cm"), "12", 1, 1),
     (line("12\\text{ cm}"), "12", 1, 1),
     (box("12\\text{ cm}"), "12", 1, 0),
+    # two ground truths of the sanity test end in a full stop
+    (box("7\\text{ hours}."), "7\\text{ hours}.", 1, 1),
+    (box("7"), "7\\text{ hours}.", 1, 0),
     (line("42 apples"), "42", 1, 0),
     (line("\\$15"), "15", 1, 1),
     (line("30^\\circ"), "30", 1, 1),
