@@ -17,7 +17,7 @@ from typing import Any
 from cppo_verl.artifacts.atomic import replacing
 from cppo_verl.data import reasoning_gym
 from cppo_verl.data.dedup import contaminated, deduplicate, text_of
-from cppo_verl.data.readers import PROMPTS, Row, read_aime, read_dapo, read_gsm8k, read_prompts
+from cppo_verl.data.readers import PROMPTS, Row, read_aime, read_dapo, read_gsm8k, read_prompts, read_sanity_test
 from cppo_verl.data.sources import HUB, READERS, HubDataset, Place, choose_places, describe, load, sha256
 from cppo_verl.rewards.reasoning_gym import PREFIX
 
@@ -25,11 +25,13 @@ DATASETS = {
     "dapo": "DAPO-Math-17k, deduplicated (train)",
     "aime": "AIME 2024, 2025 and 2026 (validation)",
     "gsm8k": "GSM8K (train and validation)",
+    "sanity-test": "1,460 MATH problems that DeepSeek-R1-Distill-Qwen-1.5B solves at times, Precision-RL (train)",
     "reasoning-gym": "one reasoning-gym task (train and validation)",
 }
-FILES = {"dapo": ["train"], "aime": ["validation"]} | dict.fromkeys(["gsm8k", "reasoning-gym"], ["train", "validation"])
-# The public file repeats each of its prompts about a hundred times.
-DAPO_ROWS = range(17_000, 18_000)
+FILES = {"dapo": ["train"], "sanity-test": ["train"], "aime": ["validation"]}
+FILES |= dict.fromkeys(["gsm8k", "reasoning-gym"], ["train", "validation"])
+# Distinct prompts of a data set on the hub. DAPO's file repeats each of them about a hundred times.
+HUB_ROWS = {"dapo": range(17_000, 18_000), "sanity-test": range(1460, 1461)}
 AIME_ROWS = 30
 
 
@@ -49,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             dataset.add_argument("--seed", type=int, default=0)
             dataset.add_argument("--task-settings", nargs="*", default=[], metavar="KEY=VALUE", help="VALUE is JSON")
         else:
-            metavar = {"dapo": "PLACE", "aime": "YEAR=PLACE", "gsm8k": "train|validation=PLACE"}[name]
+            metavar = {"aime": "YEAR=PLACE", "gsm8k": "train|validation=PLACE"}.get(name, "PLACE")
+            revision = "its newest revision" if name == "sanity-test" else "a pinned revision"
             places = f"a file, or a folder of files, of {', '.join(READERS)}, or hf:ID[@REVISION]; several for one "
-            places += "part are joined; default: the hub, at a pinned revision"
+            places += f"part are joined; default: the hub, at {revision}"
             dataset.add_argument("--source", nargs="+", default=[], metavar=metavar, help=places)
         if name == "aime":
             dataset.add_argument("--years", nargs="+", choices=HUB["aime"], default=list(HUB["aime"]))
@@ -162,7 +165,8 @@ def _read(
     dataset: str, places: dict[str, list[Place]], sources: list[dict]
 ) -> tuple[dict[str, list[Row]], dict[str, dict]]:
     """Return rows and counts per file; extend ``sources`` by what was read."""
-    read_rows = {"dapo": read_dapo, "aime": read_aime, "gsm8k": read_gsm8k}[dataset]
+    readers = {"dapo": read_dapo, "aime": read_aime, "gsm8k": read_gsm8k, "sanity-test": read_sanity_test}
+    read_rows = readers[dataset]
 
     def rows(part: str) -> Iterator[Row]:  # a generator: DAPO's 1.8 million rows are not held at once
         for place in places[part]:
@@ -195,10 +199,11 @@ def _read(
 def _check_count(args: argparse.Namespace, rows: int, from_hub: bool) -> None:
     if args.expect_rows not in (None, rows):
         raise ValueError(f"{rows} rows are left, --expect-rows is {args.expect_rows}")
-    if args.expect_rows is None and args.dataset == "dapo" and from_hub and rows not in DAPO_ROWS:
-        expected = f"{DAPO_ROWS[0]} to {DAPO_ROWS[-1]}"
+    expected = HUB_ROWS.get(args.dataset) if from_hub and args.expect_rows is None else None
+    if expected and rows not in expected:
+        numbers = f"{expected[0]} to {expected[-1]}" if len(expected) > 1 else f"{expected[0]}"
         way_out = f"if the data set has changed, say so with --expect-rows {rows}"
-        raise ValueError(f"{rows} rows are left, expected {expected}: {way_out}")
+        raise ValueError(f"{rows} rows are left, expected {numbers}: {way_out}")
 
 
 def _hold_out(args: argparse.Namespace, parts: dict[str, list[Row]], files: dict[str, dict]) -> None:

@@ -45,16 +45,13 @@ def read_dapo(dataset: "Dataset", name: str, part: str) -> Iterator[Row]:
     """Read DAPO-Math-17k, which is in verl's schema already."""
     require_columns(dataset, name, "data_source", "prompt", "ability", "reward_model", "extra_info")
     for where, row in numbered_rows(dataset, name):
-        truth = row["reward_model"]
-        if not isinstance(truth, dict) or "ground_truth" not in truth:
-            raise ValueError(f"{where}: reward_model must hold ground_truth, got {truth!r}")
         if not isinstance(row["extra_info"], dict) or not row["extra_info"]:
             raise ValueError(f"{where}: extra_info must be a dict with the index, got {row['extra_info']!r}")
         yield rl_row(
             _text(row["data_source"], where, "data_source"),
             messages(row["prompt"], where),
             _text(row["ability"], where, "ability"),
-            _text(truth["ground_truth"], where, "reward_model.ground_truth").strip(),
+            _ground_truth(row, where),
             row["extra_info"],
         )
 
@@ -88,6 +85,21 @@ def read_gsm8k(dataset: "Dataset", name: str, part: str) -> Iterator[Row]:
             raise ValueError(f"{where}: answer must end in #### and a number, got {row['answer'][-80:]!r}")
         extra_info = {"split": part, "index": index, "solution": solution.strip()}
         yield rl_row("openai/gsm8k", content, "math", number, extra_info)
+
+
+def read_sanity_test(dataset: "Dataset", name: str, part: str) -> Iterator[Row]:
+    """Read the sanity test of Precision-RL (arXiv 2510.26788).
+
+    Public code that uses it shows two of its columns: prompt, whose messages ask for a boxed answer themselves, and
+    reward_model. The rest of a row is ours: the data set itself could not be fetched where this was written.
+    """
+    require_columns(dataset, name, "prompt", "reward_model")
+    for index, (where, row) in enumerate(numbered_rows(dataset, name)):
+        prompt = messages(row["prompt"], where)
+        if r"\boxed" not in prompt[-1]["content"]:
+            asked = prompt[-1]["content"][-80:]
+            raise ValueError(f"{where}: prompt must ask for its answer in \\boxed{{}}, got ...{asked!r}")
+        yield rl_row("math", prompt, "math", _ground_truth(row, where), {"split": part, "index": index})
 
 
 def read_prompts(dataset: "Dataset", name: str) -> list[list[dict]]:
@@ -130,6 +142,14 @@ def _find_column(dataset: "Dataset", name: str, *aliases: str) -> str:
         if alias in columns:
             return columns[alias]
     raise ValueError(f"{name} has no column {' or '.join(aliases)}; it has {', '.join(dataset.column_names)}")
+
+
+def _ground_truth(row: Row, where: str) -> str:
+    """Return the checked ground truth of a row in verl's schema."""
+    truth = row["reward_model"]
+    if not isinstance(truth, dict) or "ground_truth" not in truth:
+        raise ValueError(f"{where}: reward_model must hold ground_truth, got {truth!r}")
+    return _text(truth["ground_truth"], where, "reward_model.ground_truth").strip()
 
 
 def _text(value: Any, where: str, column: str) -> str:

@@ -23,7 +23,7 @@ class HubDataset(NamedTuple):
 Place = HubDataset | Path
 
 # {data set: {part: places that are read one after the other}}. The commits are those that other public work pins; none
-# could be fetched where this table was written.
+# could be fetched where this table was written. None was found for the sanity test: its branch is resolved when read.
 HUB: dict[str, dict[str, list[HubDataset]]] = {
     "dapo": {"train": [HubDataset("BytedTsinghua-SIA/DAPO-Math-17k", "65877096c24ffa7abc4e4fa5edb95cf3413a5674")]},
     "aime": {
@@ -35,6 +35,7 @@ HUB: dict[str, dict[str, list[HubDataset]]] = {
         "train": [HubDataset("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", "main", "train")],
         "validation": [HubDataset("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", "main", "test")],
     },
+    "sanity-test": {"train": [HubDataset("sail/Sanity-Test-R1D-1.5B", "main", split="train")]},
 }
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 """{suffix of a file: the builder of the `datasets` library that reads it}."""

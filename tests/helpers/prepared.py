@@ -9,6 +9,7 @@ import pyarrow.parquet
 
 from cppo_verl.data import prepare
 
+BOXED = " Please reason step by step, and put your final answer within \\boxed{}."
 DAPO_WORDING = "Do this one in steps and close with Answer: and the number.\n\n{}\n\nAnswer on a line of its own."
 
 
@@ -45,6 +46,12 @@ def dapo_row(problem, answer, **changes):
         "extra_info": {"index": f"uuid {problem[:9]}"},
     }
     return row | changes
+
+
+def sanity_row(problem, answer, **changes):
+    """A row with the columns of the sanity test that public code reads, and one of which nothing is known."""
+    prompt = [{"role": "user", "content": problem + BOXED}]
+    return {"source": "unknown", "prompt": prompt, "reward_model": {"ground_truth": answer}} | changes
 
 
 def write(path, content):

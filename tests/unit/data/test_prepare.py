@@ -1,5 +1,6 @@
 """What `prepare` writes, counts, refuses and leaves alone."""
 
+import argparse
 import os
 import sys
 
@@ -15,6 +16,7 @@ from prepared import (
     names,
     rows,
     run,
+    sanity_row,
     sha256,
     write,
 )
@@ -70,11 +72,10 @@ def test_another_number_of_rows_than_expected_is_refused(planted, tmp_path, caps
 
 def test_dapo_of_the_hub_must_have_around_17k_rows(hub, tmp_path, capsys, monkeypatch):
     name, commit = "BytedTsinghua-SIA/DAPO-Math-17k", HUB["dapo"]["train"][0].revision
-    assert (min(prepare.DAPO_ROWS), max(prepare.DAPO_ROWS)) == (17_000, 17_999)
     hub.serves[name] = [dapo_row("a", "1")]
     assert run("dapo", "--output", tmp_path / "1") == 1
     assert "1 rows are left, expected 17000 to 17999" in capsys.readouterr().err
-    monkeypatch.setattr(prepare, "DAPO_ROWS", range(3, 5))
+    monkeypatch.setitem(prepare.HUB_ROWS, "dapo", range(3, 5))
     for size, code in ((2, 1), (3, 0), (4, 0), (5, 1)):
         hub.serves[name] = [dapo_row(f"{i}", "1") for i in range(size)]
         assert run("dapo", "--output", tmp_path / f"{size} rows") == code
@@ -87,6 +88,22 @@ def test_dapo_of_the_hub_must_have_around_17k_rows(hub, tmp_path, capsys, monkey
         "split": None,
         "revision": commit,
     }
+
+
+def test_the_sanity_test_of_the_hub_must_have_its_1460_problems(hub, tmp_path, capsys):
+    name = "sail/Sanity-Test-R1D-1.5B"
+    hub.serves[name] = [sanity_row(f"{i}", "1") for i in range(1461)]
+    # No commit of it is pinned, so its branch is resolved; the manifest holds what was read.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: argparse.Namespace(sha="c" * 40))
+        assert run("sanity-test", "--output", tmp_path / "out") == 1
+        assert "1461 rows are left, expected 1460: if the data set has changed" in capsys.readouterr().err
+        assert run("sanity-test", "--output", tmp_path / "other", "--expect-rows", 1461) == 0
+        hub.serves[name].pop()
+        assert run("sanity-test", "--output", tmp_path / "out") == 0
+    assert hub.asked == [(name, None, "train", "c" * 40)] * 3
+    assert manifest(tmp_path / "out")["sources"][0]["revision"] == "c" * 40
+    assert len(rows(tmp_path / "out" / "train.parquet")) == 1460
 
 
 @pytest.mark.parametrize("change", ["one missing", "one more", "one torn"])

@@ -1,7 +1,7 @@
 """Each data set's rows in verl's schema, and the rows that are refused."""
 
 import pytest
-from prepared import aime_year, dapo_row, manifest, names, rows, run, write
+from prepared import BOXED, aime_year, dapo_row, manifest, names, rows, run, sanity_row, write
 
 # What DAPO-Math-17k's own prompts have around the problem.
 DAPO_MATH = (
@@ -70,6 +70,48 @@ def test_a_gsm8k_answer_must_end_in_a_number(tmp_path, capsys, answer):
     assert run("gsm8k", "--source", f"train={good}", f"validation={bad}", "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "bad.jsonl, row 1" in error and repr(answer) in error
+    assert names(tmp_path / "out") == []
+
+
+def test_the_sanity_test_keeps_its_own_words_and_the_rest_of_a_row_is_ours(tmp_path):
+    content = [sanity_row("What is 1+1?", "2"), sanity_row("Where?", " (0,\\frac12)"), sanity_row("What is 1+1?", "2")]
+    source = write(tmp_path / "train" / "math_1460.parquet", content)
+    assert run("sanity-test", "--source", source.parent, "--output", tmp_path / "out", "--expect-rows", 2) == 0
+    assert names(tmp_path / "out") == ["manifest.json", "train.parquet"]
+    assert rows(tmp_path / "out" / "train.parquet") == [
+        {
+            "data_source": "math",
+            "prompt": [{"role": "user", "content": problem + BOXED}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": answer},
+            "extra_info": {"split": "train", "index": index},
+        }
+        for index, (problem, answer) in enumerate([("What is 1+1?", "2"), ("Where?", "(0,\\frac12)")])
+    ]
+
+
+BAD_SANITY = {
+    # Precision-RL's repository has the problems in this form too, without the words that ask for a box.
+    "problems alone": ([{"problem": "a", "answer": "1"}], "no column prompt, reward_model; it has problem, answer"),
+    "no words": (
+        [sanity_row("x", "1"), sanity_row("y", "1", prompt=[{"role": "user", "content": "What is y?"}])],
+        "row 1: prompt must ask for its answer in \\boxed{}, got ...'What is y?'",
+    ),
+    "a dialogue that ends elsewhere": (
+        [sanity_row("x", "1", prompt=[{"role": "user", "content": BOXED}, {"role": "user", "content": "And then?"}])],
+        "row 0: prompt must ask for its answer",
+    ),
+    "no truth": ([sanity_row("x", "1", reward_model="1")], "row 0: reward_model must hold ground_truth, got '1'"),
+    "empty truth": ([sanity_row("x", " ")], "row 0: reward_model.ground_truth is empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SANITY)
+def test_a_row_that_is_no_sanity_tests_is_refused(tmp_path, capsys, case):
+    content, message = BAD_SANITY[case]
+    source = write(tmp_path / "bad.jsonl", content)
+    assert run("sanity-test", "--source", source, "--output", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
     assert names(tmp_path / "out") == []
 
 
