@@ -26,6 +26,12 @@ RECIPES = Path(__file__).resolve().parent
 MARKER = "shrink.json"
 # 22 tokens, enough for the K = 20 of the recipes.
 TASK = {"min_numbers": 5, "max_numbers": 5, "min_decimals": 0, "max_decimals": 0, "min_value": 10, "max_value": 99}
+# {name of a model: its architecture, by transformers' name}.
+ARCHITECTURES = {
+    r"Qwen3-[\d.]+B-A[\d.]+B": "Qwen3Moe",
+    r"Qwen3-[\d.]+B": "Qwen3",
+    r"DeepSeek-R1-Distill-Qwen-[\d.]+B": "Qwen2",
+}
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -79,11 +85,14 @@ def prepare(output, path, steps):
     """Write data and the tiny model that stands for the model ``path`` to ``output``, unless they are there.
 
     Raises ValueError, and changes nothing, where ``output`` holds anything else or a run that has ended, and where
-    ``path`` is no Qwen3.
+    ``path`` is neither a Qwen3 nor a DeepSeek-R1-Distill-Qwen.
     """
-    family = re.search(r"Qwen3-[\d.]+B(-A[\d.]+B)?", path)
-    if not family:
-        raise ValueError(f"actor_rollout_ref.model.path={path} is no Qwen3: there is no tiny model of its architecture")
+    architecture = next((name for model, name in ARCHITECTURES.items() if re.search(model, path)), None)
+    if architecture is None:
+        raise ValueError(
+            f"actor_rollout_ref.model.path={path} is no Qwen3 and no DeepSeek-R1-Distill-Qwen: "
+            "there is no tiny model of its architecture"
+        )
     model_folder = output / "model"
     marker, tracker = model_folder / MARKER, output / "checkpoints" / "latest_checkpointed_iteration.txt"
     if marker.exists():
@@ -109,7 +118,8 @@ def prepare(output, path, steps):
         [reward["ground_truth"] for reward in frame["reward_model"]],
     )
     torch.manual_seed(0)
-    model = tiny_models.build_model(tokenizer, **SIZES, **(EXPERTS if family[1] else {}))
+    experts = EXPERTS if architecture == "Qwen3Moe" else {}
+    model = tiny_models.build_model(tokenizer, architecture, **SIZES, **experts)
     tiny_models.save(model, tokenizer, model_folder, MARKER, {"stands_for": path})
 
 

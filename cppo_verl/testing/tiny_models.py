@@ -1,4 +1,4 @@
-"""Tiny models for runs without a GPU: a tokenizer made from a task's text, a Qwen3 or Qwen3-MoE with random weights.
+"""Tiny models for runs without a GPU: a tokenizer made from a task's text, a Qwen with random weights.
 
 The quickstart warms such a model up. A recipe that is shrunk for a check trains it as it is. Nothing is downloaded.
 """
@@ -60,16 +60,17 @@ def word_tokenizer(
     )
 
 
-def build_model(tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> "PreTrainedModel":
-    """Return a randomly initialised Qwen3, or a Qwen3-MoE if ``settings`` has num_experts, in fp32.
+def build_model(
+    tokenizer: "PreTrainedTokenizerBase", architecture: str = "Qwen3", **settings: Any
+) -> "PreTrainedModel":
+    """Return a randomly initialised model in fp32, of an architecture by transformers' name: Qwen2, Qwen3, Qwen3Moe.
 
     ``settings`` go to transformers' config. The head size is 32, the smallest that vLLM's attention on the CPU offers;
     its kernel for experts asks for multiples of 32 too.
     """
     import transformers
 
-    name = "Qwen3Moe" if "num_experts" in settings else "Qwen3"
-    config = getattr(transformers, f"{name}Config")(
+    config = getattr(transformers, f"{architecture}Config")(
         vocab_size=len(tokenizer),
         head_dim=32,
         bos_token_id=None,
@@ -78,7 +79,7 @@ def build_model(tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> "PreTr
         dtype="float32",
         **settings,
     )
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    return getattr(transformers, f"{architecture}ForCausalLM")(config)
 
 
 def save(

@@ -10,6 +10,7 @@ from pathlib import Path
 import verl  # noqa: F401  loads the plug-in
 from hydra import compose, initialize_config_dir
 
+from cppo_verl.evaluation import paper_results
 from cppo_verl.plugin.topk.codec import bytes_per_token
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -24,7 +25,7 @@ PASSES = 4
 def rows():
     """A row a scale: name, responses, response tokens, and bytes of candidates, of verl's fields, of both passes."""
     with initialize_config_dir(str(RECIPES), version_base=None):
-        for name in sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml")):
+        for name in paper_results.MODELS:
             overrides = [f"scale={name}", "data_dir=data", "output=output"]
             config = compose("paper", overrides=overrides)
             rollout, policy_loss = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.policy_loss

@@ -18,6 +18,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from cppo_verl.artifacts.saved_config import flattened
+from cppo_verl.data import prepare
 from cppo_verl.evaluation import paper_results
 from cppo_verl.evaluation.settings import SETTINGS
 from cppo_verl.plugin.config import MaskedLossConfig
@@ -43,11 +44,14 @@ TABLE = {
     "qwen3_1.7b_base": (64, 8, 32, 2, 8192, 0.15, 0.02, "adaptive", 680),
     "qwen3_8b_base": (128, 8, 32, 4, 8192, 0.15, 0.02, "adaptive", 490),
     "qwen3_30b_a3b_base": (256, 16, 32, 8, 16384, 0.20, 0.02, "adaptive", 560),
+    "r1d_1.5b_sanity": (64, 8, 16, 4, 8192, 0.15, 0.015, "fixed", 3500),
 }
+# No column of the paper's table: the field's test, as DPPO's authors run it.
+SANITY = "r1d_1.5b_sanity"
 
 
-def test_there_is_a_recipe_for_every_column_of_the_papers_table():
-    assert set(SCALES) == TABLE.keys() == set(paper_results.MODELS)
+def test_there_is_a_recipe_for_every_column_of_the_papers_table_and_for_the_sanity_test():
+    assert set(SCALES) == TABLE.keys() == {*paper_results.MODELS, SANITY}
 
 
 # eps_low, eps_high, verl's second clip; an eps_low above 1 is no lower bound, as no ratio is below zero.
@@ -79,17 +83,18 @@ def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
     # the best mean on [0, T_stop] needs a validation at T_stop
     assert t_stop % config.trainer.test_freq == 0
     rule = omega_conf_to_dataclass(actor.policy_loss)
+    partition = "binary" if scale == SANITY else "topk"
     if method in ("cppo", "cppo_soft", "cppo_no_weights"):
         assert (rule.delta, rule.delta_b, rule.budget) == (delta, delta_b, budget)
     if method in ("dppo", "cppo_no_budget", "cppo_shuffled"):
         assert (rule.delta, rule.budget) == (delta, "none")
     if isinstance(rule, MaskedLossConfig) and method not in RELEASES:
         kl = method == "cppo_kl" or method in TRM
-        assert (rule.divergence, rule.top_k) == ("topk_kl" if kl else "topk_tv", 20)
+        assert (rule.divergence, rule.top_k) == (f"{partition}_kl" if kl else f"{partition}_tv", 20)
     if method in CLIPS:
         assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == CLIPS[method]
     if method in TRM:
-        assert (rule.divergence, rule.ratio_cap, rule.delta, rule.delta_avg) == ("topk_kl", 20, *TRM[method])
+        assert (rule.divergence, rule.ratio_cap, rule.delta, rule.delta_avg) == (f"{partition}_kl", 20, *TRM[method])
     if method in RELEASES:
         horizon, *rest = RELEASES[method]
         assert (rule.divergence, rule.delta, rule.delta_b, rule.budget) == ("binary_tv", delta, delta_b, "adaptive")
@@ -98,10 +103,21 @@ def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
     # What the text and the releases say differently.
     assert (actor.loss_agg_mode, actor.loss_scale_factor) == ("seq-mean-token-sum-norm", response)
     assert (data.max_prompt_length, config.reward.custom_reward_function.name) == (1024, "math_verify")
-    assert config.algorithm.norm_adv_by_std_in_grpo == rule.mask_std_0 == (method not in RELEASES)
+    centred = method in RELEASES or scale == SANITY
+    assert config.algorithm.norm_adv_by_std_in_grpo == rule.mask_std_0 == (not centred)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+def test_the_sanity_test_trains_its_model_on_what_prepare_writes_for_it(recipe):
+    config = recipe(f"scale={SANITY}")
+    assert config.actor_rollout_ref.model.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    (name,) = prepare.FILES["sanity-test"]
+    assert config.data.train_files == f"/shared/data/sanity_test/{name}.parquet"
+    command = "cppo-verl prepare sanity-test --output /shared/data/sanity_test"
+    assert command in (RECIPES / "scale" / f"{SANITY}.yaml").read_text()
+    assert command in (ROOT / "docs" / "recipes.md").read_text()
+
+
+@pytest.mark.parametrize("scale", paper_results.MODELS)
 def test_the_settings_of_a_recipe_are_those_that_the_paper_prints(recipe, scale):
     """As `table --settings` prints them."""
     config = flattened(OmegaConf.to_container(recipe(f"scale={scale}"), resolve=True))
@@ -258,6 +274,7 @@ def test_the_sizing_in_a_recipes_comment_is_arithmetic(recipe, scale):
         "qwen3_1.7b_base": (1.72e9, 28, 8, 2048),
         "qwen3_8b_base": (8.19e9, 36, 8, 4096),
         "qwen3_30b_a3b_base": (30.5e9, 48, 4, 2048),
+        SANITY: (1.78e9, 28, 2, 1536),
     }.get(scale)
     if shape is None:
         assert "- qwen3_1.7b_base" in text

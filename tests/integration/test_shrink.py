@@ -65,7 +65,14 @@ def test_a_recipe_shrinks_in_size_and_changes_platform_and_nothing_else(shrink, 
     assert updates[0] == updates[1] > 1
 
 
-@pytest.mark.parametrize(("path", "kind"), [("Qwen/Qwen3-1.7B", "qwen3"), ("/models/Qwen3-30B-A3B-Base", "qwen3_moe")])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("Qwen/Qwen3-1.7B", "qwen3"),
+        ("/models/Qwen3-30B-A3B-Base", "qwen3_moe"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "qwen2"),
+    ],
+)
 def test_the_tiny_model_has_the_architecture_and_tokens_enough(shrink, tmp_path, path, kind):
     from transformers import AutoConfig, AutoTokenizer
 
@@ -91,7 +98,10 @@ def test_random_answers_get_different_rewards():
             ["scale=qwen3_8b_base", "data.train_batch_size=100"],
             "data.train_batch_size=100 is not permitted: a multiple",
         ),
-        (["scale=qwen3_8b_base", "actor_rollout_ref.model.path=a/Llama-8B"], "model.path=a/Llama-8B is no Qwen3"),
+        (
+            ["scale=qwen3_8b_base", "actor_rollout_ref.model.path=a/Llama-8B"],
+            "model.path=a/Llama-8B is no Qwen3 and",
+        ),
     ],
 )
 def test_what_is_no_recipe_is_refused_before_anything_is_written(shrink, tmp_path, capsys, arguments, message):
