@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import ray
 from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+from cppo_verl.artifacts import run_lock
 from cppo_verl.testing.tiny_models import share_of_digits
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -82,6 +85,19 @@ def test_the_tiny_model_has_the_architecture_and_tokens_enough(shrink, tmp_path,
     assert len(tokenizer) >= 20
     question = [{"role": "user", "content": "7"}]
     assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == "<user>7<assistant>"
+
+
+@pytest.mark.parametrize("method", ["grpo", "dppo", "cppo"])
+def test_the_shrunk_sanity_test_starts_up_to_ray(shrink, tmp_path, method):
+    overrides = ["scale=r1d_1.5b_sanity", f"method={method}", f"output={tmp_path}"]
+    recipe, shrunk = shrink.compose(overrides), shrink.compose([*overrides, "+shrink=tiny"])
+    shrunk.merge_with_dotlist([shrink.prompts(recipe, shrunk)])
+    shrink.prepare(tmp_path, recipe.actor_rollout_ref.model.path, 2)
+    OmegaConf.resolve(shrunk)
+    # The settings have passed where the folder is taken, which another run's lock refuses before Ray starts.
+    with run_lock.hold(tmp_path / "checkpoints"), pytest.raises(BlockingIOError, match="trains in"):
+        get_trainer_cls(shrunk.trainer.v1.trainer_mode)(shrunk).init()
+    assert not ray.is_initialized()
 
 
 def test_random_answers_get_different_rewards():
