@@ -25,9 +25,11 @@ FOLDERS = "cppo_verl|recipes|examples|tests|docker|docs|studies|requirements|hyd
 
 
 @functools.cache
-def run_config():
+def run_configs():
+    """With FSDP's engine on the CPU, and with Megatron's."""
+    engines = ["+platform=cpu"], ["model_engine=megatron"]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=["+method=cppo", "+validation=paper", "+platform=cpu"])
+        return [compose("ppo_trainer", overrides=["+method=cppo", "+validation=paper", *engine]) for engine in engines]
 
 
 def loss_configs() -> list[type]:
@@ -37,13 +39,19 @@ def loss_configs() -> list[type]:
 def is_key(name: str) -> bool:
     """Whether a run has this key: in full, or below ``actor_rollout_ref`` or the actor, as pages shorten it.
 
-    Of ``policy_loss`` it is enough that one method has the key.
+    Of ``policy_loss`` it is enough that one method has the key. What stands below ``override_transformer_config`` is
+    Megatron's to name.
     """
+    name = re.sub(r"(\.override_transformer_config)\..*", r"\1", name)
     if ".policy_loss." in f".{name}":
         return name.rpartition(".")[2] in {field.name for cls in loss_configs() for field in dataclasses.fields(cls)}
     prefixes = ("", "actor_rollout_ref.", "actor_rollout_ref.actor.", "algorithm.")
     missing = object()
-    return any(OmegaConf.select(run_config(), prefix + name, default=missing) is not missing for prefix in prefixes)
+    return any(
+        OmegaConf.select(config, prefix + name, default=missing) is not missing
+        for prefix in prefixes
+        for config in run_configs()
+    )
 
 
 @functools.cache
@@ -79,7 +87,7 @@ def unknown_names(markdown: str) -> list[str]:
     unknown += [
         f"no metric trust_region/{x}" for x in metrics if x.rstrip("/") not in (*metric_names(), "positive", "negative")
     ]
-    sections = "|".join(["actor", "rollout", "policy_loss", *run_config()])
+    sections = "|".join(["actor", "rollout", "policy_loss", *run_configs()[0]])
     unknown += [f"no key {x}" for x in keys if re.match(rf"(?:{sections})\.", x) and not is_key(x)]
     return unknown
 
