@@ -78,7 +78,7 @@ def batch(rows, length, dtype, device):
 
 
 def decide(log_pi, log_mu, advantages, mask, dtype=torch.float32):
-    """D_t, the trust region, M_t, the weight of grad log pi_t and the sums of the metrics.
+    """D_t, the trust region, M_t, the weight of grad log pi_t and what the metrics are made of.
 
     They are composed as `cppo_verl.plugin.losses` composes them, which needs verl.
     """
@@ -89,23 +89,30 @@ def decide(log_pi, log_mu, advantages, mask, dtype=torch.float32):
         )
         log_ratio = log_pi - log_mu
         divergence = binary_divergence(log_pi, log_mu)
-        p90 = trust_region.masked_quantile(divergence, mask, 0.9)
-        weights = trust_region.position_weights(valid, W_MIN, dtype)
+        counted = trust_region.count(valid)
+        p90 = trust_region.quantile_of_largest(divergence, counted[1], 0.9)
+        weights = trust_region.position_weights(valid, W_MIN, dtype, counted=counted)
         delta_b = trust_region.adaptive_budget(divergence, mask, DELTA_B, p90=p90)
-        region = trust_region.build_trust_region(divergence, mask, delta=DELTA, delta_b=delta_b, weights=weights)
+        region = trust_region.build_trust_region(divergence, None, delta=DELTA, delta_b=delta_b, weights=weights)
         keep = trust_region.update_mask(region, log_ratio, advantages, delta=DELTA)
         weight = surrogate.surrogate_weight(log_ratio, advantages, keep, CAP)
-        sums = metrics.mask_sums(region, keep, divergence, log_ratio, advantages, valid, DELTA, p90)
-        positions = metrics.position_sums(divergence, valid)
-    return divergence, region, keep, weight, torch.cat([sums.flatten(), positions.flatten()])
+        reported = [
+            metrics.token_sums(region, keep, divergence, log_ratio, advantages, valid, DELTA),
+            metrics.position_sums(divergence, valid, counted).flatten(),
+            metrics.response_columns(region, advantages, counted[1], p90).flatten(),
+        ]
+    return divergence, region, keep, weight, torch.cat(reported)
 
 
 def cppo(log_pi, log_mu, advantages, mask):
-    """CPPO's loss as a mean over tokens, and its sums on the host: the one wait for the device."""
+    """CPPO's loss as a mean over tokens, and the sums of the metrics on the host: the one wait for the device."""
     *_, weight, reported = decide(log_pi, log_mu, advantages, mask)
     valid = mask.to(torch.float32)
-    loss = (surrogate.WeightedLogProb.apply(log_pi, weight) * valid).sum() / valid.sum()
-    return loss, reported.tolist()
+    loss = -surrogate.WeightedLogProb.apply(log_pi, weight).sum() / valid.sum()
+    host = reported.cpu().numpy()
+    tokens = len(metrics.GROUPS) * len(metrics.TOKEN_SUMS) + len(metrics.POSITION_SUMS) * metrics.POSITION_BINS
+    of_responses = metrics.response_sums(host[tokens:].reshape(len(mask), -1).astype(float))
+    return loss, [*host[:tokens].tolist(), *of_responses.ravel().tolist()]
 
 
 def dppo_tv(log_pi, log_mu, advantages, mask):

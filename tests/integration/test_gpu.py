@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from verl.workers.config import FSDPActorConfig
 
 from cppo_verl.doctor.checks import compose_command
 from cppo_verl.plugin.config import CPPOLossConfig
-from cppo_verl.plugin.losses import SUM_NAMES
+from cppo_verl.plugin.losses import ABSOLUTE_SUMS, SUM_NAMES
 
 SMALL = ["--device", "cpu", "--lengths", "64", "1024", "--positions", "70", "--vocabulary", "3000", "--repeats", "1"]
 
@@ -102,7 +103,8 @@ def test_the_losses_of_the_script_are_those_of_training(core, loss_mode):
     torch.testing.assert_close(loss, wanted.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gradient, log_pi.grad, rtol=1e-5, atol=1e-9)
     if loss_mode == "cppo":
-        assert reported == [values[name] for name in SUM_NAMES[: len(reported)]]
+        names = [name for name in SUM_NAMES if name not in ABSOLUTE_SUMS]
+        assert reported == pytest.approx([values[name] for name in names], rel=1e-6)
     else:
         names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
         assert reported == pytest.approx([values[name] for name in names], rel=1e-5)
@@ -132,9 +134,9 @@ def test_on_an_accelerator_the_host_waits_for_the_losss_metrics_and_for_nothing_
         lambda: core.cppo(log_pi, log_mu, advantages, mask),
         lambda: trained(old_log_prob=log_mu, log_prob=log_pi, advantages=advantages, response_mask=mask, config=config),
     ):
-        with pytest.raises(DataDependentOutputException) as waited:
+        with pytest.raises(RuntimeError, match="numpy") as waited:
             call()
-        assert any("reported.tolist()" in str(entry.statement) for entry in waited.traceback)
+        assert re.search(r"reported\)?\.cpu\(\)\.numpy\(\)", str(waited.traceback[-1].statement))
 
 
 def test_on_an_accelerator_the_host_does_not_wait_for_the_logits(core, accelerator):
