@@ -42,7 +42,8 @@ def test_a_cell_masks_about_the_wanted_share(study):
     for cell in study.evaluation:
         assert sorted(cell.rows["seed"].unique()) == [201, 202]
         assert cell.rows["accuracy"].between(0.05, 0.95).all()
-        assert report.is_matched(cell)
+        # Of two seeds in four steps; the paper's thresholds would mask nothing here.
+        assert 0.05 / 3 < report.masked_share(cell) < 0.05 * 3
     cppo, dppo = study.evaluation
     assert cppo.about["thresholds"].keys() == {"delta", "delta_b"} and dppo.about["thresholds"].keys() == {"delta"}
     assert cppo.rows["by_budget"].sum() > 0 and dppo.rows["by_budget"].sum() == 0
