@@ -2,7 +2,6 @@
 
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -55,12 +54,22 @@ def run(config: DictConfig, file: Path) -> None:
         "seeds": str(config.seeds),
         "thresholds": thresholds,
         "settings": asdict(settings) | {"rollout_dtype": config.rollout},
-        "command": shlex.join(["python", "-m", "studies.trust_regions.run", *sys.argv[1:]]),
+        "command": command(config),
         "versions": {"cppo_verl": cppo_verl.__version__, "torch": torch.__version__, "verl": verl.__version__}
         | {"python": platform.python_version()},
         "seconds": round(time.monotonic() - begin),
     }
     results.write(file, pd.concat(rows), about)
+
+
+def command(config: DictConfig) -> str:
+    """What makes the cell anew, wherever its folders are."""
+    own = [
+        f"{key}={value}"
+        for key, value in config.items()
+        if key not in ("output", "inputs", "results_folder", "trainer")
+    ]
+    return shlex.join(["python", "-m", "studies.trust_regions.run", "output=outputs/study", *own])
 
 
 def thresholds_of(config: DictConfig, settings: Settings) -> rules.Thresholds:
