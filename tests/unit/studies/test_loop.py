@@ -90,15 +90,14 @@ def test_an_updates_gradient_is_that_of_verls_loss(parameters, batch, method):
 
 
 def test_advantages_are_verls(parameters):
-    rolled = loop.roll_out(parameters, SETTINGS, [torch.Generator().manual_seed(seed) for seed in SEEDS])
-    rewards = torch.rand(24)
-    groups = rewards.unflatten(0, (6, 4))
-    want, _ = compute_grpo_outcome_advantage(
-        rewards.unsqueeze(-1), torch.ones(24, 1), index=[i // 4 for i in range(24)], epsilon=1e-6
-    )
-    got = (groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(got.flatten(), want.squeeze(-1))
-    assert rolled.advantages.shape == (2, 24)
+    rolled = loop.roll_out(parameters, ONE_DIGIT, [torch.Generator().manual_seed(seed) for seed in SEEDS])
+    prompt = [i // ONE_DIGIT.samples for i in range(rolled.rewards.shape[1])]
+    for rewards, advantages in zip(rolled.rewards, rolled.advantages, strict=True):
+        assert 0 < rewards.sum() < len(rewards)
+        want, _ = compute_grpo_outcome_advantage(
+            rewards.unsqueeze(-1), torch.ones(len(rewards), 1), index=prompt, epsilon=1e-6
+        )
+        torch.testing.assert_close(advantages, want.squeeze(-1))
 
 
 def test_a_mini_batch_without_a_signal_has_no_gradient(parameters, batch):
