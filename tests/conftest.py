@@ -23,6 +23,15 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.fixture(autouse=True)
+def no_command_line():
+    """Forget the command line that hydra keeps for the process: a test must not read that of the test before."""
+    yield
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().cfg = None
+
+
 @pytest.fixture(scope="session")
 def compose():
     """Compose a training command's config the way verl.trainer.main_ppo does."""

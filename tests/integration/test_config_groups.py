@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from commands import GRPO, start_up
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
@@ -60,8 +59,7 @@ READERS = {"delta": "delta", "delta_b": "delta_b", "budget": "budget", "partitio
 @pytest.fixture
 def command(tmp_path):
     """Compose a command's config as hydra does for ``main_ppo``, with the command line where the checks find it."""
-    yield lambda *overrides: compose_command([*GRPO, *overrides])
-    HydraConfig.instance().cfg = None
+    return lambda *overrides: compose_command([*GRPO, *overrides])
 
 
 @pytest.mark.parametrize("method", METHODS)
