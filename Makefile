@@ -44,14 +44,14 @@ $(MEGATRON): requirements/megatron.txt $(VENV)/installed
 quickstart: install
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
-# The tables and pictures of studies/trust_regions/findings.md, anew from the raw results.
+# The tables and pictures of docs/evidence.md, anew from the raw results of studies/trust_regions.
 study: install
 	$(BIN)/python -m studies.trust_regions.report
 
 # Two cells of the study with two seeds, end to end.
 study-smoke: install
 	mkdir -p outputs/study-smoke
-	cp studies/trust_regions/findings.md outputs/study-smoke/page.md
+	cp docs/evidence.md outputs/study-smoke/page.md
 	$(BIN)/python -m studies.trust_regions.run -m output=$(CURDIR)/outputs/study-smoke/cells \
 	    inputs=outputs/study-smoke/shared results_folder=outputs/study-smoke/results \
 	    rule=dppo,cppo horizon=16 updates=4 learning_rate=3e-4 steps=4 limit=2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The pictures of the pages that the shipped run gives. bound.png is examples/bound/draw.py's, quickstart.png is that of
-# `make quickstart`, inspect.png a screenshot of the page that thresholds.md names.
+# `make quickstart`, evidence_*.png those of `make study`, inspect.png a screenshot of the page that thresholds.md names.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 run=examples/analysis/run

@@ -25,6 +25,7 @@ from studies.trust_regions.loop import POSITION_BINS
 from studies.trust_regions.results import Cell, final_accuracy
 
 HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "evidence.md"
 HORIZONS, UPDATES, GRID = (16, 64, 192), (4, 16, 32), (1e-4, 3e-4, 1e-3)
 CONDITIONS = tuple(product(HORIZONS, UPDATES))
 NAMES = {
@@ -144,24 +145,41 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def compared(study: Study, one: str, other: str) -> str:
-    """One method minus another under the nine conditions, corrected as a family."""
+def family(study: Study, one: str, other: str) -> dict[tuple[int, int], tuple[Comparison, float]]:
+    """{condition: (one method minus another, p after Holm's correction)} of the conditions that have run for both."""
     found = {c: difference(study.find(one, *c), study.find(other, *c)) for c in CONDITIONS}
-    ran = [c for c in CONDITIONS if found[c]]
-    adjusted = dict(zip(ran, holm([found[c].p_value for c in ran]), strict=True))
+    ran = {c: comparison for c, comparison in found.items() if comparison}
+    adjusted = holm([comparison.p_value for comparison in ran.values()])
+    return {c: (comparison, p) for (c, comparison), p in zip(ran.items(), adjusted, strict=True)}
+
+
+def _bold_if_one(comparison: Comparison, p: float) -> str:
+    """The difference with its interval, bold if it is what the protocol calls one."""
+    shown = _with_interval(comparison)
+    return f"**{shown}**" if p < ALPHA and abs(comparison.difference) >= LARGE_ENOUGH else shown
+
+
+def primary(study: Study) -> str:
+    """CPPO minus DPPO under the nine conditions, corrected as a family."""
+    found = family(study, "cppo", "dppo")
     rows = []
     for c in CONDITIONS:
-        cells = [study.find(method, *c) for method in (one, other)]
-        if not found[c]:
+        cells = [study.find(method, *c) for method in ("cppo", "dppo")]
+        if c not in found:
             rows.append([condition(*c), *[MISSING] * 5])
             continue
-        scores = [f"{100 * final_accuracy(cell.rows).mean():.1f}{'' if is_matched(cell) else ' *'}" for cell in cells]
-        low, high = found[c].interval
-        counts = " / ".join(str(collapsed(cell)) for cell in cells)
-        shown = f"{points(found[c].difference)} [{points(low)}, {points(high)}]"
-        is_one = adjusted[c] < ALPHA and abs(found[c].difference) >= LARGE_ENOUGH
-        rows.append([condition(*c), *scores, f"**{shown}**" if is_one else shown, f"{adjusted[c]:.3f}", counts])
-    return table(["", NAMES[one], NAMES[other], "difference, 95 % interval", "p (Holm)", "collapsed"], rows)
+        counts = " / ".join(str(collapsed(cell)) for cell in cells if cell)
+        rows.append([condition(*c), *map(_score, cells), _bold_if_one(*found[c]), f"{found[c][1]:.3f}", counts])
+    return table(["", NAMES["cppo"], NAMES["dppo"], "difference, 95 % interval", "p (Holm)", "collapsed"], rows)
+
+
+def against(study: Study, others: Sequence[str]) -> str:
+    """CPPO minus each of the others under the nine conditions; each other method is a family."""
+    families = [family(study, "cppo", other) for other in others]
+    return table(
+        ["CPPO minus", *(NAMES[other] for other in others)],
+        ([condition(*c), *(_bold_if_one(*f[c]) if c in f else MISSING for f in families)] for c in CONDITIONS),
+    )
 
 
 def all_methods(study: Study) -> str:
@@ -256,15 +274,17 @@ def collapse_table(study: Study) -> str:
 
 
 def arms(study: Study) -> str:
-    """CPPO against DPPO in each arm at T = 64 with 16 updates, and what else ran there."""
+    """Each method minus DPPO in each arm at T = 64 with 16 updates; an arm is a family."""
     rows = []
     for arm, title in ARMS.items():
-        for method in NAMES:
-            if cell := study.find(method, 64, 16, arm):
-                against = difference(cell, study.find("dppo", 64, 16, arm)) if method != "dppo" else None
-                shown = "" if against is None else _with_interval(against)
-                counts = f"{collapsed(cell)} of {cell.rows['seed'].nunique()}"
-                rows.append([title, NAMES[method], _score(cell), shown, f"{masked_share(cell):.1%}", counts])
+        cells = {method: cell for method in NAMES if (cell := study.find(method, 64, 16, arm))}
+        found = {method: difference(cell, cells.get("dppo")) for method, cell in cells.items() if method != "dppo"}
+        ran = {method: comparison for method, comparison in found.items() if comparison}
+        adjusted = dict(zip(ran, holm([comparison.p_value for comparison in ran.values()]), strict=True))
+        for method, cell in cells.items():
+            shown = _bold_if_one(ran[method], adjusted[method]) if method in ran else ""
+            counts = f"{collapsed(cell)} of {cell.rows['seed'].nunique()}"
+            rows.append([title, NAMES[method], _score(cell), shown, f"{masked_share(cell):.1%}", counts])
     return table(
         ["arm", "method", "accuracy", "minus DPPO, 95 % interval", "masked", "collapsed"], rows or [[MISSING] * 6]
     )
@@ -320,19 +340,16 @@ def instruments(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
-    "primary": lambda study: compared(study, "cppo", "dppo"),
+    "primary": primary,
     "contrasts": contrasts,
     "methods": all_methods,
     "secondary": secondary,
     "rates": rates,
+    "others": lambda study: against(study, ("none", "grpo", "cispo", "trm_avg")),
+    "ablations": lambda study: against(study, ("cppo_no_weights", "cppo_no_budget", "cppo_shuffled")),
     "collapse": collapse_table,
     "arms": arms,
     "instruments": instruments,
-    **{
-        f"cppo-{other}": (lambda study, other=other: compared(study, "cppo", other))
-        for other in NAMES
-        if "cppo_" in other
-    },
 }
 
 
@@ -438,7 +455,7 @@ PICTURES = {"curves": draw_curves, "effect": draw_effect, "collapse": draw_colla
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=HERE / "results", help="default: %(default)s")
-    parser.add_argument("--page", type=Path, default=HERE / "findings.md", help="default: %(default)s")
+    parser.add_argument("--page", type=Path, default=PAGE, help="default: %(default)s")
     args = parser.parse_args(argv)
     study = Study.load(args.results)
     args.page.write_text(rewrite(args.page.read_text(), study))
@@ -446,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         with rc_context(STYLE):
-            draw(study).savefig(folder / f"{name}.png", dpi=150)
+            draw(study).savefig(folder / f"evidence_{name}.png", dpi=150)
     counts = ", ".join(f"{len(part)} of the {name}" for name, part in study._asdict().items())
     print(f"{args.page}: cells {counts}")
 

@@ -62,7 +62,7 @@ def test_a_result_that_is_there_is_not_made_again(folder, study):
 
 
 def test_the_report_is_made_from_the_results(folder, study):
-    page = shutil.copy(ROOT / "studies/trust_regions/findings.md", folder / "page.md")
+    page = shutil.copy(ROOT / "docs/evidence.md", folder / "page.md")
     done = module("studies.trust_regions.report", "--results", folder / "results", "--page", page)
     assert done.returncode == 0, done.stderr
     got = f"{100 * results.final_accuracy(study.evaluation[0].rows).mean():.1f}"
@@ -70,5 +70,5 @@ def test_the_report_is_made_from_the_results(folder, study):
 
 
 def test_the_page_holds_what_the_committed_results_give():
-    page = (ROOT / "studies/trust_regions/findings.md").read_text()
+    page = report.PAGE.read_text()
     assert report.rewrite(page, report.Study.load(ROOT / "studies/trust_regions/results")) == page

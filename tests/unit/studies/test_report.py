@@ -56,7 +56,7 @@ def test_the_primary_metric_is_the_mean_over_the_last_tenth_of_the_steps():
 
 
 def test_the_primary_table_shows_the_paired_difference_and_its_correction():
-    text = report.compared(study(made("cppo", level=0.58), made("dppo", level=0.5)), "cppo", "dppo")
+    text = report.primary(study(made("cppo", level=0.58), made("dppo", level=0.5)))
     got = row(text, "T = 64, 16 updates")
     # 0.08 at the last step of twenty, and 0.08 * 19 / 20 at the one before.
     assert got[3].startswith("**+7.8 [+7.8, +7.8]**")
@@ -66,8 +66,21 @@ def test_the_primary_table_shows_the_paired_difference_and_its_correction():
 
 
 def test_a_small_difference_is_not_called_one():
-    text = report.compared(study(made("cppo", level=0.51), made("dppo", level=0.5)), "cppo", "dppo")
+    text = report.primary(study(made("cppo", level=0.51), made("dppo", level=0.5)))
     assert "**" not in text
+
+
+def test_each_other_method_and_each_arm_is_a_family_of_its_own():
+    methods = made("cppo", level=0.58), made("grpo", level=0.5), made("cispo", level=0.58)
+    got = row(report.against(study(*methods), ("grpo", "cispo", "trm_avg")), "T = 64, 16 updates")
+    assert got[1:] == ["**+7.8 [+7.8, +7.8]**", "+0.0 [+0.0, +0.0]", "not run"]
+    # Alone each is significant (2 / 2^8); in a family of seven it is not: 7 * 2 / 2^8 > 0.05.
+    others = [method for method in report.NAMES if method != "dppo"][:7]
+    cells = [made(name, level=0.58, share=0.15, masked=0.15) for name in others]
+    text = report.arms(study(made("dppo", share=0.15, masked=0.15), *cells))
+    assert text.count("+7.8 [") == 7 and "**" not in text
+    text = report.arms(study(made("dppo", share=0.15, masked=0.15), cells[0]))
+    assert text.count("**+7.8") == 1
 
 
 def test_holms_correction():
@@ -85,8 +98,8 @@ def test_wilsons_interval_solves_its_equation():
 
 def test_a_cell_outside_the_matched_share_is_marked():
     cells = made("cppo", masked=0.09), made("dppo", masked=0.05)
-    assert "*" in row(report.compared(study(*cells), "cppo", "dppo"), "T = 64, 16 updates")[1]
-    assert "*" not in row(report.compared(study(*cells), "cppo", "dppo"), "T = 64, 16 updates")[2]
+    assert "*" in row(report.primary(study(*cells)), "T = 64, 16 updates")[1]
+    assert "*" not in row(report.primary(study(*cells)), "T = 64, 16 updates")[2]
     assert "*" in row(report.all_methods(study(*cells)), "CPPO")[5]
 
 
