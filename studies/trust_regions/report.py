@@ -18,7 +18,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 
 from cppo_verl.analysis.html.figures import SERIES, STYLE
-from cppo_verl.evaluation.statistics import Comparison, Interval, collapse, compare, interval_over_problems
+from cppo_verl.evaluation.statistics import (
+    Comparison,
+    Interval,
+    collapse,
+    compare,
+    interval_over_problems,
+    interval_over_seeds,
+)
 from cppo_verl.evaluation.table import markdown
 from studies.trust_regions import results
 from studies.trust_regions.loop import POSITION_BINS
@@ -369,17 +376,25 @@ def rewrite(page: str, study: Study) -> str:
 SHOWN = ("none", "grpo", "dppo", "cppo")
 
 
+def horizons_run(study: Study) -> list[int]:
+    """The horizons of which there is something to draw; all of them if there is nothing yet."""
+    ran = {cell.about["settings"]["horizon"] for cell in study.evaluation if arm_of(cell) is None}
+    return [horizon for horizon in HORIZONS if horizon in ran] or list(HORIZONS)
+
+
 def draw_curves(study: Study) -> Canvas:
-    canvas = Canvas(figsize=(9, 7), layout="constrained")
-    axes = canvas.subplots(len(HORIZONS), len(UPDATES), sharex=True, sharey=True)
-    for (horizon, updates), ax in zip(CONDITIONS, axes.flat, strict=True):
+    """The mean over the seeds of five steps' accuracy, and its 95 % interval."""
+    horizons = horizons_run(study)
+    canvas = Canvas(figsize=(9, 0.8 + 2.1 * len(horizons)), layout="constrained")
+    axes = canvas.subplots(len(horizons), len(UPDATES), sharex=True, sharey=True, squeeze=False)
+    for (horizon, updates), ax in zip(product(horizons, UPDATES), axes.flat, strict=True):
         ax.set_title(condition(horizon, updates), fontsize=9)
         for method in SHOWN:
             if cell := study.find(method, horizon, updates):
-                curve = curves(cell).T.rolling(5, min_periods=1).mean()
-                low, middle, high = np.quantile(curve, [0.25, 0.5, 0.75], axis=1)
-                ax.plot(curve.index, middle, color=COLOURS[method], label=NAMES[method])
-                ax.fill_between(curve.index, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
+                curve = curves(cell).T.rolling(5, min_periods=1).mean().T
+                low, high = zip(*(interval_over_seeds(column) for _, column in curve.items()), strict=True)
+                ax.plot(curve.columns, curve.mean(), color=COLOURS[method], label=NAMES[method])
+                ax.fill_between(curve.columns, low, high, color=COLOURS[method], alpha=0.12, linewidth=0)
     for ax in axes[-1]:
         ax.set_xlabel("step (rollout batch)")
     for ax in axes[:, 0]:
@@ -391,11 +406,12 @@ def draw_curves(study: Study) -> Canvas:
 
 
 def draw_effect(study: Study) -> Canvas:
+    horizons = horizons_run(study)
     canvas = Canvas(figsize=(6, 3.6), layout="constrained")
     ax = canvas.subplots()
     for i, updates in enumerate(UPDATES):
         x, y, low, high = [], [], [], []
-        for h, horizon in enumerate(HORIZONS):
+        for h, horizon in enumerate(horizons):
             if found := difference(study.find("cppo", horizon, updates), study.find("dppo", horizon, updates)):
                 x.append(h + 0.12 * (i - 1))
                 y.append(100 * found.difference)
@@ -403,8 +419,8 @@ def draw_effect(study: Study) -> Canvas:
                 high.append(100 * (found.interval.high - found.difference))
         ax.errorbar(x, y, [low, high], fmt="o", color=SERIES[i], label=f"{updates} updates", capsize=3)
     ax.axhline(0, color=SERIES[7], linewidth=1)
-    ax.set_xticks(range(len(HORIZONS)), [str(h) for h in HORIZONS])
-    ax.set_xlim(-0.5, len(HORIZONS) - 0.5)
+    ax.set_xticks(range(len(horizons)), [str(horizon) for horizon in horizons])
+    ax.set_xlim(-0.5, len(horizons) - 0.5)
     ax.set_xlabel("length of a response, tokens")
     ax.set_ylabel("CPPO minus DPPO, points")
     ax.set_title("Difference in accuracy at the same masked share, 95 % intervals over seeds")
@@ -432,9 +448,10 @@ def draw_collapse(study: Study) -> Canvas:
 
 
 def draw_masked(study: Study) -> Canvas:
+    horizons = horizons_run(study)
     canvas = Canvas(figsize=(9, 3.4), layout="constrained")
-    axes = canvas.subplots(1, len(HORIZONS), sharey=True)
-    for ax, horizon in zip(axes, HORIZONS, strict=True):
+    axes = canvas.subplots(1, len(horizons), sharey=True, squeeze=False)[0]
+    for ax, horizon in zip(axes, horizons, strict=True):
         ax.set_title(condition(horizon, 16), fontsize=9)
         for method in [name for name in NAMES if name != "none"]:
             if cell := study.find(method, horizon, 16):
