@@ -153,11 +153,13 @@ def points(value: float) -> str:
 
 
 def family(study: Study, one: str, other: str) -> dict[tuple[int, int], tuple[Comparison, float]]:
-    """{condition: (one method minus another, p after Holm's correction)} of the conditions that have run for both."""
-    found = {c: difference(study.find(one, *c), study.find(other, *c)) for c in CONDITIONS}
-    ran = {c: comparison for c, comparison in found.items() if comparison}
-    adjusted = holm([comparison.p_value for comparison in ran.values()])
-    return {c: (comparison, p) for (c, comparison), p in zip(ran.items(), adjusted, strict=True)}
+    """{condition: (one method minus another, p after Holm's correction)} of the conditions that have run for both.
+
+    The correction is that for all nine conditions from the first one on.
+    """
+    found = [difference(study.find(one, *c), study.find(other, *c)) for c in CONDITIONS]
+    adjusted = holm([comparison.p_value if comparison else 1.0 for comparison in found])
+    return {c: (comparison, p) for c, comparison, p in zip(CONDITIONS, found, adjusted, strict=True) if comparison}
 
 
 def _bold_if_one(comparison: Comparison, p: float) -> str:
@@ -258,6 +260,17 @@ def rates(study: Study) -> str:
     return table(header, ([NAMES[m], *(rate(study.find(m, *c)) for c in CONDITIONS)] for m in NAMES))
 
 
+def thresholds(study: Study) -> str:
+    """The thresholds that mask the wanted share under each condition."""
+    rows = []
+    for method, names in (("dppo", ["delta"]), ("cppo", ["delta", "delta_b"])):
+        cells = [study.find(method, *c) for c in CONDITIONS]
+        for name in names:
+            values = (f"{cell.about['thresholds'][name]:g}" if cell else MISSING for cell in cells)
+            rows.append([f"{NAMES[method]}, {name}", *values])
+    return table(["", *(f"{t} / {u}" for t, u in CONDITIONS)], rows)
+
+
 def collapses(study: Study) -> dict[str, dict[float, tuple[int, int]]]:
     """{method: {learning rate: (collapsed, runs)}} over grid and evaluation of the complete part."""
     counts: dict[str, dict[float, tuple[int, int]]] = {name: {} for name in NAMES}
@@ -352,6 +365,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "methods": all_methods,
     "secondary": secondary,
     "rates": rates,
+    "thresholds": thresholds,
     "others": lambda study: against(study, ("none", "grpo", "cispo", "trm_avg")),
     "ablations": lambda study: against(study, ("cppo_no_weights", "cppo_no_budget", "cppo_shuffled")),
     "collapse": collapse_table,
