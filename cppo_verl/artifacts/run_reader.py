@@ -50,6 +50,13 @@ class Run:
                 result[step][match["benchmark"]] = value
         return dict(result)
 
+    def saved(self, name: str) -> dict[str, object]:
+        """{"a.b.c": value} of a file of hydra's beside ``config``, a list under ""; empty where it is not readable."""
+        try:
+            return {} if self.config is None else flattened(load(self.config.with_name(name)))
+        except ValueError:  # `read_run` has noted it
+            return {}
+
 
 def labelled(text: str) -> tuple[Path, str | None]:
     """Split "[LABEL=]PATH" into path and label."""

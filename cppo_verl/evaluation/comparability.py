@@ -1,10 +1,9 @@
 """Names the settings beside the method in which compared runs differ."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 from cppo_verl.artifacts.run_reader import Run
-from cppo_verl.artifacts.saved_config import flattened, load, select
+from cppo_verl.artifacts.saved_config import select
 
 _ACTOR = "actor_rollout_ref.actor."
 BESIDE_THE_METHOD = {
@@ -23,11 +22,7 @@ BESIDE_THE_METHOD = {
 
 def unequal(runs: Sequence[Run]) -> list[str]:
     """Return one line for each setting of `BESIDE_THE_METHOD` in which the runs with a readable config differ."""
-    configs = []
-    for run in runs:
-        with suppress(ValueError):  # `read_run` has noted it
-            if run.config is not None:
-                configs.append((run.label, flattened(load(run.config))))
+    configs = [(run.label, config) for run in runs if (config := run.saved("config.yaml"))]
     lines = []
     for what, keys in BESIDE_THE_METHOD.items():
         for key in keys:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from cppo_verl.artifacts.run_reader import Run
-from cppo_verl.artifacts.saved_config import flattened, load, select
+from cppo_verl.artifacts.saved_config import select
 from cppo_verl.evaluation import paper_results
 
 Config = Mapping[str, object]
@@ -50,17 +50,10 @@ def settings_of(runs: Sequence[Run], models: Sequence[str]) -> tuple[list[str], 
     A run without a readable config has empty cells, as has a setting that its method lacks.
     """
     header = ["setting", *(f"paper {model}" for model in models), *(run.label for run in runs)]
-    configs = [_config(run) for run in runs]
+    configs = [run.saved("config.yaml") for run in runs]
     rows = []
     for number, (name, where) in enumerate(SETTINGS.items()):
         values = [select(config, where) if isinstance(where, str) else where(config) for config in configs]
         printed = (paper_results.SETTINGS[model][number] for model in models)
         rows.append([name, *printed, *("" if value is None else str(value) for value in values)])
     return header, rows
-
-
-def _config(run: Run) -> Config:
-    try:
-        return {} if run.config is None else flattened(load(run.config))
-    except ValueError:  # `read_run` has noted it
-        return {}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from cppo_verl.analysis.report.config_differences import method
 from cppo_verl.analysis.report.curves import MASKED, SHARE, STEP_SECONDS, effective_budget, logged, product
 from cppo_verl.analysis.report.runs import ReportedRun, shown
 from cppo_verl.analysis.text import MISSING, Cell, Table, number
+from cppo_verl.artifacts.run_reader import METHOD
 from cppo_verl.evaluation.statistics import select
 
 LAST = 10
@@ -34,7 +34,7 @@ def _row(item: ReportedRun, benchmarks: Sequence[str]) -> dict[str, Cell]:
     delta_b = effective_budget(item)
     return {
         "run": item.name,
-        "method": shown(method(run)),
+        "method": shown(str(run.saved("hydra.yaml").get(METHOD) or MISSING)),
         "seed": MISSING if run.seed is None else shown(str(run.seed)),
         "steps": f"{last_step} of {run.t_stop}" if run.t_stop else str(last_step),
         "best": score and score.mean,
