@@ -102,15 +102,7 @@ def measure(command: Sequence[str], config: DictConfig, output: Path) -> int:
     for file in (output / TOKENS).glob("*"):
         file.unlink()
     print(f"verl generates and trains one mini-batch; its log is {log}", flush=True)
-    try:
-        with trainer_process.trainer([*command, *overrides(config, output)], log, dict(os.environ)) as trainer:
-            trainer.wait()
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command starts over", flush=True)
-        return 130
-    if trainer.returncode:
-        trainer_process.show_failure(trainer, log)
-    return trainer.returncode
+    return trainer_process.run_to_end([*command, *overrides(config, output)], log, dict(os.environ))
 
 
 def overrides(config: DictConfig, output: Path) -> list[str]:

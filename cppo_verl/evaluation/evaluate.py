@@ -61,16 +61,8 @@ def run(args: argparse.Namespace) -> int:
     before = dumps(output)
     print(f"verl validates; its log is {log}", flush=True)
     environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(output / "metrics.jsonl")}
-    try:
-        arguments = [*asked["command"], *overrides(args, output)]
-        with trainer_process.trainer(arguments, log, environment) as trainer:
-            trainer.wait()
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command starts over", flush=True)
-        return 130
-    if trainer.returncode:
-        trainer_process.show_failure(trainer, log)
-        return trainer.returncode
+    if code := trainer_process.run_to_end([*asked["command"], *overrides(args, output)], log, environment):
+        return code
     if not (written := dumps(output) - before):
         print(f"verl ended without answers in {output / GENERATIONS}; see {log}", file=sys.stderr)
         return 1

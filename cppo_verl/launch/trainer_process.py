@@ -185,6 +185,19 @@ def trainer(
         raise Stopped(what)
 
 
+def run_to_end(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> int:
+    """Run verl's trainer, which saves nothing; show why if it fails. Return its exit code, 130 after Ctrl-C."""
+    try:
+        with trainer(arguments, log, environment) as process:
+            pass
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command starts over", flush=True)
+        return 130
+    if process.returncode:
+        show_failure(process, log)
+    return process.returncode
+
+
 def show_failure(trainer: subprocess.Popen, log: Path) -> None:
     """Print the exit code of a trainer that failed, the end of its log, and why it has ended itself, if it has.
 
