@@ -1,6 +1,6 @@
 """The maths of CPPO and its neighbours: pure functions of tensors and numbers that need torch only."""
 
-from cppo_verl.core.divergence import binary_divergence, exact_divergence, partition_divergence, top_k_divergence
+from cppo_verl.core.divergence import binary_divergence, partition_divergence, top_k_divergence
 from cppo_verl.core.neighbours import kpop_mask, vaco_mask
 from cppo_verl.core.surrogate import (
     clipped_weight,
@@ -27,7 +27,6 @@ __all__ = [
     "binary_divergence",
     "build_trust_region",
     "clipped_weight",
-    "exact_divergence",
     "kpop_mask",
     "masked_quantile",
     "masked_surrogate",

@@ -37,7 +37,7 @@ def binary_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tens
 
 
 def partition_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
-    """Divergence D_t on C retained tokens and "other", the remaining mass.
+    """Divergence D_t on C retained tokens and "other", the remaining mass: the exact one with C = V.
 
     Args:
         log_pi: log-probabilities of C distinct tokens under pi, [..., C]. A column of -inf in both is unused.
@@ -107,23 +107,6 @@ def candidate_divergence(log_pi: Tensor, log_mu: Tensor, sampled_is_top: Tensor,
     """
     unused = torch.nn.functional.pad(sampled_is_top.unsqueeze(-1), (log_mu.shape[-1] - 1, 0))
     return partition_divergence(log_pi.masked_fill(unused, -torch.inf), log_mu.masked_fill(unused, -torch.inf), kind)
-
-
-def exact_divergence(log_pi: Tensor, log_mu: Tensor, kind: Kind = "tv") -> Tensor:
-    """Divergence D_t over the whole vocabulary.
-
-    Args:
-        log_pi: log-probabilities under pi, [..., V].
-        log_mu: log-probabilities under mu, [..., V].
-        kind: "tv" or "kl".
-
-    Returns:
-        D_t, [...]: TV in [0, 1], KL in nats.
-
-    Raises:
-        ValueError: ``kind`` is neither.
-    """
-    return partition_divergence(log_pi, log_mu, kind)
 
 
 def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from documented import ROOT
 from trainer_run import BRIEF, Run, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cppo_verl.core import binary_divergence, exact_divergence, top_k_divergence
+from cppo_verl.core import binary_divergence, partition_divergence, top_k_divergence
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_divergences_agree_with_both_policies_full_distributions(tools):
             want = top_k_divergence(log_pi, log_mu, sampled, 5, "tv")
             torch.testing.assert_close(divergence[valid], want, rtol=0, atol=1e-5)
             binary = binary_divergence(*(x.gather(-1, sampled[:, None])[:, 0] for x in (log_pi, log_mu)), "tv")
-            exact = exact_divergence(log_pi, log_mu, "tv")
+            exact = partition_divergence(log_pi, log_mu, "tv")
             assert (binary <= divergence[valid] + 1e-5).all()
             assert (divergence[valid] <= exact + 1e-5).all()
             coarser += int((divergence[valid] > binary + 1e-4).sum())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import fuzz
 from verl.trainer.distillation.fsdp.losses import _chunked_topk_log_probs
 
-from cppo_verl.core import binary_divergence, divergence, exact_divergence, partition_divergence, top_k_divergence
+from cppo_verl.core import binary_divergence, divergence, partition_divergence, top_k_divergence
 from cppo_verl.core.divergence import gather_log_probs
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -80,7 +80,7 @@ def test_top_k_sees_what_the_binary_form_misses():
     mu, pi = logs(0.2, 0.5, 0.3), logs(0.2, 0.1, 0.7)
     assert binary_divergence(pi[0], mu[0]).item() == 0
     assert top_k(pi, mu, 0, 1, "tv").item() == pytest.approx(0.4)
-    assert exact_divergence(pi, mu).item() == pytest.approx(0.4)
+    assert partition_divergence(pi, mu).item() == pytest.approx(0.4)
 
 
 def test_the_top_k_tokens_are_those_of_mu():
@@ -90,8 +90,8 @@ def test_the_top_k_tokens_are_those_of_mu():
 
 def test_disjoint_policies():
     mu, pi = logs(1.0, 0.0), logs(0.0, 1.0)
-    assert exact_divergence(pi, mu, "tv").item() == 1
-    assert exact_divergence(pi, mu, "kl").item() == math.inf
+    assert partition_divergence(pi, mu, "tv").item() == 1
+    assert partition_divergence(pi, mu, "kl").item() == math.inf
 
 
 @KINDS
@@ -99,7 +99,7 @@ def test_shapes(kind):
     log_pi, log_mu = torch.randn(2, 3, 5, 7).log_softmax(-1)
     sampled = torch.randint(7, (3, 5))
     for value in (
-        exact_divergence(log_pi, log_mu, kind),
+        partition_divergence(log_pi, log_mu, kind),
         top_k_divergence(log_pi, log_mu, sampled, 2, kind),
         binary_divergence(log_pi[..., 0], log_mu[..., 0], kind),
     ):
@@ -135,7 +135,7 @@ def test_agrees_with_the_oracle(kind, dtype, tolerance, drawn, k):
         return pytest.approx(ORACLE[kind](mu, pi, cells), **tolerance)
 
     assert binary_divergence(log_pi[y], log_mu[y], kind).item() == expected(oracle.partition(mu, y, 0))
-    assert exact_divergence(log_pi, log_mu, kind).item() == expected(oracle.exact_cells(mu))
+    assert partition_divergence(log_pi, log_mu, kind).item() == expected(oracle.exact_cells(mu))
     if k >= len(mu) or ranked[k - 1] > ranked[k]:  # a tie across rank K leaves the K tokens open
         assert top_k(log_pi, log_mu, y, k, kind).item() == expected(oracle.partition(mu, y, k))
 
@@ -170,7 +170,7 @@ def test_binary_kl_of_a_sharp_policy_in_single_precision():
 def test_refining_the_partition_never_lowers_the_value(kind, dtype, tolerance, data):
     both, y = data.draw(policies(spread=30 if kind == "tv" else 3))  # KL of a tiny 1 - sum(p) is all rounding
     log_mu, log_pi = both.to(dtype)
-    binary, exact = binary_divergence(log_pi[y], log_mu[y], kind), exact_divergence(log_pi, log_mu, kind)
+    binary, exact = binary_divergence(log_pi[y], log_mu[y], kind), partition_divergence(log_pi, log_mu, kind)
     chain = [binary, *(top_k(log_pi, log_mu, y, k, kind) for k in range(1, len(log_mu) + 3))]
     slack = 5 * tolerance["abs"] + tolerance["rel"] * exact
     assert all(value <= exact + slack for value in chain)
@@ -193,7 +193,7 @@ def test_range_and_zero(dtype, tolerance, drawn, k):
             [
                 binary_divergence(log_pi[y], log_mu[y], kind),
                 top_k(log_pi, log_mu, y, k, kind),
-                exact_divergence(log_pi, log_mu, kind),
+                partition_divergence(log_pi, log_mu, kind),
             ]
         )
         assert (values >= 0).all() and values.isfinite().all()
@@ -223,7 +223,7 @@ def test_half_precision_is_raised_first(kind, drawn):
     (log_mu, log_pi), (mu, pi) = half, half.float()
     for got, expected in (
         (binary_divergence(log_pi[y], log_mu[y], kind), binary_divergence(pi[y], mu[y], kind)),
-        (exact_divergence(log_pi, log_mu, kind), exact_divergence(pi, mu, kind)),
+        (partition_divergence(log_pi, log_mu, kind), partition_divergence(pi, mu, kind)),
         (top_k(log_pi, log_mu, y, 2, kind), top_k(pi, mu, y, 2, kind)),
     ):
         assert got.dtype == torch.float32

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_answers import answer
 
-from cppo_verl.core import divergence, exact_divergence
+from cppo_verl.core import divergence, partition_divergence
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD
 from cppo_verl.plugin.topk.loss import Layout, divergence_of_logits, fsdp_layout, megatron_layout
 from cppo_verl.plugin.topk.vllm_server import captured
@@ -120,7 +120,7 @@ def test_divergence_of_logits_is_the_oracles(kind, top_k):
         want.append(0.0)
     assert got.tolist() == pytest.approx(want, abs=2e-6)
     if top_k == 11:
-        exact = torch.cat([exact_divergence(p, m, kind) for m, p in zip(log_mu, log_pi, strict=True)])
+        exact = torch.cat([partition_divergence(p, m, kind) for m, p in zip(log_mu, log_pi, strict=True)])
         shown = got[got != 0]
         valid = torch.tensor([v for mask in masks for v in mask], dtype=torch.bool)
         torch.testing.assert_close(shown.double(), exact[valid], rtol=0, atol=2e-6)
