@@ -112,7 +112,8 @@ class Watch:
         return None
 
     def _broken_engine(self) -> str | None:
-        servers = {actor["Name"]: actor for actor in _actors().values() if _is_live_server(actor)}
+        alive = [actor for actor in _actors().values() if actor["State"] == "ALIVE"]
+        servers = {actor["Name"]: actor for actor in alive if "_server_" in actor["Name"]}
         for name in servers.keys() - self._pings.keys():
             self._pings[name] = ray.get_actor(name).__ray_call__.remote(engine_fault)
         pings = list(self._pings.values())
@@ -171,10 +172,6 @@ def _actors() -> dict[str, dict]:
     return ray._private.state.actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
 
 
-def _is_live_server(actor: dict) -> bool:
-    return actor["State"] == "ALIVE" and "_server_" in actor["Name"]
-
-
 def _name(actor: dict) -> str:
     died = actor["DeathCause"].actor_died_error_context
     address = actor["Address"]["IPAddress"] or died.node_ip_address
@@ -182,9 +179,9 @@ def _name(actor: dict) -> str:
     return f"{actor['Name'] or actor['ActorClassName']} (pid {actor['Pid']} on {hosts.get(address, address)})"
 
 
-def _print_last_lines(actor: dict, most: int = 10) -> None:
+def _print_last_lines(actor: dict) -> None:
     """Print the end of what an actor has written, where its log is on this machine."""
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[attr-defined]
     texts = [path.read_text(errors="replace") for path in logs.glob(f"worker-*-{actor['Pid']}.*")]
-    lines = [line for text in texts for line in text.splitlines() if line and not line.startswith(":")][-most:]
+    lines = [line for text in texts for line in text.splitlines() if line and not line.startswith(":")][-10:]
     print("\n  ".join([f"the last lines of {_name(actor)}:", *lines]), flush=True)
