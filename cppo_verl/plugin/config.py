@@ -124,11 +124,11 @@ class MethodConfig(PolicyLossConfig):
     def refuse(self, name: str, problems: list[str]) -> None:
         self.require(not problems, name, " | ".join(problems))
 
-    def require_number(self, name: str, low: float, high: float = math.inf, optional: bool = False) -> None:
-        """``name`` must be a number in (low, high], or null where that has a meaning."""
+    def require_number(self, name: str, high: float = math.inf, optional: bool = False) -> None:
+        """``name`` must be a number in (0, high], or null where that has a meaning."""
         value = getattr(self, name)
-        permitted = f"a number in ({low}, {high}]" + (", or null" if optional else "")
-        self.require((optional and value is None) or (is_number(value) and low < value <= high), name, permitted)
+        permitted = f"a number in (0, {high}]" + (", or null" if optional else "")
+        self.require((optional and value is None) or (is_number(value) and 0 < value <= high), name, permitted)
 
     def require_choice(self, name: str, choices: object) -> None:
         self.require(getattr(self, name) in get_args(choices), name, f"one of {get_args(choices)}")
@@ -263,12 +263,12 @@ class CPPOLossConfig(MaskedLossConfig):
         self.require_choice("budget", Budget)
         self.require_choice("weights", Weights)
         self.require_choice("gate", Gate)
-        self.require_number("delta", 0, self.largest_divergence)
-        self.require_number("delta_b", 0, self.largest_divergence)
-        self.require_number("w_min", 0, 1)
-        self.require_number("tau", 0)
-        self.require_number("horizon", 0, optional=True)
-        self.require_number("budget_clamp", 0)
+        self.require_number("delta", self.largest_divergence)
+        self.require_number("delta_b", self.largest_divergence)
+        self.require_number("w_min", 1)
+        self.require_number("tau")
+        self.require_number("horizon", optional=True)
+        self.require_number("budget_clamp")
         self.require(self.budget_clamp >= 1, "budget_clamp", "a number >= 1, the upper clamp over the lower")
         ignored = self.horizon is not None and self.weights == "shuffled"
         self.require(not ignored, "horizon", "null with weights=shuffled, which has no T")
@@ -290,8 +290,8 @@ class TRMLossConfig(MaskedLossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_number("delta", 0, self.largest_divergence, optional=True)
-        self.require_number("delta_avg", 0, self.largest_divergence, optional=True)
+        self.require_number("delta", self.largest_divergence, optional=True)
+        self.require_number("delta_avg", self.largest_divergence, optional=True)
         self.require(self.delta is not None or self.delta_avg is not None, "delta", "a number where delta_avg is null")
 
 
@@ -326,4 +326,4 @@ class NeighbourLossConfig(SurrogateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_choice("rule", Neighbour)
-        self.require_number("delta", 0)
+        self.require_number("delta")

@@ -224,14 +224,14 @@ def propose(sample: Sample, masked: float, by_budget: float | None) -> Threshold
     return found
 
 
-def intervals(counts: pd.DataFrame, seed: int = 0) -> tuple[Interval, Interval]:
+def intervals(counts: pd.DataFrame) -> tuple[Interval, Interval]:
     """95% intervals of the masked share and of the budget's share of it, by resampling prompts with their responses.
 
     Responses to one prompt resemble each other, as do tokens of one response; resampling these instead would make the
     intervals too short.
     """
     sums = counts.groupby(level="prompt").sum().to_numpy()
-    n, rng = len(sums), np.random.default_rng(seed)
+    n, rng = len(sums), np.random.default_rng(0)
     tokens, masked, by_budget, _ = np.stack([sums[rng.integers(0, n, n)].sum(0) for _ in range(RESAMPLES)]).T
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     of_masked = by_budget[masked > 0] / masked[masked > 0] if masked.any() else [np.nan]
