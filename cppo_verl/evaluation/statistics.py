@@ -28,7 +28,6 @@ class Selection(NamedTuple):
     mean: float
     components: dict[str, float]
     """{benchmark: accuracy} at that step."""
-    last_step: int
     last: float
     """Mean of the last validation, which no choice has inflated."""
     smoothed: float
@@ -89,8 +88,7 @@ def select(
         step=best,
         mean=means[best],
         components={name: steps[best][name] for name in benchmarks},
-        last_step=max(means),
-        last=means[max(means)],
+        last=curve[-1],
         smoothed=max(math.fsum(window) / len(window) for window in windows),
         candidates=len(means),
         collapsed=collapse(means, collapse_share),

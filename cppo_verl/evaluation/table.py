@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         for note in item.notes:
             print(f"{item.path}: {note}", file=sys.stderr)
     if args.settings:
-        print(FORMATS[args.format](*settings_of(runs, _models(args.paper))))
+        models = paper_results.MODELS if args.paper == ALL else [args.paper] if args.paper else []
+        print(FORMATS[args.format](*settings_of(runs, models)))
         return 0
     if args.paper == ALL:
         return matrix(runs, args)
@@ -174,10 +175,6 @@ def matrix(runs: Sequence[Run], args: argparse.Namespace) -> int:
 def _without_scale(item: Run) -> str:
     """A run's label without the model, which a sweep over models puts into it."""
     return ",".join(part for part in item.label.split(",") if part != f"scale={item.scale}") or item.label
-
-
-def _models(paper: str | None) -> list[str]:
-    return list(paper_results.MODELS) if paper == ALL else [paper] if paper else []
 
 
 def warnings(groups: dict[str, Scored]) -> list[str]:
