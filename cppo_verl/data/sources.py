@@ -137,5 +137,4 @@ def _local_files(path: Path) -> list[Path]:
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

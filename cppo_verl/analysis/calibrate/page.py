@@ -23,8 +23,6 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 
 @dataclass(frozen=True)
 class Row:
-    """Thresholds and what they mask."""
-
     name: str
     thresholds: Thresholds
     shares: Shares

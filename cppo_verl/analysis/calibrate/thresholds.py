@@ -105,7 +105,6 @@ class Sample:
 
     @property
     def prompts(self) -> int:
-        """Number of prompts."""
         return len({response.uid for response in self.responses})
 
     @property

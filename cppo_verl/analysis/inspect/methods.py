@@ -48,8 +48,6 @@ def read(path: Path, steps: Sequence[int] | None = None) -> TokenDump:
 
 @dataclass(frozen=True)
 class Method:
-    """A method to compare."""
-
     label: str
     settings: dict[int, Setting]
     """{step: its setting}; the run's own may change from step to step."""

@@ -24,8 +24,6 @@ class ChosenResponse:
 
 @dataclass(frozen=True, eq=False)
 class DumpSummary:
-    """Summary of one run's dump."""
-
     relative_error: pd.Series
     """By step: sum of |log pi - log mu| over sum of |log mu|, over the tokens of the batch's first update."""
     entropy: pd.Series

@@ -18,13 +18,11 @@ class Missing:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A figure to draw."""
+    """A figure to draw; its fields are those of `cppo_verl.analysis.html.figures.Figure`."""
 
     name: str
-    """The name of its files and its anchor in the page."""
     title: str
     text: str
-    """The caption: what is seen and how to read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
