@@ -105,7 +105,8 @@ class MethodConfig(PolicyLossConfig):
             refuse_overridden_variant(hydra.overrides.task)
             refuse_pinned(self, hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
         if self.mask_std_0:
-            self.refuse("mask_std_0", violations(mask_std_0_rules(self.preflight)))
+            problems = violations(mask_std_0_rules(self.preflight))
+            self.require(not problems, "mask_std_0", problems)
         # verl's distillation has a loss of its own, which hides the policy loss.
         dump = self.dump
         assert dump is not None  # because preflight is not
@@ -120,9 +121,6 @@ class MethodConfig(PolicyLossConfig):
     def require(self, ok: bool, name: str, permitted: str) -> None:
         if not ok:
             raise ValueError(f"policy_loss.{name}={getattr(self, name)!r} is not permitted: {permitted}")
-
-    def refuse(self, name: str, problems: list[str]) -> None:
-        self.require(not problems, name, " | ".join(problems))
 
     def require_number(self, name: str, high: float = math.inf, optional: bool = False) -> None:
         """``name`` must be a number in (0, high], or null where that has a meaning."""
@@ -210,7 +208,8 @@ class MaskedLossConfig(SurrogateConfig):
         self.require_choice("divergence", Divergence)
         self.require(is_integer(self.top_k) and self.top_k >= 1, "top_k", "an integer >= 1")
         if self.captures and self.preflight is not None:
-            self.refuse("divergence", violations(top_k_rules(self.preflight, self.top_k)))
+            problems = violations(top_k_rules(self.preflight, self.top_k))
+            self.require(not problems, "divergence", problems)
 
     @property
     def partition(self) -> str:

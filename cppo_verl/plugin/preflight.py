@@ -59,12 +59,12 @@ class Preflight(BaseConfig):
     trust_region: dict
 
     def __post_init__(self) -> None:
-        problems = violations(rollout_policy_rules(self))
-        if problems:
-            raise ValueError("old_log_prob would not be the rollout policy's: " + " | ".join(problems))
-        problems = violations(policy_loss_rules(self))
-        if problems:
-            raise ValueError("the method's loss would not be trained: " + " | ".join(problems))
+        if problems := violations(rollout_policy_rules(self)):
+            raise ValueError(f"old_log_prob would not be the rollout policy's: {problems}")
+        if self.distillation and not self.use_task_rewards:
+            key = "distillation.distillation_loss.use_task_rewards"
+            reason = f"{key}={self.use_task_rewards} trains on the teacher's loss alone; set {key}=true"
+            raise ValueError(f"the method's loss would not be trained: {reason}")
         for key in self.trust_region.keys() - set(TRUST_REGION_KEYS):
             value = self.trust_region[key]
             raise ValueError(f"trust_region has no key {key!r} (got {key}={value!r}); it has {TRUST_REGION_KEYS}")
@@ -83,13 +83,13 @@ class Rule(NamedTuple):
     """The value that mends it, and what else does."""
 
 
-def violations(rules: list[Rule]) -> list[str]:
-    """One sentence for each rule that the run breaks, with the override that mends it."""
-    return [
+def violations(rules: list[Rule]) -> str:
+    """A sentence for each rule that the run breaks, with the override that mends it; empty where it breaks none."""
+    return " | ".join(
         f"{rule.setting.lstrip('+')}={rule.value} {rule.reason}; set {rule.setting}={rule.fix}"
         for rule in rules
         if not rule.permitted
-    ]
+    )
 
 
 CORRECTION, ROLLOUT, ACTOR = "algorithm.rollout_correction.", "actor_rollout_ref.rollout.", "actor_rollout_ref.actor."
@@ -223,12 +223,6 @@ def samples_exactly(speculative_config: Mapping | str) -> bool:
         return config.get("rejection_sample_method", EXACT_REJECTION[0]) in EXACT_REJECTION
     except (ValueError, AttributeError):
         return False
-
-
-def policy_loss_rules(run: Preflight) -> list[Rule]:
-    """What keeps the policy loss in the update."""
-    setting, reason = "distillation.distillation_loss.use_task_rewards", "trains on the teacher's loss alone"
-    return [Rule(setting, run.use_task_rewards, run.use_task_rewards or not run.distillation, reason, "true")]
 
 
 SPREAD_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo")
