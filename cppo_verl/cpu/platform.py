@@ -23,8 +23,7 @@ def _nothing(*args: object, **kwargs: object) -> None:
 class CPUDevice(ModuleType):
     """torch.cpu, extended by the functions of torch.cuda that verl calls."""
 
-    set_device = empty_cache = ipc_collect = staticmethod(_nothing)
-    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    empty_cache = ipc_collect = staticmethod(_nothing)
     get_rng_state = staticmethod(torch.get_rng_state)
     set_rng_state = staticmethod(torch.set_rng_state)
 
