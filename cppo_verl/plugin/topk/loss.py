@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from verl.utils.ulysses import get_ulysses_sequence_parallel_rank, get_ulysses_sequence_parallel_world_size
+from verl.utils.ulysses import get_ulysses_sequence_parallel_rank
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
@@ -73,8 +73,7 @@ def top_k_ppo_loss(
 
 def fsdp_layout(data: TensorDict, logits: Tensor) -> Layout:
     """One row after the other, padded at the end to equal parts of the Ulysses sequence-parallel ranks."""
-    parallel = get_ulysses_sequence_parallel_world_size() > 1
-    first = get_ulysses_sequence_parallel_rank() * logits.shape[1] if parallel else 0
+    first = get_ulysses_sequence_parallel_rank() * logits.shape[1]  # 0 without such ranks
     return Layout(data["input_ids"].offsets()[:-1] - first)
 
 
