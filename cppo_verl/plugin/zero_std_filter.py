@@ -78,10 +78,8 @@ def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bo
         fields["advantages"] = _like(data["advantages"], scale[mini_batches].repeat_interleave(lengths))
     # A mini-batch with no token left, be it of padding rows alone, would divide by zero: count one, which has no loss.
     first = data["loss_mask"].offsets()[:-1]
-    tokens = torch.zeros(len(mini_batches)).index_add_(
-        0, mini_batches.repeat_interleave(lengths), fields["loss_mask"].values().float()
-    )
-    for mini_batch in mini_batches[tokens[mini_batches] == 0].unique():
+    of_counted = mini_batches.repeat_interleave(lengths)[fields["loss_mask"].values() > 0]
+    for mini_batch in set(mini_batches.tolist()) - set(of_counted.unique().tolist()):
         rows = ((mini_batches == mini_batch) & (lengths > 0)).nonzero().flatten()
         fields["loss_mask"].values()[first[rows[:1]]] = 1
     return TensorDict(fields, batch_size=len(kept))
