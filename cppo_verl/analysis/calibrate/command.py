@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.dump}: {error}" if unreachable else error, file=sys.stderr)
         return 1 if unreachable else 2
     print_notes(notes)
-    values = page_values(args.method, results, notes)
+    values = page_values(results, notes)
     _print(values)
     drawn = figures.draw(results)
     folder = args.output.with_name(f"{args.output.stem}_figures")

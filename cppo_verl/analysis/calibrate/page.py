@@ -109,17 +109,13 @@ class Results:
         return Row(name, thresholds, Shares.of(counts), *intervals(counts))
 
 
-def page_values(method: str | None, results: Results, notes: list[str]) -> dict:
-    """What the page and the terminal show, but for the figures.
-
-    Args:
-        method: the method asked for; None for the run's own.
-    """
+def page_values(results: Results, notes: list[str]) -> dict:
+    """What the page and the terminal show, but for the figures."""
     sample, proposed = results.sample, results.rows[0]
     steps = list(results.by("step"))
     return {
         "results": results,
-        "overrides": _overrides(method, results),
+        "overrides": _overrides(results),
         "summary": (
             f"{counted(len(sample.responses), 'response')} to {counted(sample.prompts, 'prompt')}, "
             f"{proposed.shares.tokens:,.0f} tokens, of step{'s' * (len(steps) > 1)} {listed(steps)}; "
@@ -188,17 +184,14 @@ def _between(share: float | None, interval: Interval) -> str:
     return f"{percent(share)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def _overrides(method: str | None, results: Results) -> str:
+def _overrides(results: Results) -> str:
     """The hydra overrides that set the proposal.
 
     These are ``trust_region.delta`` and ``trust_region.delta_b``, unless the method's config pins its own thresholds:
     then they are the keys of the loss.
-
-    Args:
-        method: the method asked for; None for the run's own.
     """
     values, setting, header = results.proposed.given, results.sample.setting, results.sample.header
-    if method is None and setting.label == replay.run_setting(header).label:
+    if setting.label == replay.run_setting(header).label:
         shared = all(header["trust_region"].get(name) == header["method"][name] for name in values)
     else:
         try:
