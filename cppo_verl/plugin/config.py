@@ -242,7 +242,7 @@ class CPPOLossConfig(MaskedLossConfig):
         w_min: position weight of a response's last token, in (0, 1]; 1 weighs all tokens alike.
         weights: "linear" (9), or "shuffled" within each response.
         horizon: T of (9) for all responses alike; null for each one's own length.
-        gate: "hard" (10), "soft" (20), "sapo" or "penalty", see `cppo_verl.update_mask`.
+        gate: "hard" (10), "soft" (20), "sapo" or "penalty", see `cppo_verl.core.update_mask`.
         tau: sharpness of the gate "sapo".
     """
 
