@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Any, cast
 
@@ -23,9 +22,9 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig, FSDPActorConfig
 
-import cppo_verl.config
 from cppo_verl.artifacts.token_dump import CODE, Decisions, Response
 from cppo_verl.plugin.config import (
+    METHOD_FOLDER,
     CPPOLossConfig,
     MethodConfig,
     NeighbourLossConfig,
@@ -37,7 +36,7 @@ from cppo_verl.plugin.losses import Observed, loss_context
 from cppo_verl.plugin.preflight import refuse_pinned
 from cppo_verl.plugin.token_recorder import token_columns
 
-METHODS = sorted(file.stem for file in (Path(cppo_verl.config.__path__[0]) / "method").glob("[!_]*.yaml"))
+METHODS = sorted(file.stem for file in METHOD_FOLDER.glob("[!_]*.yaml"))
 _CONFIGS = (MethodConfig, CPPOLossConfig, TRMLossConfig, PrefixRatioLossConfig, NeighbourLossConfig)
 LOSSES = {f"{config.__module__}.{config.__name__}": config for config in _CONFIGS}
 """{``_target_``: the config class of a loss that a run of this plug-in can have}."""

@@ -39,7 +39,7 @@ Weights = Literal["linear", "shuffled"]
 PrefixRatio = Literal["minimum", "mean"]
 Neighbour = Literal["kpop", "vaco"]
 
-METHODS = Path(__file__).parents[1] / "config" / "method"
+METHOD_FOLDER = Path(__file__).parents[1] / "config" / "method"
 
 
 @dataclass(kw_only=True)
@@ -142,13 +142,13 @@ def check_method(config: DictConfig) -> None:
         ValueError: with the key to leave alone; hydra's InstantiationException for what the configs refuse themselves.
     """
     method = HydraConfig.get().runtime.choices.get("method") if HydraConfig.initialized() else None
-    if "trust_region" not in config and not (METHODS / f"{method}.yaml").exists():
+    if "trust_region" not in config and not (METHOD_FOLDER / f"{method}.yaml").exists():
         return
     omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
     key = "actor_rollout_ref.actor.policy_loss"
     node = OmegaConf.select(config, key)
     if isinstance(node, DictConfig):
-        shipped = OmegaConf.select(OmegaConf.load(METHODS / "_common.yaml"), f"{key}.preflight")
+        shipped = OmegaConf.select(OmegaConf.load(METHOD_FOLDER / "_common.yaml"), f"{key}.preflight")
         wanted = cast(dict, OmegaConf.to_container(OmegaConf.create(shipped, parent=config), resolve=True))
         filled = OmegaConf.select(node, "preflight")
         got = cast(dict, OmegaConf.to_container(filled, resolve=True)) if isinstance(filled, DictConfig) else {}
