@@ -25,12 +25,3 @@ def test_a_request_that_cannot_be_written_is_said_with_its_reason(tmp_path, caps
     (tmp_path / "stop").mkdir()  # in the place of the file
     assert main(["stop", str(tmp_path)]) == 1
     assert "the run was not asked to stop: [Errno 21] Is a directory" in capsys.readouterr().err
-
-
-def test_clear_removes_what_earlier_runs_have_left_and_makes_no_folder(tmp_path, capsys):
-    stop_request.answer(tmp_path, "stopped after step 4 of 6: SIGTERM")
-    stop_request.request_stop(tmp_path, "SIGUSR1")
-    assert main(["stop", "--clear", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "removed a request to stop that no run has obeyed: SIGUSR1\n"
-    assert main(["stop", "--clear", str(tmp_path / "new")]) == 0
-    assert list(tmp_path.iterdir()) == []
