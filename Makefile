@@ -96,7 +96,7 @@ test-gpu-pins: $(GPU_PINS)/installed
 	    tests/e2e/quickstart/test_quickstart.py tests/e2e/test_mismatch.py tests/e2e/test_engine.py \
 	    "tests/e2e/test_recipes.py::test_a_dense_and_a_moe_recipe_train_on_the_cpu[qwen3_8b_base-cppo_kl]" \
 	    tests/unit tests/integration/test_recipes.py tests/integration/test_gpu.py tests/integration/test_model_runner_v2.py \
-	    tests/integration/test_vllm_wheel.py
+	    tests/integration/test_vllm_wheel.py tests/integration/test_sglang.py
 
 # The ratios of docs/benchmarks.md, side by side on this machine. Those of whole steps need a quickstart's folder: docs/topk.md.
 bench: install

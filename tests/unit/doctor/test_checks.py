@@ -5,7 +5,16 @@ import torch
 from omegaconf import OmegaConf
 
 from cppo_verl.cli import main
-from cppo_verl.doctor.checks import ConfigError, Report, _compiler, _device, compose_command, engine, routing
+from cppo_verl.doctor.checks import (
+    ConfigError,
+    Report,
+    _compiler,
+    _device,
+    _installed,
+    compose_command,
+    engine,
+    routing,
+)
 
 COMMAND = [
     "+method=cppo",
@@ -137,6 +146,24 @@ def test_a_compiler_and_pythons_headers_are_looked_for(missing, capsys, monkeypa
     out = capsys.readouterr().out
     named = "no-such-compiler" if missing == "compiler" else str(tmp_path / "Python.h")
     assert report.failed and f"not found: {named}: install a C compiler and Python's headers (gcc, python3-dev)" in out
+
+
+@pytest.mark.parametrize(
+    ("engine", "finding", "code"),
+    [
+        ("sglang", "warn  sglang +1; not yet run with", 0),
+        ("vllm", "FAIL  sglang +not installed: install it on every", 1),
+    ],
+)
+def test_a_run_with_sglang_needs_it_and_no_vllm(engine, finding, code, doctor, monkeypatch):
+    def installed(name):
+        return {engine: "1"}.get(name) if name in ("vllm", "sglang") else _installed(name)
+
+    monkeypatch.setattr("cppo_verl.doctor.checks._installed", installed)
+    ended, out = doctor(*COMMAND, "actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.temperature=0.7")
+    assert ended == code, out
+    assert re.search(finding, out) and not re.search("^.{4}  vllm ", out, re.M)
+    assert "the rollout engine's own log-probabilities (sglang, temperature 0.7, top_p 1, top_k -1)" in out
 
 
 @pytest.mark.parametrize(

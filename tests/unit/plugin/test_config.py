@@ -380,6 +380,22 @@ def test_an_engine_argument_that_may_change_mu_is_refused_by_name_and_null_mends
     start_up(cppo(ENGINE + override, f"{ENGINE}{key}=null"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "way_out"),
+    [
+        ([ENGINE + "sglang.rl_on_policy_target=fsdp"], rf"\+\+{ENGINE}sglang\.rl_on_policy_target=null"),
+        ([ENGINE + "sglang.preferred_sampling_params={min_p: 0.1}"], r"\S+sglang\.preferred_sampling_params=null"),
+        ([ENGINE + "sglang.speculative_algorithm=EAGLE"], r"\S+sglang\.speculative_algorithm=null"),
+        ([f"actor_rollout_ref.model.mtp.{key}=true" for key in ("enable", "enable_rollout")], r"\S+rollout=false"),
+    ],
+)
+def test_what_sglang_may_sample_or_record_otherwise_is_refused_and_vllm_does_not_mind(cppo, overrides, way_out):
+    with pytest.raises(InstantiationException, match=f"leave what sglang samples and records alone; set {way_out}"):
+        start_up(cppo("actor_rollout_ref.rollout.name=sglang", *overrides))
+    start_up(cppo("actor_rollout_ref.rollout.name=sglang", ENGINE + "sglang.attention_backend=fa3"))
+    start_up(cppo(*overrides))
+
+
 def test_a_rollout_of_several_ranks_in_one_process_is_refused_as_it_would_wait_for_ever(cppo):
     uni, ranks = (
         f"{ENGINE}vllm.distributed_executor_backend=uni",
