@@ -32,6 +32,14 @@ def no_command_line():
     HydraConfig.instance().cfg = None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def each_yaml_text_parsed_once():
+    from parsed_once import each_text_parsed_once
+
+    with each_text_parsed_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def compose():
     """Compose a training command's config the way verl.trainer.main_ppo does."""
