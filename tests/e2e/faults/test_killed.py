@@ -5,7 +5,8 @@ from faults import PARTS, end_by_killing
 from trainer_run import BRIEF, Run, link
 
 pytestmark = pytest.mark.nightly
-"""In CI a part is killed in each phase in tests/e2e/distributed/test_resume.py and test_lora.py."""
+"""In CI a part is killed in a generation in tests/e2e/test_lora.py, and one in a checkpoint in
+tests/e2e/distributed/test_resume.py."""
 
 
 @pytest.mark.parametrize("phase", ["generation", "update", "checkpoint"])
