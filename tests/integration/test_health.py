@@ -1,18 +1,19 @@
 """A run whose helpers have died, or that stands still, ends itself: a real Ray, with actors in the place of verl's."""
 
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
+# Runs with the faults that the arguments name, one after the other in one Ray cluster.
 RUN = """
-import os, sys, time
+import os, signal, sys, time
 import ray
 from cppo_verl.plugin import health
 
 health.INTERVAL = 0.3
-health.PATIENCE = float(sys.argv[2])
 
 @ray.remote(max_concurrency=4)
 class Helper:
@@ -22,64 +23,92 @@ class Helper:
     async def work(self): time.sleep(1000)
     async def pid(self): print("my last words", flush=True); return os.getpid()
 
+def run(fault):
+    print(f"fault: {fault}", flush=True)
+    signal.signal(signal.SIGINT, at_start)
+    # A run that has been told to end is ended with its process after that time: only the last one is to be.
+    health.PATIENCE = 2 if fault == "deaf" else 600
+    wanted = Helper.remote()
+    helper = Helper.options(name=f"vllm_server_{fault}").remote()
+    pid = ray.get(helper.pid.remote())
+    ray.get(wanted.pid.remote())
+    steps = lambda: None if fault in ("stalled", "asked") else time.monotonic()
+    stall_seconds = 3 if fault == "stalled" else None
+    try:
+        with health.Watch(steps, stall_seconds, lambda: "the same command continues", lambda: fault == "asked", 3):
+            ray.kill(wanted)
+            time.sleep(2)
+            print("still here", flush=True)
+            if fault == "dead": os.kill(pid, 9)
+            if fault == "engine": helper.fall_ill.remote()
+            if fault == "sync": helper.fail_a_sync.remote()
+            if fault == "deaf":
+                os.kill(pid, 9)
+                while True:
+                    try: time.sleep(100)
+                    except KeyboardInterrupt: pass
+            if fault == "error":
+                os.kill(pid, 9)
+                raise KeyError("of something that came of it")
+            ray.get(Helper.options(num_cpus=100).remote().pid.remote())
+    except RuntimeError as error:
+        print(f"ended: {error}", flush=True)
+    ray.kill(helper)
+
+at_start = signal.getsignal(signal.SIGINT)
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-wanted = Helper.remote()
-helper = Helper.options(name="vllm_server_0_0").remote()
-pid = ray.get(helper.pid.remote())
-ray.get(wanted.pid.remote())
-fault = sys.argv[1]
-steps = lambda: None if fault in ("stalled", "asked") else time.monotonic()
-stall_seconds = 3 if fault == "stalled" else None
-try:
-    with health.Watch(steps, stall_seconds, lambda: "the same command continues", lambda: fault == "asked", 3):
-        ray.kill(wanted)
-        time.sleep(2)
-        print("still here", flush=True)
-        if fault == "dead": os.kill(pid, 9)
-        if fault == "engine": helper.fall_ill.remote()
-        if fault == "sync": helper.fail_a_sync.remote()
-        if fault == "deaf":
-            os.kill(pid, 9)
-            while True:
-                try: time.sleep(100)
-                except KeyboardInterrupt: pass
-        if fault == "error":
-            os.kill(pid, 9)
-            raise KeyError("of something that came of it")
-        ray.get(Helper.options(num_cpus=100).remote().pid.remote())
-except RuntimeError as error:
-    print(f"ended: {error}")
-    sys.exit(3)
+for fault in sys.argv[1:]:
+    run(fault)
 """
+FAULTS = {
+    "dead": "ended: vllm_server_dead (pid ",
+    "error": "ended: vllm_server_error (pid ",
+    "engine": "ended: the engine process of vllm_server_engine (pid ",
+    "sync": "ended: a weight sync has failed in vllm_server_sync (pid ",
+    "stalled": "ended: no progress for 3 s (trainer.stall_seconds), and nothing has died; the run ends",
+    "asked": "ended: asked to stop, and no progress for 3 s since (trainer.stop_seconds); the run ends",
+    "deaf": "has died",
+}
+"""What the run says at its end."""
+IN_THE_BACKGROUND = ["dead", "stalled", "deaf"]
+"""Faults of the process that is started as a shell starts a background job, with SIGINT ignored."""
 
 
-@pytest.mark.parametrize(
-    "fault, code, message",
-    [
-        ("dead", 3, "ended: vllm_server_0_0 (pid "),
-        ("error", 3, "ended: vllm_server_0_0 (pid "),
-        ("engine", 3, "ended: the engine process of vllm_server_0_0 (pid "),
-        ("sync", 3, "ended: a weight sync has failed in vllm_server_0_0 (pid "),
-        ("stalled", 3, "ended: no progress for 3 s (trainer.stall_seconds), and nothing has died; the run ends"),
-        ("asked", 3, "ended: asked to stop, and no progress for 3 s since (trainer.stop_seconds); the run ends"),
-        ("deaf", 1, "has died"),
-    ],
-)
-def test_a_run_that_would_wait_for_ever_ends(fault, code, message):
-    patience = "2" if fault == "deaf" else "60"
-    # Half of them as a shell starts a background job, with SIGINT ignored.
-    handler = signal.SIG_IGN if fault in ("dead", "stalled", "deaf") else signal.SIG_DFL
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, fault, patience],
+def run(faults, handler):
+    """The process of runs with these faults, and {fault: what its run printed}."""
+    process = subprocess.run(
+        [sys.executable, "-c", RUN, *faults],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
-    assert run.returncode == code, run.stdout + run.stderr
-    assert "still here" in run.stdout  # an actor that was let go on purpose ends nothing
-    assert message in run.stdout
-    assert "; the run ends; the same command continues" in run.stdout
+    return process, dict(re.findall(r"^fault: (\w+)\n(.*?)(?=^fault: |\Z)", process.stdout, re.M | re.S))
+
+
+@pytest.fixture(scope="module")
+def background():
+    return run(IN_THE_BACKGROUND, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="module")
+def foreground():
+    return run([fault for fault in FAULTS if fault not in IN_THE_BACKGROUND], signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_that_would_wait_for_ever_ends(request, fault):
+    process, said = request.getfixturevalue("background" if fault in IN_THE_BACKGROUND else "foreground")
+    assert fault in said, process.stderr
+    said = said[fault]
+    assert "still here" in said  # an actor that was let go on purpose ends nothing
+    assert FAULTS[fault] in said, process.stderr
+    assert "; the run ends; the same command continues" in said
     if fault in ("dead", "engine", "sync"):
-        assert "the last lines of vllm_server_0_0" in run.stdout
-        assert "\n  my last words" in run.stdout
+        assert f"the last lines of vllm_server_{fault}" in said
+        assert "\n  my last words" in said
+
+
+def test_a_run_that_does_not_listen_is_ended_with_its_process(background, foreground):
+    assert (background[0].returncode, foreground[0].returncode) == (1, 0)
+    assert list(background[1])[-1] == "deaf" and "ended:" not in background[1]["deaf"]
