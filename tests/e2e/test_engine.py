@@ -41,21 +41,18 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-def save_model(folder, heads=2, groups=1):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+    folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
+        num_attention_heads=4,
+        num_key_value_heads=2,  # which two ranks can share
         head_dim=16,
         pad_token_id=0,
         eos_token_id=1,
@@ -68,38 +65,35 @@ def save_model(folder, heads=2, groups=1):
     return folder
 
 
-def run(model, world, engines, methods, output):
-    """Run engines in a number of processes; {engine: {(method, case): {parameter: gradient}}}."""
-    command = [sys.executable, str(WORKER), str(model), str(output), engines, *methods]
+def run(model, world, engines, output):
+    """Run {engine: methods} in a number of processes; {engine: {(method, case): {parameter: gradient}}}."""
+    command = [sys.executable, str(WORKER), str(model), str(output)]
+    command += [f"{engine}={','.join(methods)}" for engine, methods in engines.items()]
     env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     env |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
-    if not engines.startswith("sp"):
+    if not engines.keys() <= {"sp1", "sp2"}:
         assert CORE.exists(), f"no Megatron-Core in {CORE}: make {CORE.relative_to(CORE.parents[1])}"
         env["PYTHONPATH"] = os.pathsep.join([str(CORE), *filter(None, [env.get("PYTHONPATH")])])
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank)}, **pipes) for rank in range(world)]
     texts = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(texts)
-    return {name: torch.load(output / f"{name}.pt", weights_only=False) for name in engines.split(",")}
+    return {name: torch.load(output / f"{name}.pt", weights_only=False) for name in engines}
 
 
 @pytest.fixture(scope="module")
 def gradients(model, tmp_path_factory):
     """{world size: {(method, case): {parameter: gradient}}}, and of two ranks that share each sequence as "sp"."""
-    runs = {1: (1, "sp1", ALL), 2: (2, "sp1", ALL), "sp": (2, "sp2", TOP_K)}
-    return {
-        key: run(model, world, engine, methods, tmp_path_factory.mktemp("gradients"))[engine]
-        for key, (world, engine, methods) in runs.items()
-    }
+    one = run(model, 1, {"sp1": ALL}, tmp_path_factory.mktemp("gradients"))
+    two = run(model, 2, {"sp1": ALL, "sp2": TOP_K}, tmp_path_factory.mktemp("gradients"))
+    return {1: one["sp1"], 2: two["sp1"], "sp": two["sp2"]}
 
 
 @pytest.fixture(scope="module")
-def in_megatron(tmp_path_factory):
-    """{engine: {(method, case): {parameter: gradient}}}, FSDP2's on one rank as "sp1"."""
-    folder = tmp_path_factory.mktemp("megatron")
-    model = save_model(folder, heads=4, groups=2)  # which two ranks can share
-    engines = ",".join([*MEGATRON, PADDED_VOCABULARY])
-    return run(model, 1, "sp1", IN_MEGATRON, folder) | run(model, 2, engines, IN_MEGATRON, folder)
+def in_megatron(model, tmp_path_factory):
+    """{engine: {(method, case): {parameter: gradient}}} of two ranks."""
+    engines = dict.fromkeys([*MEGATRON, PADDED_VOCABULARY], IN_MEGATRON)
+    return run(model, 2, engines, tmp_path_factory.mktemp("megatron"))
 
 
 def compare(got, want):
@@ -181,13 +175,13 @@ def test_sequence_parallel_ranks_gather_each_tokens_divergence(gradients, method
 
 @pytest.mark.parametrize("method", IN_MEGATRON)
 @pytest.mark.parametrize("engine", MEGATRON)
-def test_the_gradient_in_megatron_is_that_in_fsdp2(in_megatron, engine, method):
+def test_the_gradient_in_megatron_is_that_in_fsdp2(gradients, in_megatron, engine, method):
     from cppo_verl.plugin.step_metrics import pop_shares
 
     cases = [case for name, case in in_megatron[engine] if name == method]
     assert len(cases) == (6 if "+" in method else 4)
     for case in cases:
-        got, want = in_megatron[engine][method, case], in_megatron["sp1"][method, case]
+        got, want = in_megatron[engine][method, case], gradients[1][method, case]
         assert got.keys() == want.keys()
         for name in want.keys() - {"metrics", "model_output"}:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
@@ -197,10 +191,10 @@ def test_the_gradient_in_megatron_is_that_in_fsdp2(in_megatron, engine, method):
 
 @pytest.mark.parametrize("method", [method for method in IN_MEGATRON if "+" in method])
 @pytest.mark.parametrize("engine", [*MEGATRON, PADDED_VOCABULARY])
-def test_divergences_in_megatron_are_those_of_its_tokens_logits(in_megatron, engine, method):
+def test_divergences_in_megatron_are_those_of_its_tokens_logits(gradients, in_megatron, engine, method):
     for case in ("whole", "dynamic", "padded"):
         output = in_megatron[engine][method, case]["model_output"]
-        torch.testing.assert_close(output[DIVERGENCE], in_megatron["sp1"][method, case]["model_output"][DIVERGENCE])
+        torch.testing.assert_close(output[DIVERGENCE], gradients[1][method, case]["model_output"][DIVERGENCE])
     output = in_megatron[engine][method, "whole"]["model_output"]
     columns = 40 if engine == PADDED_VOCABULARY else 32
     assert output["logits"][0].shape[-1] == columns

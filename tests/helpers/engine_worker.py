@@ -1,12 +1,11 @@
 """One rank of one of verl's engines under its own ppo_loss, without Ray: gradients of fixed batches.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python engine_worker.py MODEL OUTPUT ENGINE METHOD...
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python engine_worker.py MODEL OUTPUT ENGINE=METHOD,... ...
 
 ENGINE is sp1 or sp2, FSDP2 with Ulysses sequence-parallel groups of that size, or one of Megatron's as
-`megatron_cpu.Backend` names them; several, joined by commas, run in turn. METHOD is one of the hydra group,
-METHOD+DIVERGENCE or METHOD@LOSS_AGG_MODE. The last rank writes {(method, case): {parameter: gradient}} to
-OUTPUT/ENGINE.pt; beside the gradients stand "metrics", as verl reduces them over micro-batches and ranks, and that
-rank's "model_output".
+`megatron_cpu.Backend` names them; several run in turn. METHOD is one of the hydra group, METHOD+DIVERGENCE or
+METHOD@LOSS_AGG_MODE. The last rank writes {(method, case): {parameter: gradient}} to OUTPUT/ENGINE.pt; beside the
+gradients stand "metrics", as verl reduces them over micro-batches and ranks, and that rank's "model_output".
 """
 
 import sys
@@ -15,6 +14,7 @@ from functools import partial
 import torch
 import verl  # noqa: F401  loads the plug-in
 from hydra import compose, initialize_config_module
+from parsed_once import each_text_parsed_once
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
@@ -159,10 +159,10 @@ def run(backend, engine, actor_config, data, micro_batch_size, global_batch_size
     return gradient
 
 
-def main(model, output, engines, *methods):
+def main(model, output, *engines):
     initialize_global_process_group_ray()
-    for name in engines.split(","):
-        results = results_of(name, model, methods)
+    for name, _, methods in (engine.partition("=") for engine in engines):
+        results = results_of(name, model, methods.split(","))
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             torch.save(results, f"{output}/{name}.pt")
     torch.distributed.barrier()
@@ -221,4 +221,5 @@ def results_of(engine_name, model, methods):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with each_text_parsed_once():
+        main(*sys.argv[1:])
