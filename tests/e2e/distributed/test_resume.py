@@ -6,38 +6,11 @@ import signal
 
 import pytest
 from faults import end_by_killing
-from trainer_run import SHORT, Run, link, metrics
+from trainer_run import metrics
+from two_ranks import on_one_node
 
 from cppo_verl.artifacts.run_reader import read_run
 from cppo_verl.artifacts.token_dump import REASONS, read_tokens
-
-
-def on_two_ranks(output, interrupted, *overrides, probe="seeded"):
-    """Six steps with a KL reference, and a single update a rollout batch, so that pi is still mu."""
-    if not (output / "data").exists():
-        link(interrupted, output)
-    return Run(
-        output,
-        *SHORT,
-        "trainer.n_gpus_per_node=2",
-        "ray_kwargs.ray_init.num_gpus=2",
-        "data.train_batch_size=16",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=16",
-        "actor_rollout_ref.actor.use_kl_loss=true",
-        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
-        "actor_rollout_ref.rollout.agent.default_agent_loop=seeded",
-        "trainer.logger=[console,file]",
-        "trust_region.dump.responses=7",
-        *overrides,
-        probe=probe,
-    )
-
-
-@pytest.fixture(scope="module")
-def on_policy(interrupted, tmp_path_factory):
-    """Uninterrupted."""
-    return on_two_ranks(tmp_path_factory.mktemp("on_policy"), interrupted).finish()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +22,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preempted(interrupted, folder):
     """Stopped in the generation of step 4."""
-    run = on_two_ranks(folder, interrupted, probe="generation:4").until("generation")
+    run = on_one_node(folder, interrupted, probe="generation:4").until("generation")
     run.process.send_signal(signal.SIGTERM)
     return run.finish()
 
@@ -60,14 +33,14 @@ def killed(interrupted, folder, preempted):
 
     Only the trainer's death stops a checkpoint whose weights are written.
     """
-    run = on_two_ranks(folder, interrupted, "trainer.val_before_train=false", probe="checkpoint:6")
+    run = on_one_node(folder, interrupted, "trainer.val_before_train=false", probe="checkpoint:6")
     end_by_killing(run.until("checkpoint"), "trainer")
 
 
 @pytest.fixture(scope="module")
 def resumed(interrupted, folder, killed):
     """To the end, while the wall clock jumps back by a day and forth by two."""
-    return on_two_ranks(folder, interrupted, probe="clock:5").finish()
+    return on_one_node(folder, interrupted, probe="clock:5").finish()
 
 
 def test_pi_is_mu_at_the_first_update_on_every_rank(on_policy):
