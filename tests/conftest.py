@@ -33,7 +33,7 @@ def no_command_line():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def each_yaml_text_parsed_once():
+def parsers_asked_once():
     from parsed_once import each_text_parsed_once
 
     with each_text_parsed_once():
