@@ -93,8 +93,7 @@ $(GPU_PINS)/installed: requirements/gpu-constraints.txt requirements/install-gpu
 
 test-gpu-pins: $(GPU_PINS)/installed
 	$(GPU_PINS)/bin/python -m pytest -n 2 --no-loadscope-reorder --durations=20 -m "nightly or not nightly" \
-	    tests/e2e/quickstart/test_quickstart.py tests/e2e/test_mismatch.py tests/e2e/test_engine.py \
-	    "tests/e2e/test_recipes.py::test_a_dense_and_a_moe_recipe_train_on_the_cpu[qwen3_8b_base-cppo_kl]" \
+	    tests/e2e/quickstart/test_quickstart.py tests/e2e/test_mismatch.py tests/e2e/test_engine.py tests/e2e/test_recipes.py \
 	    tests/unit tests/integration/test_recipes.py tests/integration/test_gpu.py tests/integration/test_model_runner_v2.py \
 	    tests/integration/test_vllm_wheel.py tests/integration/test_sglang.py
 

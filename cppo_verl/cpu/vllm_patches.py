@@ -1,4 +1,4 @@
-"""The two places in vLLM 0.28.0's CPU build that keep verl from updating its weights, and one that makes each run wait.
+"""The places in vLLM's CPU build that keep verl from updating its weights, and one that makes each run wait.
 
 vLLM loads this module in each of its processes, through the entry point group "vllm.general_plugins": it must not
 import verl. It does nothing where vLLM does not run on the CPU. tests/unit/cpu/test_vllm_patches.py fails when vLLM no
@@ -30,14 +30,18 @@ def keep_plain_weights() -> None:
 
     utils.dispatch_cpu_unquantized_gemm = keep_weight
 
-    # The weights of experts are packed in place, and only where there is no kernel yet: those of a weight sync would
-    # stay plain and be read as packed, without an error.
+    # vLLM 0.28 packs the weights of experts in place, and only where there is no kernel yet: those of a weight sync
+    # would stay plain and be read as packed, without an error. vLLM 0.24 packs them into new parameters, which lack the
+    # loader that the next sync asks for.
     process = UnquantizedFusedMoEMethod.process_weights_after_loading
 
     @functools.wraps(process)
     def pack_each_time(self: UnquantizedFusedMoEMethod, layer: "RoutedExperts") -> None:
         self.moe_kernel = None
+        loaders = {name: vars(parameter) for name, parameter in layer.named_parameters(recurse=False)}
         process(self, layer)
+        for name, attributes in loaders.items():
+            vars(getattr(layer, name)).update(attributes)
 
     UnquantizedFusedMoEMethod.process_weights_after_loading = pack_each_time  # type: ignore[method-assign]  # a patch
     sample_uncompiled()
