@@ -304,7 +304,7 @@ def arms(study: Study) -> str:
         for method, cell in cells.items():
             shown = _bold_if_one(ran[method], adjusted[method]) if method in ran else ""
             counts = f"{collapsed(cell)} of {cell.rows['seed'].nunique()}"
-            rows.append([title, NAMES[method], _score(cell), shown, f"{masked_share(cell):.1%}", counts])
+            rows.append([title, NAMES[method], _score(cell), shown, f"{masked_share(cell):.2%}", counts])
     return table(
         ["arm", "method", "accuracy", "minus DPPO, 95 % interval", "masked", "collapsed"], rows or [[MISSING] * 6]
     )
