@@ -177,7 +177,7 @@ def primary(study: Study) -> str:
         if c not in found:
             rows.append([condition(*c), *[MISSING] * 5])
             continue
-        counts = " / ".join(str(collapsed(cell)) for cell in cells if cell)
+        counts = " / ".join(str(collapsed(cell)) for cell in cells)
         rows.append([condition(*c), *map(_score, cells), _bold_if_one(*found[c]), f"{found[c][1]:.3f}", counts])
     return table(["", NAMES["cppo"], NAMES["dppo"], "difference, 95 % interval", "p (Holm)", "collapsed"], rows)
 
