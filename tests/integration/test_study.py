@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.trust_regions import report, results
+from studies.trust_regions import measures, report, results
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def sweep(folder, name):
 def study(folder):
     done = sweep(folder, "cells")
     assert done.returncode == 0, done.stdout + done.stderr
-    return report.Study.load(folder / "results")
+    return measures.Study.load(folder / "results")
 
 
 def test_a_cell_masks_about_the_wanted_share(study):
@@ -43,7 +43,7 @@ def test_a_cell_masks_about_the_wanted_share(study):
         assert sorted(cell.rows["seed"].unique()) == [201, 202]
         assert cell.rows["accuracy"].between(0.05, 0.95).all()
         # Of two seeds in four steps; the paper's thresholds would mask nothing here.
-        assert 0.05 / 3 < report.masked_share(cell) < 0.05 * 3
+        assert 0.05 / 3 < measures.masked_share(cell) < 0.05 * 3
     cppo, dppo = study.evaluation
     assert cppo.about["thresholds"].keys() == {"delta", "delta_b"} and dppo.about["thresholds"].keys() == {"delta"}
     assert cppo.rows["by_budget"].sum() > 0 and dppo.rows["by_budget"].sum() == 0
@@ -71,4 +71,4 @@ def test_the_report_is_made_from_the_results(folder, study):
 
 def test_the_page_holds_what_the_committed_results_give():
     page = report.PAGE.read_text()
-    assert report.rewrite(page, report.Study.load(ROOT / "studies/trust_regions/results")) == page
+    assert report.rewrite(page, measures.Study.load(ROOT / "studies/trust_regions/results")) == page

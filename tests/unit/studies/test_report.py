@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from studies.trust_regions import report, results
+from studies.trust_regions import measures, pictures, report, results, tables
 from studies.trust_regions.loop import POSITION_BINS
 
 STEPS = 20
@@ -32,7 +32,7 @@ def made(method, horizon=64, updates=16, level=0.5, share=0.05, masked=0.05, **s
 
 
 def study(*cells, grid=(), trainer=()):
-    return report.Study(list(grid), list(cells), list(trainer))
+    return measures.Study(list(grid), list(cells), list(trainer))
 
 
 def row(text, start):
@@ -56,7 +56,7 @@ def test_the_primary_metric_is_the_mean_over_the_last_tenth_of_the_steps():
 
 
 def test_the_primary_table_shows_the_paired_difference_and_its_correction():
-    text = report.primary(study(made("cppo", level=0.58), made("dppo", level=0.5)))
+    text = tables.primary(study(made("cppo", level=0.58), made("dppo", level=0.5)))
     got = row(text, "T = 64, 16 updates")
     # 0.08 at the last step of twenty, and 0.08 * 19 / 20 at the one before.
     assert got[3].startswith("**+7.8 [+7.8, +7.8]**")
@@ -66,51 +66,51 @@ def test_the_primary_table_shows_the_paired_difference_and_its_correction():
 
 
 def test_a_small_difference_is_not_called_one():
-    text = report.primary(study(made("cppo", level=0.51), made("dppo", level=0.5)))
+    text = tables.primary(study(made("cppo", level=0.51), made("dppo", level=0.5)))
     assert "**" not in text
 
 
 def test_each_other_method_and_each_arm_is_a_family_of_its_own():
     methods = made("cppo", level=0.58), made("grpo", level=0.5), made("cispo", level=0.58)
-    got = row(report.against(study(*methods), ("grpo", "cispo", "trm_avg")), "T = 64, 16 updates")
+    got = row(tables.against(study(*methods), ("grpo", "cispo", "trm_avg")), "T = 64, 16 updates")
     assert got[1:] == ["**+7.8 [+7.8, +7.8]**", "+0.0 [+0.0, +0.0]", "not run"]
     # With seven seeds one alone is significant (2 / 2^7); in a family of seven it is not: 7 * 2 / 2^7 > 0.05.
-    others = [method for method in report.NAMES if method != "dppo"][:7]
+    others = [method for method in measures.NAMES if method != "dppo"][:7]
     cells = [made(name, level=0.58, share=0.15, masked=0.15) for name in others]
     dppo, *cells = (
         cell._replace(rows=cell.rows[cell.rows["seed"] < 208])
         for cell in (made("dppo", share=0.15, masked=0.15), *cells)
     )
-    text = report.arms(study(dppo, *cells))
+    text = tables.arms(study(dppo, *cells))
     assert text.count("+7.8 [") == 7 and "**" not in text
-    text = report.arms(study(dppo, cells[0]))
+    text = tables.arms(study(dppo, cells[0]))
     assert text.count("**+7.8") == 1
 
 
 def test_holms_correction():
     # By its definition: the k-th smallest of n times n - k + 1, never below one before it.
-    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert report.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert measures.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert measures.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_wilsons_interval_solves_its_equation():
     for count, total in itertools.product((0, 1, 7, 20), (20, 300)):
         z, rate = 1.959964, count / total
-        for p in report.wilson(count, total):
+        for p in measures.wilson(count, total):
             assert abs(rate - p) == pytest.approx(z * np.sqrt(p * (1 - p) / total), abs=1e-6)
 
 
 def test_a_cell_outside_the_matched_share_is_marked():
     cells = made("cppo", masked=0.09), made("dppo", masked=0.05)
-    assert "*" in row(report.primary(study(*cells)), "T = 64, 16 updates")[1]
-    assert "*" not in row(report.primary(study(*cells)), "T = 64, 16 updates")[2]
-    assert "*" in row(report.all_methods(study(*cells)), "CPPO")[5]
+    assert "*" in row(tables.primary(study(*cells)), "T = 64, 16 updates")[1]
+    assert "*" not in row(tables.primary(study(*cells)), "T = 64, 16 updates")[2]
+    assert "*" in row(tables.all_methods(study(*cells)), "CPPO")[5]
 
 
 def test_collapsed_runs_are_counted_in_grid_and_evaluation():
     falling = made("none")
     falling.rows.loc[(falling.rows["seed"] < 204) & (falling.rows["step"] > 5), "accuracy"] = 0.0
-    text = report.collapse_table(study(falling, made("dppo"), grid=[falling]))
+    text = tables.collapse_table(study(falling, made("dppo"), grid=[falling]))
     assert row(text, "no mask")[1].startswith("6 of 20, ")
     assert row(text, "DPPO")[1].startswith("0 of 10, ")
 
@@ -118,16 +118,16 @@ def test_collapsed_runs_are_counted_in_grid_and_evaluation():
 def test_an_arm_does_not_stand_in_for_the_complete_part():
     arms = made("cppo", rollout_dtype="bfloat16"), made("cppo", staleness=1), made("cppo", share="paper")
     assert study(*arms).find("cppo", 64, 16) is None
-    text = report.arms(study(*arms, made("dppo", level=0.42, staleness=1)))
+    text = tables.arms(study(*arms, made("dppo", level=0.42, staleness=1)))
     assert "rollout one batch old" in text and "+7.8" in text
 
 
 def test_the_change_with_the_horizon_is_that_of_the_paired_differences():
     cells = []
-    for horizon, updates in report.CONDITIONS:
+    for horizon, updates in measures.CONDITIONS:
         cells.append(made("dppo", horizon, updates))
         cells.append(made("cppo", horizon, updates, level=0.5 + {16: 0.0, 64: 0.04, 192: 0.08}[horizon]))
-    text = report.contrasts(study(*cells))
+    text = tables.contrasts(study(*cells))
     assert row(text, "T = 192 minus T = 16")[1] == "+7.8 [+7.8, +7.8]"
     assert row(text, "32 minus 4 updates")[1] == "+0.0 [+0.0, +0.0]"
 
@@ -135,7 +135,7 @@ def test_the_change_with_the_horizon_is_that_of_the_paired_differences():
 def test_the_instruments_are_compared_on_the_trainers_seeds():
     trainer = made("cppo", level=0.55)
     few = trainer._replace(rows=trainer.rows[trainer.rows["seed"] < 206])
-    got = row(report.instruments(study(made("cppo"), trainer=[few])), "CPPO")
+    got = row(tables.instruments(study(made("cppo"), trainer=[few])), "CPPO")
     assert got[1] == "5"
     assert got[4].startswith("+4.9 ")
 
@@ -151,7 +151,7 @@ def test_the_page_is_filled_between_its_markers_and_stays_so():
 
 def test_an_empty_study_has_all_tables_and_pictures(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in report.TABLES))
+    page.write_text("\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in tables.TABLES))
     report.main(["--results", str(tmp_path), "--page", str(page)])
     assert page.read_text().count("not run") > 50
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == len(report.PICTURES)
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == len(pictures.PICTURES)

@@ -1,0 +1,236 @@
+"""The tables of the study's report, in Markdown. What has not run is named there."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from cppo_verl.evaluation.statistics import Comparison, interval_over_problems
+from cppo_verl.evaluation.table import markdown
+from studies.trust_regions.measures import (
+    ALPHA,
+    CONDITIONS,
+    GRID,
+    HORIZONS,
+    LARGE_ENOUGH,
+    NAMES,
+    REACHED,
+    UPDATES,
+    Study,
+    collapsed,
+    collapses,
+    condition,
+    curves,
+    difference,
+    family,
+    first_reached,
+    holm,
+    is_matched,
+    masked_share,
+    paired,
+    wilson,
+)
+from studies.trust_regions.results import Cell, final_accuracy
+
+ARMS = {
+    "share-0.15": "masked share 15 %",
+    "share-paper": "the paper's thresholds",
+    "bf16": "rollout in bfloat16",
+    "stale": "rollout one batch old",
+}
+MISSING = "not run"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return markdown(list(header), [list(row) for row in rows])
+
+
+def points(value: float) -> str:
+    """A difference of accuracies in percentage points."""
+    return f"{100 * value:+.1f}"
+
+
+def _with_interval(found: Comparison) -> str:
+    return f"{points(found.difference)} [{points(found.interval.low)}, {points(found.interval.high)}]"
+
+
+def _bold_if_one(comparison: Comparison, p: float) -> str:
+    """The difference with its interval, bold if it is what the protocol calls one."""
+    shown = _with_interval(comparison)
+    return f"**{shown}**" if p < ALPHA and abs(comparison.difference) >= LARGE_ENOUGH else shown
+
+
+def primary(study: Study) -> str:
+    """CPPO minus DPPO under the nine conditions, corrected as a family."""
+    found = family(study, "cppo", "dppo")
+    rows = []
+    for c in CONDITIONS:
+        cells = [study.find(method, *c) for method in ("cppo", "dppo")]
+        if c not in found:
+            rows.append([condition(*c), *[MISSING] * 5])
+            continue
+        counts = " / ".join(str(collapsed(cell)) for cell in cells)
+        rows.append([condition(*c), *map(_score, cells), _bold_if_one(*found[c]), f"{found[c][1]:.3f}", counts])
+    return table(["", NAMES["cppo"], NAMES["dppo"], "difference, 95 % interval", "p (Holm)", "collapsed"], rows)
+
+
+def against(study: Study, others: Sequence[str]) -> str:
+    """CPPO minus each of the others under the nine conditions; each other method is a family."""
+    families = [family(study, "cppo", other) for other in others]
+    return table(
+        ["CPPO minus", *(NAMES[other] for other in others)],
+        ([condition(*c), *(_bold_if_one(*f[c]) if c in f else MISSING for f in families)] for c in CONDITIONS),
+    )
+
+
+def all_methods(study: Study) -> str:
+    """The primary metric of every method under every condition."""
+    header = ["method", *(f"{t} / {u}" for t, u in CONDITIONS)]
+    return table(header, ([NAMES[m], *(_score(study.find(m, *c)) for c in CONDITIONS)] for m in NAMES))
+
+
+def _score(cell: Cell | None) -> str:
+    if cell is None:
+        return MISSING
+    return f"{100 * final_accuracy(cell.rows).mean():.1f}" + ("" if is_matched(cell) else " *")
+
+
+def secondary(study: Study) -> str:
+    """The other metrics of every method, averaged over the conditions that have run."""
+    rows = []
+    for method in NAMES:
+        cells = [cell for c in CONDITIONS if (cell := study.find(method, *c))]
+        if not cells:
+            rows.append([NAMES[method], *[MISSING] * 6])
+            continue
+        accuracy = [curves(cell) for cell in cells]
+        best = np.mean([curve.max(axis=1).mean() for curve in accuracy])
+        area = np.mean([curve.mean(axis=1).mean() for curve in accuracy])
+        reached = np.concatenate([first_reached(curve) for curve in accuracy])
+        share, late = np.isfinite(reached).mean(), reached[np.isfinite(reached)]
+        step = f"{np.median(late):.0f} ({share:.0%} of the runs)" if len(late) else "never"
+        moved = np.mean([cell.rows["deviation"].mean() for cell in cells])
+        masked = np.mean([masked_share(cell) for cell in cells])
+        budget = np.mean([cell.rows["by_budget"].mean() for cell in cells])
+        rows.append(
+            [
+                NAMES[method],
+                f"{100 * best:.1f}",
+                f"{100 * area:.1f}",
+                step,
+                f"{moved:.4f}",
+                f"{masked:.1%}",
+                f"{budget:.1%}",
+            ]
+        )
+    header = [
+        "method",
+        "best of curve",
+        "mean of curve",
+        f"step at {REACHED:.0%}",
+        "mean |pi - mu|",
+        "masked",
+        "by budget",
+    ]
+    return table(header, rows)
+
+
+def rates(study: Study) -> str:
+    """The learning rate that each method was given under each condition."""
+    header = ["method", *(f"{t} / {u}" for t, u in CONDITIONS)]
+
+    def rate(cell: Cell | None) -> str:
+        return f"{cell.about['settings']['learning_rate']:g}" if cell else MISSING
+
+    return table(header, ([NAMES[m], *(rate(study.find(m, *c)) for c in CONDITIONS)] for m in NAMES))
+
+
+def thresholds(study: Study) -> str:
+    """The thresholds that mask the wanted share under each condition."""
+    rows = []
+    for method, names in (("dppo", ["delta"]), ("cppo", ["delta", "delta_b"])):
+        cells = [study.find(method, *c) for c in CONDITIONS]
+        for name in names:
+            values = (f"{cell.about['thresholds'][name]:g}" if cell else MISSING for cell in cells)
+            rows.append([f"{NAMES[method]}, {name}", *values])
+    return table(["", *(f"{t} / {u}" for t, u in CONDITIONS)], rows)
+
+
+def collapse_table(study: Study) -> str:
+    rows = []
+    for method, by_rate in collapses(study).items():
+        row = [NAMES[method]]
+        for rate in GRID:
+            bad, runs = by_rate.get(rate, (0, 0))
+            low, high = wilson(bad, runs) if runs else (0, 0)
+            row.append(f"{bad} of {runs}, {low:.0%} to {high:.0%}" if runs else MISSING)
+        rows.append(row)
+    return table(["method", *(f"learning rate {rate:g}" for rate in GRID)], rows)
+
+
+def arms(study: Study) -> str:
+    """Each method minus DPPO in each arm at T = 64 with 16 updates; an arm is a family."""
+    rows = []
+    for arm, title in ARMS.items():
+        cells = {method: cell for method in NAMES if (cell := study.find(method, 64, 16, arm))}
+        found = {method: difference(cell, cells.get("dppo")) for method, cell in cells.items() if method != "dppo"}
+        ran = {method: comparison for method, comparison in found.items() if comparison}
+        adjusted = dict(zip(ran, holm([comparison.p_value for comparison in ran.values()]), strict=True))
+        for method, cell in cells.items():
+            shown = _bold_if_one(ran[method], adjusted[method]) if method in ran else ""
+            counts = f"{collapsed(cell)} of {cell.rows['seed'].nunique()}"
+            rows.append([title, NAMES[method], _score(cell), shown, f"{masked_share(cell):.2%}", counts])
+    return table(
+        ["arm", "method", "accuracy", "minus DPPO, 95 % interval", "masked", "collapsed"], rows or [[MISSING] * 6]
+    )
+
+
+def contrasts(study: Study) -> str:
+    """How CPPO minus DPPO depends on horizon and updates: paired by seed, averaged over the other axis."""
+    rows = []
+    axes: tuple[tuple[str, Callable, tuple], ...] = (
+        (f"T = {HORIZONS[-1]} minus T = {HORIZONS[0]}", lambda end, other: (end, other), UPDATES),
+        (f"{UPDATES[-1]} minus {UPDATES[0]} updates", lambda end, other: (other, end), HORIZONS),
+    )
+    for (title, at, others), (low, high) in zip(
+        axes, ((HORIZONS[0], HORIZONS[-1]), (UPDATES[0], UPDATES[-1])), strict=True
+    ):
+        ends = [[paired(study, *at(end, other)) for other in others] for end in (low, high)]
+        if any(x is None for end in ends for x in end):
+            rows.append([title, MISSING])
+            continue
+        values = np.mean(ends[1], 0) - np.mean(ends[0], 0)
+        interval = interval_over_problems(values)
+        rows.append([title, f"{points(values.mean())} [{points(interval.low)}, {points(interval.high)}]"])
+    return table(["CPPO minus DPPO", "change of the difference, 95 % interval"], rows)
+
+
+def instruments(study: Study) -> str:
+    """The loop's runs beside those of verl's trainer, on the same seeds."""
+    rows = []
+    for cell in study.trainer:
+        settings = cell.about["settings"]
+        loop = study.find(cell.about["method"], settings["horizon"], settings["updates"])
+        seeds = cell.rows["seed"].unique()
+        same = loop._replace(rows=loop.rows[loop.rows["seed"].isin(seeds)]) if loop else None
+        found = difference(cell, same)
+        scores = [_score(same), _score(cell)]
+        shares = [f"{masked_share(c):.1%}" if c else MISSING for c in (same, cell)]
+        shown = _with_interval(found) if found else MISSING
+        rows.append([NAMES[cell.about["method"]], str(len(seeds)), *scores, shown, *shares])
+    header = ["method", "seeds", "loop", "trainer", "trainer minus loop, 95 % interval", "masked, loop", "trainer"]
+    return table(header, rows or [[MISSING] * 7])
+
+
+TABLES: dict[str, Callable[[Study], str]] = {
+    "primary": primary,
+    "contrasts": contrasts,
+    "methods": all_methods,
+    "secondary": secondary,
+    "rates": rates,
+    "thresholds": thresholds,
+    "others": lambda study: against(study, ("none", "grpo", "cispo", "trm_avg")),
+    "ablations": lambda study: against(study, ("cppo_no_weights", "cppo_no_budget", "cppo_shuffled")),
+    "collapse": collapse_table,
+    "arms": arms,
+    "instruments": instruments,
+}
