@@ -1,4 +1,6 @@
+import functools
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -47,9 +49,13 @@ def compose():
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
-    def run(*overrides: str, config_name: str = "ppo_trainer", module: str = "verl.trainer.config"):
+    @functools.cache  # many tests begin with the same command
+    def composed(overrides: tuple[str, ...], config_name: str, module: str) -> bytes:
         with initialize_config_module(module, version_base=None):
-            return hydra_compose(config_name, overrides=list(overrides))
+            return pickle.dumps(hydra_compose(config_name, overrides=list(overrides)))
+
+    def run(*overrides: str, config_name: str = "ppo_trainer", module: str = "verl.trainer.config"):
+        return pickle.loads(composed(overrides, config_name, module))
 
     return run
 

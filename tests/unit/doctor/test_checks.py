@@ -4,73 +4,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cppo_verl.cli import main
 from cppo_verl.doctor.checks import (
     ConfigError,
     Report,
     _compiler,
     _device,
-    _installed,
     compose_command,
     engine,
     routing,
 )
-
-COMMAND = [
-    "+method=cppo",
-    "+platform=cpu",
-    "data.train_files=train.parquet",
-    "data.val_files=test.parquet",
-    "actor_rollout_ref.model.path=Qwen/Qwen3-0.6B",
-]
-
-
-@pytest.fixture
-def doctor(capsys):
-    def run(*arguments):
-        code = main(["doctor", "--no-ray", *arguments])
-        return code, capsys.readouterr().out
-
-    return run
-
-
-def test_a_sound_environment_and_command_pass(doctor):
-    code, out = doctor(*COMMAND)
-    assert code == 0, out
-    assert "registered: policy losses, trainers, top-K rollout, hydra groups, platform cpu, FSDP2 engine on cpu" in out
-    assert "ratio_cap=20.0 divergence=binary_tv top_k=20 delta=0.15 delta_b=0.02 budget=adaptive" in out
-    assert "the rollout engine's own log-probabilities (processed_logprobs, temperature 1.0, top_p 1, top_k -1)" in out
-    assert "vLLM's kernels          loaded" in out
-    assert "FAIL" not in out
-
-
-def test_the_size_of_the_top_k_capture_is_reported(doctor):
-    code, out = doctor(*COMMAND, "divergence=topk_tv", "data.train_batch_size=64", "actor_rollout_ref.rollout.n=8")
-    assert code == 0, out
-    # 64 x 8 x 512 x 120 bytes
-    assert "mu's 20 most likely tokens: 120 bytes a response token, at most 31.5 MB a step of 512 responses" in out
-
-
-@pytest.mark.parametrize(
-    ("overrides", "finding"),
-    [
-        (["algorithm.rollout_correction.bypass_mode=false"], "set algorithm.rollout_correction.bypass_mode=true"),
-        (["actor_rollout_ref.actor.policy_loss.w_min=2"], "w_min=2 is not permitted: a number in (0, 1]"),
-        (["data.train_files=/nowhere/train.parquet"], "data.train_files=/nowhere/train.parquet does not exist"),
-        (["actor_rollout_ref.model.pth=x"], "Could not override 'actor_rollout_ref.model.pth'"),
-        (["trainer.device=cuda"], "cuda, but this environment runs on cpu: add +platform=cpu to the command"),
-    ],
-)
-def test_a_setting_that_would_break_a_run_fails_with_the_way_out(doctor, overrides, finding):
-    code, out = doctor(*COMMAND, *overrides)
-    assert code == 1
-    assert finding in out
-
-
-def test_a_command_without_a_method_fails(doctor):
-    code, out = doctor("+platform=cpu")
-    assert code == 1
-    assert "add +method=cppo to the command" in out
 
 
 def test_a_gpu_platform_without_a_gpu_is_warned_of(capsys):
@@ -146,24 +88,6 @@ def test_a_compiler_and_pythons_headers_are_looked_for(missing, capsys, monkeypa
     out = capsys.readouterr().out
     named = "no-such-compiler" if missing == "compiler" else str(tmp_path / "Python.h")
     assert report.failed and f"not found: {named}: install a C compiler and Python's headers (gcc, python3-dev)" in out
-
-
-@pytest.mark.parametrize(
-    ("engine", "finding", "code"),
-    [
-        ("sglang", "warn  sglang +1; not yet run with", 0),
-        ("vllm", "FAIL  sglang +not installed: install it on every", 1),
-    ],
-)
-def test_a_run_with_sglang_needs_it_and_no_vllm(engine, finding, code, doctor, monkeypatch):
-    def installed(name):
-        return {engine: "1"}.get(name) if name in ("vllm", "sglang") else _installed(name)
-
-    monkeypatch.setattr("cppo_verl.doctor.checks._installed", installed)
-    ended, out = doctor(*COMMAND, "actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.temperature=0.7")
-    assert ended == code, out
-    assert re.search(finding, out) and not re.search("^.{4}  vllm ", out, re.M)
-    assert "the rollout engine's own log-probabilities (sglang, temperature 0.7, top_p 1, top_k -1)" in out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One override turns a GRPO command into a CPPO command, and what breaks it stops before Ray starts."""
 
 import copy
+import pickle
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,6 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import omega_conf_to_dataclass
 
-from cppo_verl.doctor.checks import compose_command
 from cppo_verl.plugin.config import CPPOLossConfig
 from cppo_verl.plugin.losses import cppo as cppo_rule
 from cppo_verl.plugin.preflight import MU_KEEPING
@@ -28,7 +28,14 @@ def cppo(compose):
     """The CPPO command's config with some dotted keys changed or added."""
     config = compose(*GRPO, "+method=cppo")
     OmegaConf.set_struct(config, False)
-    return lambda *overrides: OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+    kept = pickle.dumps(config)  # loaded in a tenth of the time that OmegaConf copies it in
+
+    def changed_by(*overrides):
+        config = pickle.loads(kept)
+        config.merge_with_dotlist(list(overrides))
+        return config
+
+    return changed_by
 
 
 @pytest.fixture(scope="module")
@@ -299,50 +306,6 @@ def test_a_temperature_that_both_sides_apply_is_right_and_one_that_mu_lacks_is_r
     start_up(cppo(raw))
     with pytest.raises(InstantiationException, match=r"temperature 0.7; set .*processed_logprobs"):
         start_up(cppo(hot, raw))
-
-
-RULE_KEY = RULE.rstrip(".")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([f"~{RULE_KEY}"], "policy_loss has become NoneType"),
-        ([f"~{RULE_KEY}", "~trust_region"], "policy_loss has become NoneType"),
-        ([f"~{RULE_KEY}", f"+{RULE_KEY}={{loss_mode:vanilla}}"], "preflight._target_=None hides the run's own"),
-        ([f"{RULE_KEY}={{loss_mode:vanilla}}"], "loss_mode='vanilla' is not permitted"),
-        ([f"+{RULE_KEY}={{loss_mode:dppo_tv}}"], "loss_mode='dppo_tv' is not permitted"),
-        ([f"++{RULE}loss_mode=vanilla"], "loss_mode='vanilla' is not permitted"),
-        ([f"~{RULE}loss_mode", f"+{RULE}loss_mode=vanilla"], "loss_mode='vanilla' is not permitted"),
-        ([f"{RULE_KEY}=null"], "policy_loss has become NoneType"),
-        ([f"~{RULE}_target_"], "policy_loss has become dict"),
-        ([f"~{RULE}_target_", f"{RULE}loss_mode=vanilla"], "policy_loss has become dict"),
-        ([f"{RULE}_target_=verl.workers.config.PolicyLossConfig"], "unexpected keyword argument"),
-        ([f"{RULE}_target_=cppo_verl.plugin.config.MethodConfig"], "policy_loss has no key"),
-        ([f"{RULE}_target_=builtins.dict", f"{RULE}loss_mode=vanilla"], "policy_loss has become dict"),
-        ([f"+{RULE}_partial_=true", f"{RULE}loss_mode=vanilla"], "policy_loss has become _DeferredTarget"),
-        (["+actor_rollout_ref.actor._recursive_=false"], "'dict' object has no attribute 'strategy'"),
-        ([f"{RULE}preflight=null"], r"preflight\.\w+=None hides the run's own"),
-        ([f"~{RULE}preflight"], r"preflight\.\w+=None hides the run's own"),
-        (["trainer.use_v1=false", f"{RULE}preflight.use_v1=true"], "preflight.use_v1=True hides the run's own False"),
-        ([f"+{RULE}_recursive_=false"], "preflight={.*the method fills it from the run; leave it out"),
-        ([f"+{RULE}preflight._recursive_=false"], "preflight._recursive_=False hides the run's own"),
-        ([f"{RULE}preflight._target_=builtins.dict"], "preflight._target_=builtins.dict hides the run's own"),
-        ([f"{RULE}preflight.rollout.top_p=1", "actor_rollout_ref.rollout.top_p=0.9"], r"preflight\.rollout=.* hides"),
-        ([f"~{RULE}preflight.rollout.top_p"], r"preflight\.rollout=.* hides the run's own"),
-        ([f"{RULE}preflight.rollout.engine_kwargs=null"], r"preflight\.rollout=.* hides the run's own"),
-        (
-            ["distillation.enabled=true", "distillation.distillation_loss.use_task_rewards=false"],
-            "teacher's loss alone",
-        ),
-    ],
-)
-def test_no_spelling_takes_the_mask_or_its_checks_away(compose, overrides, message):
-    config = compose(*GRPO, "+method=cppo", *overrides)
-    if "trust_region" not in config:  # what only hydra knows then
-        config = compose_command([*GRPO, "+method=cppo", *overrides])
-    with pytest.raises((InstantiationException, ValueError), match=message):
-        start_up(config)
 
 
 def test_a_run_without_a_method_is_verls_own_business(compose):
