@@ -7,7 +7,6 @@ model and data, room for a checkpoint, wandb's key. Exits with 1 if anything wou
 
 import argparse
 import io
-import logging
 import os
 import shutil
 import sys
@@ -74,21 +73,18 @@ def run(args: argparse.Namespace) -> int:
         _compiler(report)
     if platform.device_name == "cpu" and _installed("vllm"):
         _kernels(report)
-    _registrations(report, "this process", registrations())
-    if args.cluster:
-        from cppo_verl.doctor.cluster import check_cluster
+    missing = [name for name, ok in registrations().items() if not ok]
+    bad = f"not registered: {', '.join(missing)}; reinstall cppo-verl and read what `import verl` prints on stderr"
+    report.check(not missing, "this process", "registered: " + ", ".join(registrations()), bad)
+    if args.cluster or not args.no_ray:
+        from cppo_verl.doctor.cluster import check_cluster, check_worker
 
         names = dict.fromkeys(("cppo-verl", *STACK, rollout_package(config)))
         installed = [name for name in names if _installed(name)]
-        check_cluster(report, config, installed, patience=60)
-    elif not args.no_ray:
-        import ray
-
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        try:
-            _registrations(report, "a Ray worker", ray.get(ray.remote(registrations).remote()))
-        finally:
-            ray.shutdown()
+        if args.cluster:
+            check_cluster(report, config, installed, patience=60)
+        else:
+            check_worker(report, config, installed)
     if config is not None:
         _command(report, config)
     elif not args.overrides:
@@ -183,13 +179,6 @@ def _kernels(report: Report) -> None:
         loaded, reason = False, str(error)
     way_out = "install the system library libnuma1" if "libnuma" in reason else "run `make install`"
     report.check(loaded, "vLLM's kernels", "loaded", f"{reason}: {way_out}")
-
-
-def _registrations(report: Report, where: str, found: dict[str, bool]) -> None:
-    missing = [name for name, ok in found.items() if not ok]
-    way_out = "reinstall cppo-verl on this machine and read what `import verl` prints on stderr"
-    bad = f"not registered: {', '.join(missing)}; {way_out}"
-    report.check(not missing, where, "registered: " + ", ".join(found), bad)
 
 
 class ConfigError(Exception):

@@ -1,6 +1,7 @@
-"""The cluster check: whether every node of a Ray cluster can run a training command (``cppo-verl doctor --cluster``).
+"""What the doctor asks Ray's workers: whether every node of a cluster can run a training command (``cppo-verl doctor
+--cluster``), or without a cluster, whether a worker on this machine has what this process has.
 
-`check_node` runs as a task on each node, also on one without this package: Ray sends it by value, and it imports there
+`check_node` runs as a task in the worker, also in one without this package: Ray sends it by value, and it imports there
 what it needs.
 """
 
@@ -9,12 +10,11 @@ import math
 import os
 import platform
 import shutil
-import socket
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from omegaconf import DictConfig, OmegaConf
@@ -28,11 +28,17 @@ BYTES_PER_PARAMETER = 12
 """Bytes of a checkpoint per parameter: weights and Adam's two moments in fp32."""
 LEAST_FREE = 1 << 30
 """Bytes that a checkpoint folder must have free where the model's size is not known."""
+PATIENCE = 300
+"""Seconds that a worker may take to start and to answer; uv may download its packages first."""
+
+Needed = tuple[list[str], str | None, str, int, bool]
+NOTHING: Needed = ([], None, "/", 0, False)
+"""The arguments of `check_node` after the versions, for which any node will do."""
 
 
 def check_node(
     versions: dict[str, str | None], files: list[str], hub_model: str | None, folder: str, need: int, wandb: bool
-) -> tuple[str, list[str], int]:
+) -> tuple[list[str], int]:
     """Compare the node that this runs on with what the run needs.
 
     Args:
@@ -44,21 +50,26 @@ def check_node(
         wandb: whether the run logs there.
 
     Returns:
-        The node's name; what would break the run there, each with the way out; the bytes free for checkpoints.
+        What would break the run there, each with the way out; the bytes free for checkpoints.
     """
     problems = []
+    where = f"for {sys.executable} there"
+    if (
+        "UV_RUN_RECURSION_DEPTH" in os.environ
+    ):  # set by `uv run`, which makes the environment by the project's lock file
+        where += ", by `uv add` in the project, or by `uv pip install --no-deps`"
     for name, wanted in versions.items():
         if (there := _version(name)) != wanted:
             what = "is not installed" if there is None else f"is {there}"
-            problems.append(f"{name} {what}, here it is {wanted}: install the same for {sys.executable} there")
+            problems.append(f"{name} {what}, here it is {wanted}: install the same {where}")
     try:
         from cppo_verl.doctor.registrations import registrations
 
         if missing := [name for name, ok in registrations().items() if not ok]:
-            problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): pip install it there")
+            problems.append(f"verl has not loaded the plug-in ({', '.join(missing)}): install it {where}")
     except Exception as error:  # verl's own of a platform that only the plug-in knows, for one
         what = f"the plug-in does not load ({type(error).__name__}: {error})"
-        problems.append(f"{what}: pip install it for {sys.executable} there")
+        problems.append(f"{what}: install it {where}")
     for file in files:
         if not os.path.exists(os.path.expanduser(file.partition("=")[2])):
             problems.append(f"{file} does not exist there: put it on a folder that all nodes share")
@@ -71,7 +82,7 @@ def check_node(
         problems.append(f"{what}: make room, or name another folder")
     if wandb and not _wandb_key():
         problems.append("wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline, before Ray starts there")
-    return socket.gethostname(), problems, free
+    return problems, free
 
 
 def _version(name: str) -> str | None:
@@ -115,9 +126,8 @@ def check_cluster(report: "Report", config: DictConfig | None, distributions: li
     The ``distributions`` must have this process's versions on every node. The config's number of nodes must be there
     within ``patience`` seconds. Without a ``config`` one node must be, and what else depends on it is left out.
     """
-    runtime_env = config and OmegaConf.to_container(config.ray_kwargs.ray_init.get("runtime_env") or OmegaConf.create())
     try:
-        ray.init("auto", runtime_env=runtime_env or None, log_to_driver=False, logging_level=logging.ERROR)
+        _start_ray(config, address="auto")
     except Exception as error:
         # Ray's own exceptions for this have no common class.
         way_out = "RAY_ADDRESS must name a running cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH its token"
@@ -130,6 +140,37 @@ def check_cluster(report: "Report", config: DictConfig | None, distributions: li
         ray.shutdown()
 
 
+def check_worker(report: "Report", config: DictConfig | None, distributions: list[str]) -> None:
+    """Start Ray on this machine, as the command would, and ask one of its workers.
+
+    It has other packages than this process where ``ray_kwargs.ray_init.runtime_env`` says so, as where verl's workers
+    are started by `uv run`.
+    """
+    _start_ray(config, num_cpus=1, include_dashboard=False)
+    try:
+        _report_answer(report, "a Ray worker", _task().remote(_versions(distributions), *NOTHING))
+    finally:
+        ray.shutdown()
+
+
+def _report_answer(report: "Report", subject: str, answer: ray.ObjectRef, with_room: bool = False) -> None:
+    try:
+        problems, free = ray.get(answer, timeout=PATIENCE)
+    except Exception as error:  # of the task, of its worker, of the node
+        report.say("FAIL", subject, f"no answer ({type(error).__name__}): {str(error).strip()}")
+        return
+    for problem in problems:
+        report.say("FAIL", subject, problem)
+    if not problems:
+        room = f", {_gib(free)} free for checkpoints" if with_room else ""
+        report.say("ok", subject, f"the same versions as here, the plug-in registered{room}")
+
+
+def _start_ray(config: DictConfig | None, **arguments: Any) -> None:
+    runtime_env = config and OmegaConf.to_container(config.ray_kwargs.ray_init.get("runtime_env") or OmegaConf.create())
+    ray.init(runtime_env=runtime_env or None, log_to_driver=False, logging_level=logging.ERROR, **arguments)
+
+
 def _check_nodes(
     report: "Report", config: DictConfig | None, distributions: list[str], expected: int, patience: float
 ) -> None:
@@ -140,7 +181,7 @@ def _check_nodes(
     way_out = "see Ray's logs on the others, or lower trainer.nnodes"
     too_few = f"{len(nodes)} of {expected} have joined Ray ({', '.join(addresses)}): {way_out}"
     report.check(len(nodes) >= expected, "nodes", f"{len(nodes)} alive", too_few)
-    needed: tuple = ([], None, "/", 0, False)
+    needed = NOTHING
     if config is not None:
         _check_slots(report, nodes, config.trainer)
         model, logger = config.actor_rollout_ref.model.path, config.trainer.logger
@@ -148,24 +189,24 @@ def _check_nodes(
         folder, need = os.path.abspath(config.trainer.default_local_dir), _checkpoint_share(model, expected)
         wandb = "wandb" in ([logger] if isinstance(logger, str) else logger)
         needed = (local_files(config), hub_model, folder, need, wandb)
-    versions = {name: _version(name) for name in ("python", *distributions)}
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    task = ray.remote(num_cpus=0, max_retries=0)(check_node)
-    answers = []
+    task = _task()
+    versions = _versions(distributions)
+    answers = {}
     for node in nodes:
         there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        answers.append(there.remote(versions, *needed))
-    for address, answer in zip(addresses, answers, strict=True):
-        try:
-            host, problems, free = ray.get(answer, timeout=300)
-        except Exception as error:  # of the task, of its worker, of the node
-            report.say("FAIL", f"node {address}", f"no answer ({type(error).__name__}): {str(error).strip()}")
-            continue
-        for problem in problems:
-            report.say("FAIL", f"{host} {address}", problem)
-        if not problems:
-            room = f", {_gib(free)} free for checkpoints" if config is not None else ""
-            report.say("ok", f"{host} {address}", f"the versions of this machine, the plug-in registered{room}")
+        answers[f"{node['NodeManagerHostname']} {node['NodeManagerAddress']}"] = there.remote(versions, *needed)
+    for subject, answer in answers.items():
+        _report_answer(report, subject, answer, with_room=config is not None)
+
+
+def _versions(distributions: list[str]) -> dict[str, str | None]:
+    return {name: _version(name) for name in ("python", *distributions)}
+
+
+def _task() -> Any:
+    """`check_node` as a Ray task."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return ray.remote(num_cpus=0, max_retries=0)(check_node)
 
 
 def _check_slots(report: "Report", nodes: list[dict], trainer: DictConfig) -> None:

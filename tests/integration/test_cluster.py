@@ -103,7 +103,7 @@ def test_every_node_is_checked_before_the_run(session, cluster):
     before, _, _ = session.text.partition("the session waits")
     for node in cluster.nodes:
         assert f"{node.name} {node.address}" in before
-    assert before.count("the versions of this machine, the plug-in registered") == 2
+    assert before.count("the same versions as here, the plug-in registered") == 2
 
 
 def test_the_warning_of_slurm_ends_the_run_after_its_step_and_requeues_the_job(session):
@@ -148,7 +148,7 @@ def test_the_token_is_on_no_command_line_and_in_no_log(session):
 def test_a_ray_job_runs_the_same_entrypoint(session):
     job = session.found["job"]
     assert job["code"] == 0, job["output"]
-    assert job["output"].count("the versions of this machine, the plug-in registered") == 2
+    assert job["output"].count("the same versions as here, the plug-in registered") == 2
     assert "hello in place of the trainer" in job["output"]
 
 

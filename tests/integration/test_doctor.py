@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from documented import ROOT
 
 from cppo_verl.cli import main
 from cppo_verl.doctor.checks import _installed
@@ -98,4 +99,22 @@ def test_a_system_library_that_vllm_lacks_is_named(tmp_path):
 
 def test_a_ray_worker_is_asked_too(capsys):
     assert main(["doctor"]) == 0
-    assert "a Ray worker" in capsys.readouterr().out
+    assert re.search("ok    a Ray worker +the same versions as here, the plug-in registered", capsys.readouterr().out)
+
+
+def test_a_worker_that_another_python_starts_is_told_what_it_lacks(tmp_path):
+    """As where verl's workers are started by `uv run`, on a lock file without the plug-in."""
+    (tmp_path / "cppo_verl.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'cppo_verl'\", name='cppo_verl')"
+    )
+    python = f"env PYTHONPATH={tmp_path} UV_RUN_RECURSION_DEPTH=1 {sys.executable}"
+    runtime_env = f"++ray_kwargs.ray_init.runtime_env={{py_executable: '{python}'}}"
+    command = [sys.executable, "-m", "cppo_verl", "doctor", "+method=cppo", "+platform=cpu", runtime_env]
+    # Ray puts a driver's working directory before what a worker has of its own.
+    here = {"cwd": tmp_path.parent, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    result = subprocess.run(command, **here, capture_output=True, text=True)
+    assert result.returncode == 1
+    (failure,) = [line for line in result.stdout.splitlines() if "a Ray worker" in line]
+    assert failure.startswith("FAIL")
+    assert "the plug-in does not load (ModuleNotFoundError: No module named 'cppo_verl'): install it for" in failure
+    assert "by `uv add` in the project, or by `uv pip install --no-deps`" in failure
