@@ -17,9 +17,6 @@ export VERL_PLATFORM := cpu
 # A Chromium from the npm registry, for the tests of the pages.
 BROWSER := $(VENV)/browser
 
-# Megatron-Core, for the test of verl's Megatron engine, apart from what other tests import.
-MEGATRON := $(VENV)/megatron
-
 # Two workers: one run of verl's trainer works while another waits. Collected first, tests/e2e starts first: it takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
@@ -37,8 +34,9 @@ $(BROWSER)/chromium: $(VENV)/installed
 	$(BIN)/npm install --silent --no-audit --no-fund --prefix $(BROWSER) @sparticuz/chromium@153.0.0
 	$(BIN)/python tests/helpers/browser.py $(BROWSER)
 
-$(MEGATRON): requirements/megatron.txt $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r $<
+# Megatron-Core, for the test of verl's Megatron engine, apart from what other tests import.
+%/megatron: requirements/megatron.txt %/installed
+	$*/bin/pip install --quiet --no-deps --upgrade --target $@ -r $<
 	touch $@
 
 quickstart: install
@@ -57,7 +55,7 @@ study-smoke: install
 	    rule=dppo,cppo horizon=16 updates=4 learning_rate=3e-4 steps=4 limit=2
 	$(BIN)/python -m studies.trust_regions.report --results outputs/study-smoke/results --page outputs/study-smoke/page.md
 
-test: install lint $(BROWSER)/chromium $(MEGATRON)
+test: install lint $(BROWSER)/chromium $(VENV)/megatron
 	$(PYTEST)
 
 test-unit: install
@@ -91,7 +89,7 @@ $(GPU_PINS)/installed: requirements/gpu-constraints.txt requirements/install-gpu
 	$(GPU_PINS)/bin/pip install --quiet --no-deps -e .
 	touch $@
 
-test-gpu-pins: $(GPU_PINS)/installed
+test-gpu-pins: $(GPU_PINS)/installed $(GPU_PINS)/megatron
 	$(GPU_PINS)/bin/python -m pytest -n 2 --no-loadscope-reorder --durations=20 -m "nightly or not nightly" \
 	    tests/e2e/quickstart/test_quickstart.py tests/e2e/test_mismatch.py tests/e2e/test_engine.py tests/e2e/test_recipes.py \
 	    tests/unit tests/integration/test_recipes.py tests/integration/test_gpu.py tests/integration/test_model_runner_v2.py \
