@@ -8,6 +8,7 @@ measured in a process of its own.
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -114,10 +115,12 @@ def main():
             flush=True,
         )
     print(f"tensor operations: dppo_tv {operations('dppo_tv')}, cppo {operations('cppo')}")
+    # glibc would raise this threshold as blocks are freed, and keep larger ones: the peak would change from run to run.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     for rows, length in MEMORY_SHAPES:
         command = [sys.executable, __file__, "--memory"]
         shape = [str(rows), str(length)]
-        peak = {m: int(subprocess.check_output([*command, m, *shape], text=True)) for m in ("dppo_tv", "cppo")}
+        peak = {m: int(subprocess.check_output([*command, m, *shape], text=True, env=environment)) for m in times}
         print(
             f"peak extra memory at [{rows} x {length}]: dppo_tv {peak['dppo_tv'] / 2**20:.0f} MiB, "
             f"cppo {peak['cppo'] / 2**20:.0f} MiB, ratio {peak['cppo'] / peak['dppo_tv']:.2f}"
