@@ -55,6 +55,10 @@ try:
 
         health.remember_failed_syncs(module)
 
+    @wrapt.when_imported("verl.experimental.agent_loop.single_turn_agent_loop")
+    def _register_agent_loop(_module: ModuleType) -> None:
+        from cppo_verl.plugin import agent_loops  # noqa: F401
+
     @wrapt.when_imported("verl.trainer.ppo.v1")
     def _register_trainers(_module: ModuleType) -> None:
         from cppo_verl.plugin import trainer  # noqa: F401

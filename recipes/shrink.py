@@ -42,6 +42,8 @@ SIZES = {
     # Ten times transformers': with less, a layer of wrong weights would hardly show in the probabilities.
     "initializer_range": 0.2,
 }
+# What verl's agent loop for DeepSeek's chat template asks the tokenizer for.
+DEEPSEEK_TOKENS = ["<｜end▁of▁sentence｜>", "<｜tool▁outputs▁end｜>"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
@@ -117,6 +119,8 @@ def prepare(output, path, steps):
         [prompt[0]["content"] for prompt in frame["prompt"]],
         [reward["ground_truth"] for reward in frame["reward_model"]],
     )
+    if architecture == "Qwen2":
+        tokenizer.add_tokens(DEEPSEEK_TOKENS, special_tokens=True)
     torch.manual_seed(0)
     experts = EXPERTS if architecture == "Qwen3Moe" else {}
     model = tiny_models.build_model(tokenizer, architecture, **SIZES, **experts)

@@ -14,6 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -115,6 +116,7 @@ def test_the_sanity_test_trains_its_model_on_what_prepare_writes_for_it(recipe):
     command = "cppo-verl prepare sanity-test --output /shared/data/sanity_test"
     assert command in (RECIPES / "scale" / f"{SANITY}.yaml").read_text()
     assert command in (ROOT / "docs" / "recipes.md").read_text()
+    assert config.actor_rollout_ref.rollout.agent.default_agent_loop in _agent_loop_registry
 
 
 @pytest.mark.parametrize("scale", paper_results.MODELS)
