@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +17,9 @@ from verl.base_config import BaseConfig
 
 from cppo_verl.plugin.constants import TOP_K_ROLLOUT, TRAINER_MODE_PREFIX, TRAINER_MODES
 from cppo_verl.plugin.topk.codec import bytes_per_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHARED_PROCESS_LAUNCHERS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -371,6 +374,14 @@ def local_files(config: DictConfig) -> list[str]:
             if path.startswith(("/", "./", "../", "~")):
                 found.append(f"{key}={path}")
     return found
+
+
+def lacks_its_familys_chat(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a model is a qwen2 by its config.json, of which verl 0.9.1 asks for <|im_end|>, and has none."""
+    from transformers import PreTrainedConfig
+
+    about, _ = PreTrainedConfig.get_config_dict(tokenizer.name_or_path)
+    return about.get("model_type") == "qwen2" and "<|im_end|>" not in tokenizer.get_vocab()
 
 
 def missing_files(config: DictConfig) -> list[str]:

@@ -1,5 +1,7 @@
 """What only the trainer can see, as it starts: refused before Ray's workers are there."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pandas
@@ -69,6 +71,17 @@ def start(inputs, output, *overrides):
 def test_a_trainer_refuses_what_it_cannot_run_before_its_workers_start(inputs, tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
         start(inputs, tmp_path, *overrides, "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=23")
+    assert not ray.is_initialized()
+
+
+def test_a_distilled_qwen_is_refused_with_verls_own_agent_loop(inputs, tmp_path):
+    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    )
+    with pytest.raises(ValueError, match=r"rollout\.agent\.default_agent_loop=single_turn_deepseek"):
+        start(inputs, tmp_path / "out", f"actor_rollout_ref.model.path={model}")
     assert not ray.is_initialized()
 
 
