@@ -142,6 +142,13 @@ def collapses(study: Study) -> dict[str, dict[float, tuple[int, int]]]:
     return counts
 
 
+def lost_updates(study: Study, method: str) -> tuple[int, int]:
+    """How many of the method's updates had a gradient that is not finite, and how many it made, in the loop."""
+    cells = [cell for cell in [*study.grid, *study.evaluation] if cell.about["method"] == method]
+    made = sum(len(cell.rows) * cell.about["settings"]["updates"] for cell in cells)
+    return sum(int(cell.rows["not_finite"].sum()) for cell in cells), made
+
+
 def paired(study: Study, horizon: int, updates: int) -> np.ndarray | None:
     """CPPO minus DPPO for each seed; None if one of them has not run."""
     cells = [study.find(method, horizon, updates) for method in ("cppo", "dppo")]

@@ -21,7 +21,7 @@ MAIN_ARM = {"share": 0.05, "rollout": "float32", "staleness": 0}
 class Cell(NamedTuple):
     rows: pd.DataFrame
     about: dict[str, Any]
-    """method, share, seeds, thresholds, settings, command, versions, seconds."""
+    """method, share, seeds, thresholds, settings, command, versions, and of the loop's runs seconds."""
 
 
 def file_of(config: DictConfig) -> Path:

@@ -25,6 +25,7 @@ from studies.trust_regions.measures import (
     first_reached,
     holm,
     is_matched,
+    lost_updates,
     masked_share,
     paired,
     wilson,
@@ -75,10 +76,18 @@ def primary(study: Study) -> str:
 
 def against(study: Study, others: Sequence[str]) -> str:
     """CPPO minus each of the others under the nine conditions; each other method is a family."""
-    families = [family(study, "cppo", other) for other in others]
+    families = {other: family(study, "cppo", other) for other in others}
+
+    def shown(other: str, c: tuple[int, int]) -> str:
+        if c not in families[other]:
+            return MISSING
+        cells = study.find("cppo", *c), study.find(other, *c)
+        matched = all(is_matched(cell) for cell in cells if cell)
+        return _bold_if_one(*families[other][c]) + ("" if matched else " *")
+
     return table(
         ["CPPO minus", *(NAMES[other] for other in others)],
-        ([condition(*c), *(_bold_if_one(*f[c]) if c in f else MISSING for f in families)] for c in CONDITIONS),
+        ([condition(*c), *(shown(other, c) for other in others)] for c in CONDITIONS),
     )
 
 
@@ -163,8 +172,9 @@ def collapse_table(study: Study) -> str:
             bad, runs = by_rate.get(rate, (0, 0))
             low, high = wilson(bad, runs) if runs else (0, 0)
             row.append(f"{bad} of {runs}, {low:.0%} to {high:.0%}" if runs else MISSING)
-        rows.append(row)
-    return table(["method", *(f"learning rate {rate:g}" for rate in GRID)], rows)
+        lost, updates = lost_updates(study, method)
+        rows.append([*row, f"{lost} of {updates:,}"])
+    return table(["method", *(f"learning rate {rate:g}" for rate in GRID), "updates lost"], rows)
 
 
 def arms(study: Study) -> str:

@@ -60,7 +60,8 @@ def collect(runs: Path, loop: Cell) -> Cell:
         # How many tokens had a signal is not logged; all steps weigh alike.
         frame = pd.DataFrame({"seed": run.seed, "step": list(steps), **columns, "by_budget": by_budget, "tokens": 1})
         frames.append(frame)
-    about = loop.about | {"command": command(loop), "seeds": "trainer"}
+    about = {name: value for name, value in loop.about.items() if name != "seconds"}
+    about |= {"command": command(loop), "seeds": "trainer"}
     return Cell(pd.concat(frames, ignore_index=True), about)
 
 

@@ -105,6 +105,9 @@ def test_a_cell_outside_the_matched_share_is_marked():
     assert "*" in row(tables.primary(study(*cells)), "T = 64, 16 updates")[1]
     assert "*" not in row(tables.primary(study(*cells)), "T = 64, 16 updates")[2]
     assert "*" in row(tables.all_methods(study(*cells)), "CPPO")[5]
+    differences = row(tables.against(study(*cells, made("grpo")), ("dppo", "grpo")), "T = 64, 16 updates")
+    assert [text.endswith(" *") for text in differences[1:]] == [True, True]
+    assert row(tables.against(study(made("cppo"), cells[1]), ["dppo"]), "T = 64, 16 updates")[1].endswith("]")
 
 
 def test_collapsed_runs_are_counted_in_grid_and_evaluation():
@@ -113,6 +116,14 @@ def test_collapsed_runs_are_counted_in_grid_and_evaluation():
     text = tables.collapse_table(study(falling, made("dppo"), grid=[falling]))
     assert row(text, "no mask")[1].startswith("6 of 20, ")
     assert row(text, "DPPO")[1].startswith("0 of 10, ")
+
+
+def test_updates_without_a_finite_gradient_are_counted_in_grid_and_evaluation():
+    bad = made("cppo")
+    bad.rows.loc[bad.rows["step"] == 3, "not_finite"] = 2
+    text = tables.collapse_table(study(bad, made("dppo"), grid=[made("cppo", updates=4)]))
+    assert row(text, "CPPO")[-1] == f"20 of {10 * STEPS * (16 + 4):,}"
+    assert row(text, "DPPO")[-1] == f"0 of {10 * STEPS * 16:,}"
 
 
 def test_an_arm_does_not_stand_in_for_the_complete_part():

@@ -68,4 +68,4 @@ def test_runs_become_a_cell_with_the_loops_columns(tmp_path):
     cell = trainer.collect(tmp_path, Cell(pd.DataFrame(), loop("cppo").about))
     assert final_accuracy(cell.rows).to_dict() == pytest.approx({201: 0.301, 202: 0.302})
     assert cell.rows["by_budget"].to_numpy() == pytest.approx(np.full(20, 0.02))
-    assert cell.about["command"].startswith("python -m verl.trainer.main_ppo")
+    assert cell.about["command"].startswith("python -m verl.trainer.main_ppo") and "seconds" not in cell.about
