@@ -73,9 +73,10 @@ def run(args: argparse.Namespace) -> int:
         _compiler(report)
     if platform.device_name == "cpu" and _installed("vllm"):
         _kernels(report)
-    missing = [name for name, ok in registrations().items() if not ok]
+    registered = registrations()
+    missing = [name for name, ok in registered.items() if not ok]
     bad = f"not registered: {', '.join(missing)}; reinstall cppo-verl and read what `import verl` prints on stderr"
-    report.check(not missing, "this process", "registered: " + ", ".join(registrations()), bad)
+    report.check(not missing, "this process", "registered: " + ", ".join(registered), bad)
     if args.cluster or not args.no_ray:
         from cppo_verl.doctor.cluster import check_cluster, check_worker
 

@@ -54,9 +54,8 @@ def check_node(
     """
     problems = []
     where = f"for {sys.executable} there"
-    if (
-        "UV_RUN_RECURSION_DEPTH" in os.environ
-    ):  # set by `uv run`, which makes the environment by the project's lock file
+    # `uv run` sets it; it makes the environment by the project's lock file.
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:
         where += ", by `uv add` in the project, or by `uv pip install --no-deps`"
     for name, wanted in versions.items():
         if (there := _version(name)) != wanted:
@@ -157,7 +156,8 @@ def _report_answer(report: "Report", subject: str, answer: ray.ObjectRef, with_r
     try:
         problems, free = ray.get(answer, timeout=PATIENCE)
     except Exception as error:  # of the task, of its worker, of the node
-        report.say("FAIL", subject, f"no answer ({type(error).__name__}): {str(error).strip()}")
+        why = f"no answer ({type(error).__name__}): {str(error).strip()}"
+        report.say("FAIL", subject, f"{why}; Ray's logs there say more (/tmp/ray/session_latest/logs)")
         return
     for problem in problems:
         report.say("FAIL", subject, problem)

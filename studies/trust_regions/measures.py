@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from cppo_verl.evaluation.statistics import Comparison, Interval, collapse, compare
 from studies.trust_regions import results
@@ -114,12 +115,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def wilson(count: int, total: int, z: float = 1.959964) -> Interval:
+def wilson(count: int, total: int) -> Interval:
     """Wilson's 95 % interval of a rate."""
-    rate, width = count / total, z**2 / total
-    middle = (rate + width / 2) / (1 + width)
-    half = z / (1 + width) * np.sqrt(rate * (1 - rate) / total + width / (4 * total))
-    return Interval(max(0.0, float(middle - half)), min(1.0, float(middle + half)))
+    found = stats.binomtest(count, total).proportion_ci(method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def family(study: Study, one: str, other: str) -> dict[tuple[int, int], tuple[Comparison, float]]:
