@@ -376,8 +376,8 @@ def local_files(config: DictConfig) -> list[str]:
     return found
 
 
-def lacks_its_familys_chat(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a model is a qwen2 by its config.json, of which verl 0.9.1 asks for <|im_end|>, and has none."""
+def lacks_qwens_end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a model that config.json calls qwen2 has no <|im_end|>. verl 0.9.1's agent loops ask a qwen2 for it."""
     from transformers import PreTrainedConfig
 
     about, _ = PreTrainedConfig.get_config_dict(tokenizer.name_or_path)

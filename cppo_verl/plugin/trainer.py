@@ -37,7 +37,7 @@ from cppo_verl.plugin import checkpoints
 from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
 from cppo_verl.plugin.health import Watch
 from cppo_verl.plugin.losses import METRIC_PREFIX
-from cppo_verl.plugin.preflight import captured_bytes, lacks_its_familys_chat, missing_files
+from cppo_verl.plugin.preflight import captured_bytes, lacks_qwens_end_of_turn, missing_files
 from cppo_verl.plugin.step_metrics import step_shares
 from cppo_verl.plugin.token_recorder import FIELDS, DumpWriter, draw, recording_loss, row_field, take
 from cppo_verl.plugin.topk.codec import ABSENT
@@ -95,7 +95,7 @@ class TrustRegionTrainer(VerlTrainer):
         super()._init_tokenizer()
         actor, model = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.model.path
         loop = self.config.actor_rollout_ref.rollout.agent.default_agent_loop
-        if loop == "single_turn_agent" and lacks_its_familys_chat(self.tokenizer):
+        if loop == "single_turn_agent" and lacks_qwens_end_of_turn(self.tokenizer):
             raise ValueError(
                 f"{model} is a qwen2 without <|im_end|>, as DeepSeek's distilled Qwens are: each prompt would fail in "
                 "verl's agent loop; set actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_deepseek"
