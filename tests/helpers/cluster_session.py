@@ -70,7 +70,6 @@ own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.starts
 missing = ["trainer.nnodes=5", "trainer.logger=[wandb]", f"trainer.default_local_dir={os.environ['FULL']}"]
 missing += ["data.train_files=/nowhere/train.parquet", "actor_rollout_ref.model.path=no-one/no-model"]
 never = own | {"HF_HUB_OFFLINE": "1", "IN_PLACE_OF_THE_TRAINER": os.environ["HELLO"]}
-refused = start(str(ENTRYPOINT), *ARGUMENTS, *missing, env=never, cwd="/")  # waits a minute for a fifth node
 others = []
 for name in ("OTHER", "WITHOUT"):
     other = start(*node(os.environ[name], name.lower()), env=own)
@@ -78,6 +77,7 @@ for name in ("OTHER", "WITHOUT"):
     # one after the other: Ray gives a node's agent fifteen seconds to start
     while "will now block forever" not in (line := other.stdout.readline()):
         assert line, f"{name} ended: {other.wait()}"
+refused = start(str(ENTRYPOINT), *ARGUMENTS, *missing, env=never, cwd="/")  # waits a minute for a fifth node
 found["refused"], found["stranger"], found["nobody"], found["intruder"] = map(
     end, (refused, stranger, nobody, intruder)
 )

@@ -164,15 +164,15 @@ def test_the_cluster_check_names_each_node_and_the_remedy_and_starts_nothing(ses
         "a checkpoint takes 1.0 GiB: make room, or name another folder",
         "wandb has no API key there: set WANDB_API_KEY, or WANDB_MODE=offline",
     ):
-        assert sum(text in line for line in first) == 3, (text, refused["output"])  # three of the four are there
-        assert sum(text in line for line in second) == 1, (text, refused["output"])
+        assert sum(text in line for line in first) == 3, refused["output"]  # three of the four are there
+        assert sum(text in line for line in second) == 1, refused["output"]
     for text in (
         "cppo-verl is 0.0.9, here it is 0.1.0: install the same for",
         "cppo-verl is not installed, here it is 0.1.0",
         "the plug-in does not load (ModuleNotFoundError: No module named 'cppo_verl')",
     ):
-        assert sum(text in line for line in first) == 1, (text, refused["output"])
-    assert any("4 of 5 have joined Ray" in line for line in lines)
+        assert sum(text in line for line in first) == 1, refused["output"]
+    assert any("4 of 5 have joined Ray" in line for line in lines), refused["output"]
     assert any("trainer.nnodes=5 trainer.n_gpus_per_node=1, but in Ray" in line for line in lines)
 
 
