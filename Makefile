@@ -59,7 +59,7 @@ test: install lint $(BROWSER)/chromium $(VENV)/megatron
 	$(PYTEST)
 
 test-unit: install
-	$(PYTEST) tests/unit
+	$(PYTEST) --dist worksteal tests/unit
 
 # What pip would install of each extra into an empty environment: minutes, and gigabytes that pip keeps in its cache.
 test-extras:

@@ -2,9 +2,11 @@
 
 import importlib
 import sys
+from types import ModuleType
 
 import pytest
 
+import cppo_verl
 from cppo_verl.cli import COMMANDS, main
 
 
@@ -41,6 +43,9 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(
     monkeypatch.chdir(tmp_path)
     for name in [name for name in sys.modules if name.startswith("cppo_verl.")]:
         monkeypatch.delitem(sys.modules, name)
+    for name, value in [*vars(cppo_verl).items()]:
+        if isinstance(value, ModuleType):
+            monkeypatch.setattr(cppo_verl, name, value)  # the imports of the command replace it
     monkeypatch.setitem(sys.modules, package, None)
     assert main(arguments) == 1
     error = capsys.readouterr().err
