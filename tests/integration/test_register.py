@@ -20,11 +20,18 @@ def test_with_an_accelerator_build_nothing_of_it_is_active():
     # A GPU machine whose driver does not answer: torch knows cuda, no device is there.
     pretend = "import torch; torch.accelerator.current_accelerator = lambda: torch.device('cuda'); "
     check = (
-        "; import sys; import verl.utils.distributed as d"
+        "; import gc, sys; import verl.utils.distributed as d; print(gc.get_threshold()[0])"
         "; print(type(d.initialize_global_process_group_ray).__name__, 'cppo_verl.cpu.fsdp_engine' in sys.modules)"
     )
     out = run_python(pretend + WHICH + "; import verl.workers.engine" + check, VERL_PLATFORM="").stdout
-    assert out.split() == ["PlatformCUDA", "function", "False"]
+    platform, threshold, *others = out.split()
+    assert [platform, *others] == ["PlatformCUDA", "function", "False"]
+    assert threshold != "50000"
+
+
+def test_on_the_cpu_the_garbage_collector_runs_seldom():
+    out = run_python(WHICH + "; import gc; print(gc.get_threshold()[0])", VERL_PLATFORM="cpu").stdout
+    assert out.split() == ["PlatformCPU", "50000"]
 
 
 def test_a_plug_in_that_fails_to_load_says_so_at_once():
