@@ -13,11 +13,14 @@ from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from cppo_verl.artifacts.log_lines import LINE, RUN_ENDS
+
+if TYPE_CHECKING:
+    from transfer_queue import KVBatchMeta
 
 INTERVAL = 3.0
 """Seconds between two looks."""
@@ -165,6 +168,26 @@ def remember_failed_syncs(module: ModuleType) -> None:
             raise
 
     server.collective_rpc = collective_rpc
+
+
+def with_responses(sample: Callable[..., tuple["KVBatchMeta", dict]]) -> Callable[..., tuple["KVBatchMeta", dict]]:
+    """verl's ``ReplayBuffer.sample``, which raises RuntimeError instead of returning a batch without a response.
+
+    verl logs why a prompt has failed and goes on with the others. Where there is none, TransferQueue would refuse what
+    comes next: "Received an empty list as keys".
+    """
+
+    @wraps(sample)
+    def checked(*args: Any, **kwargs: Any) -> tuple["KVBatchMeta", dict]:
+        batch, metrics = sample(*args, **kwargs)
+        if not batch.keys:
+            raise RuntimeError(
+                "every prompt of a batch has failed: the first 'Error in _run_prompt' above says why, most often in "
+                "the reward function or in the agent loop"
+            )
+        return batch, metrics
+
+    return checked
 
 
 def _actors() -> dict[str, dict]:

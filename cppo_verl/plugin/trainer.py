@@ -35,7 +35,7 @@ from cppo_verl.artifacts import run_lock, stop_request
 from cppo_verl.artifacts.log_lines import LINE
 from cppo_verl.plugin import checkpoints
 from cppo_verl.plugin.constants import TOP_K_AGENT_LOOP_MANAGER, TOP_K_ROLLOUT, TRAINER_MODE_PREFIX
-from cppo_verl.plugin.health import Watch
+from cppo_verl.plugin.health import Watch, with_responses
 from cppo_verl.plugin.losses import METRIC_PREFIX
 from cppo_verl.plugin.preflight import captured_bytes, lacks_qwens_end_of_turn, missing_files
 from cppo_verl.plugin.step_metrics import step_shares
@@ -246,6 +246,7 @@ class TrustRegionTrainer(VerlTrainer):
         # verl polls for finished generations every two seconds; a small model generates in less.
         kwargs = self.config.trainer.v1.sampler.sampler_kwargs
         replay_buffer.poll_interval = kwargs.get("poll_interval", replay_buffer.poll_interval)
+        replay_buffer.sample = with_responses(replay_buffer.sample)  # type: ignore[method-assign]  # of this one alone
         return replay_buffer
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

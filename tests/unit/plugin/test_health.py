@@ -4,8 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+import verl.trainer.ppo.v1.replay_buffer
 
 from cppo_verl.plugin.health import Watch, engine_fault, remember_failed_syncs
+from cppo_verl.plugin.trainer import TrustRegionTrainerSync
 
 
 def test_a_failed_weight_sync_is_remembered_and_another_call_is_not():
@@ -38,3 +40,25 @@ def test_a_run_that_stands_still_gets_less_time_once_it_is_asked_to_stop(limits,
     stall_seconds, stop_seconds = limits
     watch = Watch(lambda: None, stall_seconds, lambda: "", lambda: False, stop_seconds)
     assert (f"(trainer.{key})" in (watch._stall(still, since_asked, longest) or "")) == (key is not None)
+
+
+@pytest.fixture
+def replay_buffer(compose):
+    trainer = TrustRegionTrainerSync.__new__(TrustRegionTrainerSync)
+    trainer.config = compose("+method=cppo", "+platform=cpu")
+    trainer.trainer_mode = "sync"
+    return trainer._build_replay_buffer()
+
+
+def test_a_validation_of_which_every_prompt_has_failed_ends_with_the_place_to_look(replay_buffer, monkeypatch):
+    """verl refuses such a batch in synchronous training alone."""
+    stored = {uid: {"is_prompt": True, "status": "failure", "global_steps": 1} for uid in ("p", "q")}
+    queue = SimpleNamespace(kv_list=lambda: {"val": dict(stored)}, kv_clear=lambda **which: None)
+    monkeypatch.setattr(verl.trainer.ppo.v1.replay_buffer, "tq", queue)
+    asked = dict(global_steps=1, partition_id="val", batch_size=2)
+    with pytest.raises(RuntimeError, match="every prompt of a batch has failed: the first 'Error in _run_prompt'"):
+        replay_buffer.sample(**asked)
+
+    stored["q"]["status"] = "finished"
+    stored["q_0_0"] = {"seq_len": 3}
+    assert replay_buffer.sample(**asked)[0].keys == ["q_0_0"]
