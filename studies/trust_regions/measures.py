@@ -29,6 +29,9 @@ NAMES = {
 LARGE_ENOUGH = 0.02
 """The least difference of accuracies that the protocol calls one."""
 ALPHA = 0.05
+MATCHED_AGAIN = "share-0.03"
+"""The arm in which DPPO's thresholds, for 3 % of the pilots' tokens, are to mask the wanted 5 %: the protocol's second
+deviation."""
 REACHED = 0.5
 """The accuracy whose first step is told."""
 
@@ -75,7 +78,7 @@ def masked_share(cell: Cell) -> float:
 
 def is_matched(cell: Cell) -> bool:
     """Whether the masked share came out within half to one and a half times the wanted one, if one was wanted."""
-    share = cell.about["share"]
+    share = results.MAIN_ARM["share"] if arm_of(cell) == MATCHED_AGAIN else cell.about["share"]
     if share == "paper" or cell.about["method"] == "none":
         return True
     return 0.5 * share <= masked_share(cell) <= 1.5 * share
@@ -121,14 +124,20 @@ def wilson(count: int, total: int) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
-def family(study: Study, one: str, other: str) -> dict[tuple[int, int], tuple[Comparison, float]]:
+def family(
+    study: Study,
+    one: str,
+    other: str,
+    conditions: Sequence[tuple[int, int]] = CONDITIONS,
+    arm: str | None = None,
+) -> dict[tuple[int, int], tuple[Comparison, float]]:
     """{condition: (one method minus another, p after Holm's correction)} of the conditions that have run for both.
 
-    The correction is that for all nine conditions from the first one on.
+    The correction is that for all ``conditions`` from the first one on. The other method's cells are those of ``arm``.
     """
-    found = [difference(study.find(one, *c), study.find(other, *c)) for c in CONDITIONS]
+    found = [difference(study.find(one, *c), study.find(other, *c, arm)) for c in conditions]
     adjusted = holm([comparison.p_value if comparison else 1.0 for comparison in found])
-    return {c: (comparison, p) for c, comparison, p in zip(CONDITIONS, found, adjusted, strict=True) if comparison}
+    return {c: (comparison, p) for c, comparison, p in zip(conditions, found, adjusted, strict=True) if comparison}
 
 
 def collapses(study: Study) -> dict[str, dict[float, tuple[int, int]]]:

@@ -12,6 +12,7 @@ from studies.trust_regions.measures import (
     GRID,
     HORIZONS,
     LARGE_ENOUGH,
+    MATCHED_AGAIN,
     NAMES,
     REACHED,
     UPDATES,
@@ -61,17 +62,30 @@ def _bold_if_one(comparison: Comparison, p: float) -> str:
 
 
 def primary(study: Study) -> str:
-    """CPPO minus DPPO under the nine conditions, corrected as a family."""
-    found = family(study, "cppo", "dppo")
-    rows = []
-    for c in CONDITIONS:
-        cells = [study.find(method, *c) for method in ("cppo", "dppo")]
-        if c not in found:
-            rows.append([condition(*c), *[MISSING] * 5])
-            continue
-        counts = " / ".join(str(collapsed(cell)) for cell in cells)
-        rows.append([condition(*c), *map(_score, cells), _bold_if_one(*found[c]), f"{found[c][1]:.3f}", counts])
-    return table(["", NAMES["cppo"], NAMES["dppo"], "difference, 95 % interval", "p (Holm)", "collapsed"], rows)
+    """CPPO minus DPPO under the nine conditions, then minus the DPPO that was matched again; each part is a family."""
+    again = [(HORIZONS[-1], u) for u in UPDATES]
+    rows = [*_cppo_minus_dppo(study, CONDITIONS), *_cppo_minus_dppo(study, again, MATCHED_AGAIN)]
+    header = ["", NAMES["cppo"], NAMES["dppo"], "difference, 95 % interval", "p (Holm)", "masked", "collapsed"]
+    return table(header, rows)
+
+
+def _cppo_minus_dppo(
+    study: Study, conditions: Sequence[tuple[int, int]], arm: str | None = None
+) -> Iterable[list[str]]:
+    """A row for each condition, with DPPO's cell of the arm."""
+    found = family(study, "cppo", "dppo", conditions, arm)
+    for c in conditions:
+        cells = study.find("cppo", *c), study.find("dppo", *c, arm)
+        shown = [MISSING] * 4
+        if c in found:
+            masked = " / ".join(_masked(cell) for cell in cells if cell)
+            counts = " / ".join(str(collapsed(cell)) for cell in cells if cell)
+            shown = [_bold_if_one(*found[c]), f"{found[c][1]:.3f}", masked, counts]
+        yield [condition(*c) + (", matched again" if arm else ""), *map(_score, cells), *shown]
+
+
+def _masked(cell: Cell) -> str:
+    return f"{masked_share(cell):.1%}"
 
 
 def against(study: Study, others: Sequence[str]) -> str:
@@ -224,7 +238,7 @@ def instruments(study: Study) -> str:
         same = loop._replace(rows=loop.rows[loop.rows["seed"].isin(seeds)]) if loop else None
         found = difference(cell, same)
         scores = [_score(same), _score(cell)]
-        shares = [f"{masked_share(c):.1%}" if c else MISSING for c in (same, cell)]
+        shares = [_masked(c) if c else MISSING for c in (same, cell)]
         shown = _with_interval(found) if found else MISSING
         rows.append([NAMES[cell.about["method"]], str(len(seeds)), *scores, shown, *shares])
     header = ["method", "seeds", "loop", "trainer", "trainer minus loop, 95 % interval", "masked, loop", "trainer"]

@@ -1,6 +1,7 @@
 """The report's numbers, recomputed by hand from made results."""
 
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -36,7 +37,7 @@ def study(*cells, grid=(), trainer=()):
 
 
 def row(text, start):
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} ")]
+    line = next(line for line in text.splitlines() if re.match(rf"\| {re.escape(start)} +\|", line))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -62,7 +63,18 @@ def test_the_primary_table_shows_the_paired_difference_and_its_correction():
     assert got[3].startswith("**+7.8 [+7.8, +7.8]**")
     # Of the 2^10 choices of signs two are as extreme; the family has nine from the first on.
     assert float(got[4]) == pytest.approx(9 * 2 / 2**10, abs=0.006)
-    assert row(text, "T = 16, 4 updates")[1:] == ["not run"] * 5
+    assert got[5:] == ["5.0% / 5.0%", "0 / 0"]
+    assert row(text, "T = 16, 4 updates")[1:] == ["not run"] * 6
+
+
+def test_dppo_matched_again_is_a_family_of_three_matched_to_the_wanted_share():
+    cells = [made("cppo", 192, u, level=0.58) for u in (4, 16, 32)]
+    cells += [made("dppo", 192, 4, share=0.03), made("dppo", 192, 32, share=0.03, masked=0.08)]
+    text = tables.primary(study(*cells, made("dppo", 192, 16)))
+    got = row(text, "T = 192, 4 updates, matched again")
+    assert got[2:] == ["53.9", "**+7.8 [+7.8, +7.8]**", "0.006", "5.0% / 5.0%", "0 / 0"]
+    assert row(text, "T = 192, 16 updates, matched again")[2:] == ["not run"] * 5
+    assert row(text, "T = 192, 32 updates, matched again")[2] == "53.9 *"
 
 
 def test_a_small_difference_is_not_called_one():
