@@ -10,6 +10,7 @@ from studies.trust_regions.loop import POSITION_BINS
 from studies.trust_regions.measures import (
     GRID,
     HORIZONS,
+    MATCHED_AGAIN,
     NAMES,
     UPDATES,
     Study,
@@ -56,14 +57,16 @@ def draw_curves(study: Study) -> Canvas:
 
 
 def draw_effect(study: Study) -> Canvas:
-    """CPPO minus DPPO; hollow where one of them did not mask about the wanted share."""
-    horizons = horizons_run(study)
+    """CPPO minus DPPO, also the one matched again; hollow where one of them did not mask about the wanted share."""
+    columns: list[tuple[int, str | None]] = [(horizon, None) for horizon in horizons_run(study)]
+    if any(arm_of(cell) == MATCHED_AGAIN for cell in study.evaluation):
+        columns.append((HORIZONS[-1], MATCHED_AGAIN))
     canvas = Canvas(figsize=(6, 3.6), layout="constrained")
     ax = canvas.subplots()
     for i, updates in enumerate(UPDATES):
         ax.plot([], [], "o", color=SERIES[i], label=f"{updates} updates")
-        for h, horizon in enumerate(horizons):
-            cells = study.find("cppo", horizon, updates), study.find("dppo", horizon, updates)
+        for h, (horizon, arm) in enumerate(columns):
+            cells = study.find("cppo", horizon, updates), study.find("dppo", horizon, updates, arm)
             if found := difference(*cells):
                 low, high = found.difference - found.interval.low, found.interval.high - found.difference
                 matched = all(is_matched(cell) for cell in cells if cell)
@@ -77,8 +80,10 @@ def draw_effect(study: Study) -> Canvas:
                     capsize=3,
                 )
     ax.axhline(0, color=SERIES[7], linewidth=1)
-    ax.set_xticks(range(len(horizons)), [str(horizon) for horizon in horizons])
-    ax.set_xlim(-0.5, len(horizons) - 0.5)
+    ax.set_xticks(
+        range(len(columns)), [f"{horizon}, matched again" if arm else f"{horizon}" for horizon, arm in columns]
+    )
+    ax.set_xlim(-0.5, len(columns) - 0.5)
     ax.set_xlabel("length of a response, tokens")
     ax.set_ylabel("CPPO minus DPPO, points")
     ax.set_title("Difference in accuracy, 95 % intervals over seeds\n(hollow: masked shares not matched)")
