@@ -27,8 +27,8 @@ def apply() -> None:
     wrapt.when_imported("verl.trainer.ppo.v1.agent_loop_tq")(agent_loop_patches.join_puts)
     wrapt.when_imported("verl.experimental.agent_loop.agent_loop")(agent_loop_patches.score_in_place)
     wrapt.when_imported("verl.experimental.agent_loop.agent_loop")(agent_loop_patches.make_loops_directly)
-    # Python's collector of cyclic garbage would walk the million objects of the imported modules again and again, with
-    # each thousand responses a few times: a fifth of the time that generating them takes. Its default is 700.
+    # Python's garbage collector would walk the million objects of the imported modules a few times for each thousand
+    # responses, which takes a fifth of their generation's time. Its default is to begin after 700 new objects.
     gc.set_threshold(50_000, 20, 100)
 
 
