@@ -1,6 +1,5 @@
 """The places in verl 0.9.1 that offer no seam. Applied on the CPU platform only."""
 
-import gc
 import os
 from collections.abc import Callable
 from functools import partial
@@ -27,9 +26,6 @@ def apply() -> None:
     wrapt.when_imported("verl.trainer.ppo.v1.agent_loop_tq")(agent_loop_patches.join_puts)
     wrapt.when_imported("verl.experimental.agent_loop.agent_loop")(agent_loop_patches.score_in_place)
     wrapt.when_imported("verl.experimental.agent_loop.agent_loop")(agent_loop_patches.make_loops_directly)
-    # Python's garbage collector would walk the million objects of the imported modules a few times for each thousand
-    # responses, which takes a fifth of their generation's time. Its default is to begin after 700 new objects.
-    gc.set_threshold(50_000, 20, 100)
 
 
 def separate_sockets(module: ModuleType) -> None:
