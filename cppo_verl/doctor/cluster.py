@@ -191,11 +191,13 @@ def _check_nodes(
         needed = (local_files(config), hub_model, folder, need, wandb)
     task = _task()
     versions = _versions(distributions)
-    answers = {}
+    answers = []
     for node in nodes:
         there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        answers[f"{node['NodeManagerHostname']} {node['NodeManagerAddress']}"] = there.remote(versions, *needed)
-    for subject, answer in answers.items():
+        answers.append(there.remote(versions, *needed))
+    for node, answer in zip(nodes, answers, strict=True):
+        # Several nodes of Ray may share a machine, and then both names.
+        subject = f"{node['NodeManagerHostname']} {node['NodeManagerAddress']}"
         _report_answer(report, subject, answer, with_room=config is not None)
 
 
@@ -211,11 +213,11 @@ def _task() -> Any:
 
 def _check_slots(report: "Report", nodes: list[dict], trainer: DictConfig) -> None:
     """A node may have none, as a head that only schedules does, where enough others have."""
-    resources = {node["NodeManagerAddress"]: node["Resources"] for node in nodes}
-    slots = {address: int(has.get("GPU", has.get("NPU", 0))) for address, has in resources.items()}
-    enough = sum(count >= trainer.n_gpus_per_node for count in slots.values())
+    resources = [(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
+    slots = [(address, int(has.get("GPU", has.get("NPU", 0)))) for address, has in resources]
+    enough = sum(count >= trainer.n_gpus_per_node for _, count in slots)
     wanted = f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
-    there = ", ".join(f"{address} has {count}" for address, count in slots.items())
+    there = ", ".join(f"{address} has {count}" for address, count in slots)
     way_out = "lower the one or the other, or start Ray with --num-gpus there"
     good = f"{trainer.n_gpus_per_node} or more on {enough} node(s)"
     report.check(enough >= trainer.nnodes, "GPUs", good, f"{wanted}, but in Ray {there}: {way_out}")

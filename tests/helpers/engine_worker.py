@@ -92,7 +92,9 @@ class FSDP2:
 
     def __init__(self, name):
         self.size = int(name.removeprefix("sp"))
-        self.overrides = [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={self.size}", "+platform=cpu"]
+        ranks = f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={self.size}"
+        # verl's configuration asks for packed rows where ranks share a sequence
+        self.overrides = [ranks, "+platform=cpu", "actor_rollout_ref.model.use_remove_padding=true"]
         if self.size > 1:
             self.layouts = {case: x for case, x in LAYOUTS.items() if x.get("use_remove_padding", True)}
 
