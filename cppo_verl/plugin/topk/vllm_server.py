@@ -20,10 +20,9 @@ from cppo_verl.plugin.topk.codec import ABSENT, pack
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
-    from vllm.v1.engine.async_llm import AsyncLLM
 
 CAPTURED = "mu_top_k"
-"""Key of the `Captured` among a TokenOutput's extra fields."""
+"""Key of the `Captured` among a TokenOutput's extra fields, and of the `Request` among the sampling parameters'."""
 
 
 class Captured(NamedTuple):
@@ -48,9 +47,7 @@ class Request:
 class TopKServer(vLLMHttpServer):
     async def run_server(self, args: Namespace) -> None:
         await super().run_server(args)
-        self.requests: dict[str, Request] = {}
-        """By vLLM's request id, while they are served."""
-        self.engine = CapturingEngine(self.engine, self.requests)  # type: ignore[assignment]  # a proxy
+        self.engine = CapturingEngine(self.engine)  # type: ignore[assignment]  # a proxy
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, *args: Any, **kwargs: Any
@@ -59,11 +56,11 @@ class TopKServer(vLLMHttpServer):
         top_k = sampling_params.get("logprobs")
         if top_k is None or isinstance(top_k, bool):
             return await super().generate(prompt_ids, sampling_params, request_id, *args, **kwargs)
-        request = self.requests[request_id] = Request(top_k)
-        try:
-            output = await super().generate(prompt_ids, sampling_params, request_id, *args, **kwargs)
-        finally:
-            del self.requests[request_id]
+        request = Request(top_k)
+        # Not kept by its id: with rollout.full_determinism verl's agent loops give many requests one.
+        extra_args = (sampling_params.get("extra_args") or {}) | {CAPTURED: request}
+        sampling_params = sampling_params | {"extra_args": extra_args}
+        output = await super().generate(prompt_ids, sampling_params, request_id, *args, **kwargs)
         output.extra_fields[CAPTURED] = captured(request.log_probs, top_k)
         return output
 
@@ -82,23 +79,21 @@ class CapturingEngine(wrapt.ObjectProxy):
     """vLLM's engine as `vLLMHttpServer.generate` sees it.
 
     verl builds the sampling parameters with logprobs 0 and keeps the sampled token's alone. The engine's ``generate``
-    is the only place between the two.
+    is the only place between the two. The `Request` comes among the extra arguments, and goes no further.
     """
 
-    def __init__(self, wrapped: "AsyncLLM", requests: dict[str, Request]) -> None:
-        super().__init__(wrapped)
-        self._self_requests = requests
-
     async def generate(
-        self, *, sampling_params: "SamplingParams", request_id: str, **kwargs: Any
+        self, *, sampling_params: "SamplingParams", **kwargs: Any
     ) -> AsyncGenerator["RequestOutput", None]:
-        request = self._self_requests.get(request_id)
+        extra_args = sampling_params.extra_args or {}
+        request: Request | None = extra_args.pop(CAPTURED, None)
         if request is not None:
+            sampling_params.extra_args = extra_args or None
             sampling_params.logprobs = request.top_k
             # Flat lists, and no text of the candidates: the plain form costs an object and a detokenisation for each.
             sampling_params.flat_logprobs = True
             sampling_params.detokenize = bool(sampling_params.stop)
-        generated = self.__wrapped__.generate(sampling_params=sampling_params, request_id=request_id, **kwargs)
+        generated = self.__wrapped__.generate(sampling_params=sampling_params, **kwargs)
         async for output in generated:
             if request is not None:
                 for completion in output.outputs:

@@ -1,12 +1,16 @@
-"""What vLLM's answer holds, as arrays."""
+"""What vLLM's answer holds, as arrays, and that each request gets its own."""
+
+import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from vllm import CompletionOutput, RequestOutput
 from vllm_answers import answer
 
 from cppo_verl.plugin.topk.codec import ABSENT, decode, unpack
-from cppo_verl.plugin.topk.vllm_server import SampledLogProbs, captured
+from cppo_verl.plugin.topk.vllm_server import CAPTURED, CapturingEngine, SampledLogProbs, TopKServer, captured
 
 
 def unpacked(result):
@@ -39,3 +43,61 @@ def test_a_position_with_fewer_candidates_has_absent_ids():
     ids, log_probs = unpacked(captured(answer([(7, -1.0, {3: -0.5, 7: -1.0}), (5, -9.0, {4: -0.5})]), 2))
     assert ids == [[3, 7], [4, ABSENT]]
     assert log_probs[1] == [-0.5, pytest.approx(-32.0)]
+
+
+class Engine:
+    """Answers as vLLM's engine would: each prompt with its own tokens again, all at the same time."""
+
+    def __init__(self, requests):
+        self.all_are_here, self.missing, self.asked = asyncio.Event(), requests, []
+
+    async def generate(self, *, prompt, sampling_params, request_id, **_):
+        self.asked.append((request_id, sampling_params.logprobs, sampling_params.extra_args))
+        self.missing -= 1
+        if not self.missing:
+            self.all_are_here.set()
+        await self.all_are_here.wait()
+        tokens = prompt["prompt_token_ids"]
+        flat = answer([(token, -token / 8, {token: -token / 8}) for token in tokens])
+        completion = CompletionOutput(0, "", tokens, None, flat, finish_reason="stop")
+        yield RequestOutput(request_id, None, tokens, None, [completion], finished=True)
+
+
+async def serve(prompts, **sampling_params):
+    """What verl's server makes of these prompts with one request id, at once."""
+    server = TopKServer.__new__(TopKServer)  # its constructor asks Ray
+    server.config = SimpleNamespace(
+        max_model_len=64, full_determinism=True, seed=0, enable_rollout_routing_replay=False, mtp=None
+    )
+    server.config.get = lambda name, default: default
+    server.model_config = SimpleNamespace(processor=None, lora_rank=0, lora={})
+    server.replica_rank, server.global_steps, server._admitting, server._submission_paused = 0, 1, 0, False
+    server._disaggregation_role = None
+    engine = Engine(len(prompts))
+    server.engine = CapturingEngine(engine)
+    sampling_params = {"max_tokens": 8} | sampling_params
+    outputs = [server.generate(prompt, dict(sampling_params), "det-0") for prompt in prompts]
+    return await asyncio.gather(*outputs), engine.asked
+
+
+def test_requests_of_one_id_at_once_get_their_own_candidates():
+    """With rollout.full_determinism verl's agent loops give many requests one id."""
+    prompts = [[3, 5], [4], [6, 7, 8]]
+    outputs, asked = asyncio.run(serve(prompts, logprobs=1))
+    assert asked == [("det-0", 1, None)] * 3
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.token_ids == prompt
+        ids, log_probs = unpacked(output.extra_fields[CAPTURED])
+        assert ids == [[token] for token in prompt]
+        assert log_probs == [[-token / 8] for token in prompt]
+        assert output.log_probs == output.extra_fields[CAPTURED].sampled_log_prob.tolist()
+
+
+def test_a_request_as_verl_makes_it_is_served_as_verl_serves_it():
+    own = {"mine": 1}
+    (output,), asked = asyncio.run(serve([[3, 5]], logprobs=True, extra_args=own))
+    assert (asked, output.log_probs) == ([("det-0", 0, own)], [-3 / 8, -5 / 8])
+    assert CAPTURED not in output.extra_fields
+    (output,), asked = asyncio.run(serve([[3, 5]], logprobs=1, extra_args=own))
+    assert asked == [("det-0", 1, own)]
+    assert CAPTURED in output.extra_fields
