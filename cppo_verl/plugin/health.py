@@ -132,8 +132,13 @@ class Watch:
         return None
 
     def _tell(self, fault: str) -> None:
-        self.why = f"{fault}{RUN_ENDS}{self.way_out()}"
-        print(f"{LINE}{self.why}", flush=True)
+        try:
+            way_out = self.way_out()
+        except Exception as error:  # a file system that is gone may be what the run waits for
+            way_out = f"how to continue cannot be read: {error}"
+        self.why = f"{fault}{RUN_ENDS}{way_out}"
+        with suppress(OSError):  # nor has a full disk room for this line
+            print(f"{LINE}{self.why}", flush=True)
         threading.Thread(target=_exit_later, name="last resort", daemon=True).start()
 
 

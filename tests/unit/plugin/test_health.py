@@ -1,11 +1,14 @@
 """What a rollout server remembers for the watch, and how long the watch waits."""
 
 import asyncio
+import errno
+import time
 from types import SimpleNamespace
 
 import pytest
 import verl.trainer.ppo.v1.replay_buffer
 
+from cppo_verl.plugin import health
 from cppo_verl.plugin.health import Watch, engine_fault, remember_failed_syncs
 from cppo_verl.plugin.trainer import TrustRegionTrainerSync
 
@@ -40,6 +43,19 @@ def test_a_run_that_stands_still_gets_less_time_once_it_is_asked_to_stop(limits,
     stall_seconds, stop_seconds = limits
     watch = Watch(lambda: None, stall_seconds, lambda: "", lambda: False, stop_seconds)
     assert (f"(trainer.{key})" in (watch._stall(still, since_asked, longest) or "")) == (key is not None)
+
+
+def test_a_run_ends_also_where_its_folder_is_gone_and_its_log_has_no_room(monkeypatch):
+    def fail(code, *_, **__):
+        raise OSError(code, errno.errorcode[code])
+
+    monkeypatch.setattr(health, "INTERVAL", 0.01)
+    monkeypatch.setattr(health, "_actors", dict)
+    monkeypatch.setattr(health, "_exit_later", lambda: None)  # it would end this process
+    monkeypatch.setattr(health, "print", lambda *a, **k: fail(errno.ENOSPC), raising=False)
+    watch = Watch(lambda: None, 0.05, lambda: fail(errno.ESTALE), lambda: False, None)
+    with pytest.raises(RuntimeError, match=r"no progress for 0\.05 s .*; the run ends; how to .*ESTALE"), watch:
+        time.sleep(10)
 
 
 @pytest.fixture
