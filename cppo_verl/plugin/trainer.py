@@ -82,10 +82,10 @@ class TrustRegionTrainer(VerlTrainer):
             capture_top_k(config)
         if not config.trainer.get("val_only", False):
             self.lock = run_lock.hold(config.trainer.default_local_dir)
+            stop_request.forget_answer(config.trainer.default_local_dir)
         checkpoints.check_resume(config)
         if config.actor_rollout_ref.actor.get("checkpoint", {}).get("async_save", False):
             logger.warning("actor.checkpoint.async_save: nobody tells when it has saved, no best checkpoint is kept")
-        stop_request.forget_answer(config.trainer.default_local_dir)
         self.saved_step, self.stopping = None, False
         dump = getattr(method, "dump", None)
         self.token_dump = DumpWriter(config, dump) if dump is not None and dump.every else None
@@ -223,7 +223,9 @@ class TrustRegionTrainer(VerlTrainer):
         super().on_validate_end()
         accuracy = checkpoints.mean_accuracy(self.validation)
         folder, step = os.path.abspath(self.config.trainer.default_local_dir), self.global_steps
-        if accuracy is None or checkpoints.newest(folder) != str(step):
+        # A validation alone holds no lock, and its settings need not be those of the run whose best is compared.
+        alone = self.config.trainer.get("val_only", False)
+        if alone or accuracy is None or checkpoints.newest(folder) != str(step):
             return
         best = checkpoints.best_so_far(folder)
         if best is not None and best["accuracy"] >= accuracy:

@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from cppo_verl.plugin import checkpoints
+from cppo_verl.plugin.trainer import TrustRegionTrainerSync
 
 
 @pytest.fixture
@@ -82,6 +83,29 @@ def test_the_best_survives_verls_rotation_and_the_one_before_goes(tmp_path, monk
         assert checkpoints.best_so_far(tmp_path) == {"step": step, "accuracy": step / 10}
     (tmp_path / "best" / "best.json").write_text('{"step": 6, "acc')
     assert checkpoints.best_so_far(tmp_path) is None
+
+
+@pytest.fixture
+def validated(tmp_path):
+    """A trainer that has just validated its checkpoint of step 6, as (whether it only validates) -> best so far."""
+    checkpoint(tmp_path, 6, "weights")
+    (tmp_path / checkpoints.TRACKER).write_text("6")
+
+    def end_validation(val_only):
+        trainer = TrustRegionTrainerSync.__new__(TrustRegionTrainerSync)
+        trainer.config = OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path), "val_only": val_only}})
+        trainer.global_steps, trainer.validation = 6, {"val-core/aime24/acc/mean@16": 0.5}
+        trainer._everywhere = lambda function: function()  # this machine alone, without Ray
+        trainer.on_validate_end()
+        return checkpoints.best_so_far(tmp_path)
+
+    return end_validation
+
+
+def test_a_validation_alone_is_not_compared_with_the_runs_own(validated, tmp_path):
+    assert validated(val_only=True) is None
+    assert not (tmp_path / "best").exists()
+    assert validated(val_only=False) == {"step": 6, "accuracy": 0.5}
 
 
 def test_sources_of_the_answers(tmp_path):
