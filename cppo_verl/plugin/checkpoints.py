@@ -208,8 +208,8 @@ def link_checkpoint(folder: str | Path, step: int) -> None:
             shutil.copy2(file, target)
 
 
-def forget_others(folder: str | Path, step: int) -> None:
-    """Remove the links of earlier best checkpoints on this machine."""
+def forget_others(folder: str | Path, step: int | None) -> None:
+    """Remove this machine's links of all best checkpoints but that of ``step``; of all if it is None."""
     for other in (Path(folder) / BEST).glob("global_step_*"):
         if other.name != f"global_step_{step}":
             shutil.rmtree(other, ignore_errors=True)

@@ -230,6 +230,8 @@ class TrustRegionTrainer(VerlTrainer):
         best = checkpoints.best_so_far(folder)
         if best is not None and best["accuracy"] >= accuracy:
             return
+        # An attempt that was killed here has left links, perhaps of another checkpoint of this step.
+        self._everywhere(lambda: checkpoints.forget_others(folder, best["step"] if best else None))
         self._everywhere(lambda: checkpoints.link_checkpoint(folder, step))
         checkpoints.write_best(folder, step, accuracy)
         self._everywhere(lambda: checkpoints.forget_others(folder, step))

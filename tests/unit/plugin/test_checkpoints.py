@@ -108,6 +108,21 @@ def test_a_validation_alone_is_not_compared_with_the_runs_own(validated, tmp_pat
     assert validated(val_only=False) == {"step": 6, "accuracy": 0.5}
 
 
+@pytest.mark.parametrize("before", [None, 3])
+def test_links_that_a_killed_attempt_left_are_not_mixed_with_the_best(validated, tmp_path, before):
+    if before:
+        checkpoint(tmp_path, before, "weights")
+        checkpoints.link_checkpoint(tmp_path, before)
+        checkpoints.write_best(tmp_path, before, 0.25)
+    checkpoints.link_checkpoint(tmp_path, 6)
+    (tmp_path / "best" / "global_step_6" / "data.pt").unlink()  # killed before this one
+    checkpoints.unshare(tmp_path, 6)
+    checkpoint(tmp_path, 6, "weights of another attempt")
+    assert validated(val_only=False) == {"step": 6, "accuracy": 0.5}
+    assert contents(tmp_path / "best" / "global_step_6") == contents(tmp_path / "global_step_6")
+    assert [p.name for p in (tmp_path / "best").glob("global_step_*")] == ["global_step_6"]
+
+
 def test_sources_of_the_answers(tmp_path):
     checkpoints.write_sources(tmp_path / "validation", 7, ["u", "v", "u"], ["aime24", "aime25", "aime24"])
     (path,) = (tmp_path / "validation").iterdir()
