@@ -28,6 +28,8 @@ PATIENCE = 20.0
 """Seconds for Ray to answer, and for the run to end once it is told."""
 ON_PURPOSE = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
 """Ray's reasons for the end of an actor that somebody wanted."""
+LEFT = ("exit_actor() is called", "User requested to exit the actor")
+"""What Ray's message says where the actor itself wanted it; the reason is that of a crash then."""
 
 
 class Watch:
@@ -107,7 +109,9 @@ class Watch:
         for key, actor in _actors().items():
             cause = actor["DeathCause"]
             died = cause.actor_died_error_context
-            if actor["State"] != "DEAD" or key in self._dead_before or died.Reason.Name(died.reason) in ON_PURPOSE:
+            left = any(text in died.error_message for text in LEFT)
+            wanted = left or died.Reason.Name(died.reason) in ON_PURPOSE
+            if actor["State"] != "DEAD" or key in self._dead_before or wanted:
                 continue
             _print_last_lines(actor)
             why = (died.error_message or cause.oom_context.error_message or "no reason given").splitlines()[0]

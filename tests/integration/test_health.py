@@ -21,6 +21,7 @@ class Helper:
     async def fall_ill(self): type(self).engine.errored = True
     async def fail_a_sync(self): self.cppo_failed_sync = "RuntimeError"
     async def work(self): time.sleep(1000)
+    async def leave(self): ray.actor.exit_actor()
     async def pid(self): print("my last words", flush=True); return os.getpid()
 
 def run(fault):
@@ -28,15 +29,16 @@ def run(fault):
     signal.signal(signal.SIGINT, at_start)
     # A run that has been told to end is ended with its process after that time: only the last one is to be.
     health.PATIENCE = 2 if fault == "deaf" else 600
-    wanted = Helper.remote()
+    wanted, leaving = Helper.remote(), Helper.remote()
     helper = Helper.options(name=f"vllm_server_{fault}").remote()
     pid = ray.get(helper.pid.remote())
-    ray.get(wanted.pid.remote())
+    ray.get([wanted.pid.remote(), leaving.pid.remote()])
     steps = lambda: None if fault in ("stalled", "asked") else time.monotonic()
     stall_seconds = 3 if fault == "stalled" else None
     try:
         with health.Watch(steps, stall_seconds, lambda: "the same command continues", lambda: fault == "asked", 3):
             ray.kill(wanted)
+            leaving.leave.remote()
             time.sleep(2)
             print("still here", flush=True)
             if fault == "dead": os.kill(pid, 9)
@@ -101,7 +103,7 @@ def test_a_run_that_would_wait_for_ever_ends(request, fault):
     process, said = request.getfixturevalue("background" if fault in IN_THE_BACKGROUND else "foreground")
     assert fault in said, process.stderr
     said = said[fault]
-    assert "still here" in said  # an actor that was let go on purpose ends nothing
+    assert "still here" in said  # an actor that was let go on purpose, or left by itself, ends nothing
     assert FAULTS[fault] in said, process.stderr
     assert "; the run ends; the same command continues" in said
     if fault in ("dead", "engine", "sync"):
