@@ -1,6 +1,7 @@
 """What hydra saved with a run: its settings and overrides."""
 
 import json
+import re
 
 from cppo_verl.artifacts.run_reader import Run
 from cppo_verl.artifacts.saved_config import select
@@ -17,7 +18,11 @@ def settings(run: Run) -> dict[str, str]:
     folder = run.saved("hydra.yaml").get("hydra.runtime.output_dir")
     own = {str(path) for path in (folder, root, root.resolve())} - {"None", "", ".", "/"}
     for name in sorted(own, key=len, reverse=True):
-        flat = {key: value.replace(name, OWN_FOLDER) for key, value in flat.items()}
+        # Whole names only, as a run beside one called outputs/a may be outputs/ab. One part alone, such as the 0 of
+        # hydra's sweeps, may be any value, and is a folder only where a path begins with it.
+        before, after = (r"(?<![\w.-])", r"(?![\w.-])") if "/" in name else (r"(?<![\w./-])", "(?=/)")
+        place = re.compile(before + re.escape(name) + after)
+        flat = {key: place.sub(OWN_FOLDER, value) for key, value in flat.items()}
     return flat
 
 
