@@ -141,7 +141,8 @@ def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
     except OSError as error:
         notes.append(f"{file.name}: {error.strerror}")
         return
-    for line in filter(str.strip, text.splitlines()):
+    # verl writes answers as they are, and `splitlines` would end a line at signs in them, such as U+2028.
+    for line in filter(str.strip, text.split("\n")):
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from run_folders import validation, write, write_damaged_answers
+from run_folders import answer, validation, write, write_damaged_answers
 
 from cppo_verl.artifacts.run_reader import OLD_RECORD, read_generations, read_run, read_runs
 
@@ -111,6 +111,16 @@ def test_generations_are_grouped_by_problem_and_benchmark(tmp_path):
     assert len(answers.notes) == 2
     with pytest.raises(FileNotFoundError, match="no generations of step 6"):
         read_generations(tmp_path, 6)
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_no_sign_in_an_answer_ends_its_line(sign, tmp_path):
+    """verl leaves in its dumps what is no ASCII, and Unicode has more ends of lines than JSON's."""
+    records = [json.loads(answer("u", sample, f"a{sign}b", float(sample))) for sample in range(2)]
+    write(tmp_path / "5.jsonl", *(json.dumps(record, ensure_ascii=False) for record in records))
+    (tmp_path / "5.sources.json").write_text('{"u": "aime24"}')
+    answers = read_generations(tmp_path, 5)
+    assert answers.accuracy() == {("aime24", f"a{sign}b"): 0.5} and answers.notes == []
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 100_000, "\xff"])
