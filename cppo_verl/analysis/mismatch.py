@@ -69,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"--output {args.output}: {error.strerror}; name a folder that can be written to", file=sys.stderr)
+        return 2
     print(found.table().terminal(found.caption()))
     print("\n" + "\n".join(found.advice(config)))
     return int(found.masks)

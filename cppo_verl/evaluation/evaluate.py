@@ -49,12 +49,17 @@ def run(args: argparse.Namespace) -> int:
             print(f"{result} is there: showing it; --force evaluates again")
             print(show(held))
             return 0
+        if not asked["command"]:
+            raise ValueError(f"no result in {output} to show: give the training run's arguments, after --, for one")
         if args.checkpoint:
             refuse_objects(Path(asked["checkpoint"]) / WEIGHTS)
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--output {args.output}: {error.strerror}; name a folder that can be written to", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    output.mkdir(parents=True, exist_ok=True)
     result.unlink(missing_ok=True)
     if args.checkpoint:
         link_weights(Path(asked["checkpoint"]), linked(args, output))
@@ -102,7 +107,7 @@ def held_result(result: Path, asked: dict) -> dict | None:
         held = json.loads(result.read_text())
         there = {key: held.get(key) for key in asked}
         show(held)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{result} is damaged ({error!r}): move it, or --force to evaluate again") from error

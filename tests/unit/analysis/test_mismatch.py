@@ -134,6 +134,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
         (["--", *QUICKSTART, "actor_rollout_ref.rollout.top_p=0.9"], "truncates the sampling distribution"),
         (["--output", str(tmp_path / "run" / "m"), "--", *QUICKSTART], "is within the run"),
         (["--output", str(tmp_path / "other"), "--", *QUICKSTART], "holds what this command has not made"),
+        (["--output", str(tmp_path / "other" / "file"), "--", *QUICKSTART], "file: Not a directory; name a folder"),
+        (["--output", str(tmp_path / "other" / "file" / "m"), "--", *QUICKSTART], "m: Not a directory; name a folder"),
     ):
         assert main(["mismatch", *arguments]) == 2
         assert said in capsys.readouterr().err

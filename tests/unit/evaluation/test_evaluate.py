@@ -106,6 +106,23 @@ def test_an_output_within_a_run_is_refused_and_one_beside_it_is_not(evaluated, m
     assert main(["evaluate", "--output", str(output), *arguments]) == 0
 
 
+@pytest.mark.parametrize("below", [".", "scores"])
+def test_an_output_that_can_be_no_folder_is_named(below, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / below
+    assert main(["evaluate", "--output", str(output), "--", "data.seed=1"]) == 1
+    assert f"--output {output}: Not a directory; name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_nothing_is_started_without_a_command(with_checkpoint, evaluated, tmp_path, capsys):
+    _, arguments, _ = evaluated
+    output = tmp_path / "new"
+    assert main(["evaluate", "--output", str(output), *arguments[: 2 * with_checkpoint]]) == 1
+    assert f"no result in {output} to show: give the training run's arguments, after --" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_verl_is_shown_the_weights_of_a_checkpoint_and_nothing_else(evaluated, tmp_path):
     _, _, weights = evaluated
     (weights.parents[1] / "data.pt").touch()
