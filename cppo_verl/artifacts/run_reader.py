@@ -114,7 +114,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
             twice = f"step {step} was validated twice; {folder} counts"
             _merge(run.steps.setdefault(step, {}), values, twice, run.notes)
     run.steps = dict(sorted(run.steps.items()))
-    _read_config(path if path.is_dir() else path.parent, run, label)
+    _read_config(path, run, label)
     if path.is_dir():
         # verl's dumps of training responses look the same, but have no sources beside them.
         dumps = sorted({p.parent for p in path.rglob("*.jsonl") if p.stem.isdigit()})
@@ -181,9 +181,11 @@ def _metrics(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, floa
         notes.append(f"{file.name}: values of {shown} that are not finite were skipped")
 
 
-def _read_config(folder: Path, run: Run, label: str | None) -> None:
+def _read_config(path: Path, run: Run, label: str | None) -> None:
     """Take label, seed and last step from what hydra saved with the run."""
-    saved = sorted(folder.rglob("hydra.yaml"))
+    folder = path if path.is_dir() else path.parent
+    # What lies further below a single file's folder may be another run's.
+    saved = sorted(folder.rglob("hydra.yaml") if folder == path else folder.glob("*/hydra.yaml"))
     if not saved:
         return
     run.config = saved[0].with_name("config.yaml")

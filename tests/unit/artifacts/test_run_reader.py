@@ -103,6 +103,19 @@ def test_label_seed_and_last_step_come_from_hydras_files(tmp_path):
     assert "config.yaml: not readable (ParserError)" in read_run(tmp_path).notes[0]
 
 
+@pytest.mark.parametrize("hydra", ["hydra", ".hydra"])
+def test_a_metrics_file_has_the_config_beside_it_and_no_other_runs(hydra, tmp_path):
+    file = write(tmp_path / "mine.jsonl", validation(0, aime24=0.1))
+    for folder, method in (("", "cppo"), ("a/other", "dppo")):
+        saved = tmp_path / folder / hydra
+        write(saved / "hydra.yaml", f"hydra: {{runtime: {{choices: {{method: {method}}}}}}}")
+        write(saved / "config.yaml", "{data: {seed: 3}, trainer: {total_training_steps: 40}}")
+    assert (read_run(file).label, read_run(file).seed) == ("cppo", 3)
+    (tmp_path / hydra / "hydra.yaml").unlink()
+    run = read_run(file)
+    assert (run.label, run.seed, run.t_stop, run.config) == ("mine", None, None, None)
+
+
 def test_generations_are_grouped_by_problem_and_benchmark(tmp_path):
     write_damaged_answers(tmp_path)
     answers = read_generations(tmp_path, 5)
