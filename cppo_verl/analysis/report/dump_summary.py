@@ -1,5 +1,6 @@
 """What a report takes from a run's token dump: sums by step and position, and a few responses to draw."""
 
+import math
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -83,7 +84,7 @@ def _chosen(dump: TokenDump) -> list[ChosenResponse]:
 
 
 def token_threshold(header: dict) -> float | None:
-    """delta of the method in a dump's header; None if it has none."""
+    """delta of the method in a dump's header; None if it has none, or one that bounds nothing."""
     method = header.get("method")
     delta = method.get("delta") if isinstance(method, dict) else None
-    return float(delta) if isinstance(delta, int | float) else None
+    return float(delta) if isinstance(delta, int | float) and math.isfinite(delta) else None

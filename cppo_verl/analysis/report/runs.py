@@ -1,5 +1,6 @@
 """The runs of a report: their names, configs and token dumps, and which of them are drawn as one line."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,13 +56,13 @@ class ReportedRun:
 
     @property
     def thresholds(self) -> tuple[float, float] | None:
-        """delta and w_min; None if its loss has none or the config is not readable."""
+        """delta and w_min; None if its loss has none, delta bounds nothing, or the config is not readable."""
         values = [self.settings.get(f"{LOSS}.{key}", "") for key in ("delta", "w_min")]
         try:
             delta, w_min = map(float, values)
         except ValueError:
             return None
-        return (delta, w_min) if self.settings.get(f"{LOSS}.loss_mode") == "cppo" else None
+        return (delta, w_min) if self.settings.get(f"{LOSS}.loss_mode") == "cppo" and math.isfinite(delta) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import oracle
 from report_runs import drawn, dump, make, read
-from token_dumps import DELTA, DELTA_B, W_MIN, make_response
+from token_dumps import DELTA, DELTA_B, W_MIN, make_response, save
 
 from cppo_verl.analysis.report import token_panels
 from cppo_verl.analysis.report.drawing import draw
@@ -67,3 +67,18 @@ def test_a_long_response_is_drawn_with_its_masked_and_largest_tokens(tmp_path):
     marked = [x for line in figure.axes.lines if line.get_gid() == "budget" for x in line.get_xdata()]
     assert marked == [101, 5001]
     assert len(figure.svg()) < 150_000
+
+
+def test_threshold_that_bounds_nothing_is_not_drawn(tmp_path):
+    """A divergence without an upper bound may have an infinite delta."""
+    folder = make(tmp_path, answers=False)
+    config = folder / "hydra" / "config.yaml"
+    config.write_text(config.read_text().replace("delta: 0.05", "delta: .inf"))
+    (folder / "tokens").mkdir()
+    infinite = np.full(40, np.inf, dtype=np.float32)
+    method = {"loss_mode": "cppo", "delta": math.inf, "w_min": 0.8}
+    save(folder / "tokens", 3, [make_response(i, threshold=infinite) for i in range(4)], method=method)
+    made = page_values(read(folder))
+    assert not [name for name in drawn(made) if name.startswith("thresholds_")]
+    (by_position,) = [panel for panel in made["sections"]["divergence"] if panel.title.startswith("Mean D_t by pos")]
+    assert by_position.thresholds == {}
