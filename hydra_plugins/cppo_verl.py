@@ -1,13 +1,16 @@
 """hydra's plug-ins of cppo_verl. Every hydra application of the environment imports this file: nothing heavy here."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
+from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 class ConfigGroups(SearchPathPlugin):
@@ -25,6 +28,14 @@ class Processes(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader, self.config = hydra_context.config_loader, config
+        try:
+            config.hydra.sweep.dir  # noqa: B018  the sweeper reads it next
+        except OmegaConfBaseException as error:
+            written = cast(dict, OmegaConf.to_container(config.hydra.sweep))["dir"]
+            raise CompactHydraException(
+                f"hydra.sweep.dir={written} leads to no folder: give what it refers to one value, one with a comma "
+                "in quotes within quotes (\"output='a,b'\"), or add hydra.sweep.dir=FOLDER"
+            ) from error
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from cppo_verl.launch.hydra_launcher import sweep

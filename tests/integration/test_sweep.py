@@ -209,6 +209,17 @@ def test_a_damaged_record_stops_the_sweep_with_the_files_name(tmp_path):
     assert not (tmp_path / "out" / "kind=b").exists()
 
 
+@pytest.mark.parametrize("output", [[], ["output=a,b"]])
+def test_a_sweep_without_one_folder_is_told_how_to_name_it(tmp_path, output):
+    result = Sweep(tmp_path, "-m", "seed=1,2", *output).finish()
+    assert result.code == 1
+    assert "hydra.sweep.dir=${output} leads to no folder: give what it refers to one value" in result.text
+    assert "Traceback" not in result.text
+    # as the message says
+    named = Sweep(tmp_path, "-m", "seed=1", "output='a,b'").finish()
+    assert named.code == 0 and (tmp_path / "a,b" / "run" / RECORD).exists(), named.text
+
+
 def test_hydras_basic_launcher_is_refused_before_ray_starts_with_the_overrides_to_add(tmp_path):
     command = ["-m", *GRPO, "+method=cppo,dppo", f"hydra.sweep.dir={tmp_path / 'out'}"]
     result = Sweep(tmp_path, *command, module="verl.trainer.main_ppo").finish()
