@@ -140,12 +140,16 @@ def check_cluster(report: "Report", config: DictConfig | None, distributions: li
 
 
 def check_worker(report: "Report", config: DictConfig | None, distributions: list[str]) -> None:
-    """Start Ray on this machine, as the command would, and ask one of its workers.
+    """Start a Ray of its own on this machine, whatever cluster there is, and ask one of its workers.
 
     It has other packages than this process where ``ray_kwargs.ray_init.runtime_env`` says so, as where verl's workers
     are started by `uv run`.
     """
-    _start_ray(config, num_cpus=1, include_dashboard=False)
+    try:
+        _start_ray(config, address="local", num_cpus=1, include_dashboard=False)
+    except Exception as error:  # Ray's own have no common class
+        report.say("FAIL", "Ray", f"{_first_line(error)}; see ray_kwargs.ray_init.runtime_env, or give --no-ray")
+        return
     try:
         _report_answer(report, "a Ray worker", _task().remote(_versions(distributions), *NOTHING))
     finally:

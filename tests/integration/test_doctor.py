@@ -97,9 +97,16 @@ def test_a_system_library_that_vllm_lacks_is_named(tmp_path):
     assert f"{tmp_path}/libnuma.so.1: file too short: install the system library libnuma1" in failure
 
 
-def test_a_ray_worker_is_asked_too(capsys):
+def test_a_ray_worker_is_asked_too(capsys, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # a cluster's, which --cluster asks
     assert main(["doctor"]) == 0
     assert re.search("ok    a Ray worker +the same versions as here, the plug-in registered", capsys.readouterr().out)
+
+
+def test_a_runtime_environment_that_ray_refuses_is_named(capsys):
+    assert main(["doctor", *COMMAND, "++ray_kwargs.ray_init.runtime_env={working_dir: /nowhere}"]) == 1
+    (failure,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert "/nowhere" in failure and "see ray_kwargs.ray_init.runtime_env" in failure
 
 
 def test_a_worker_that_another_python_starts_is_told_what_it_lacks(tmp_path):
