@@ -60,8 +60,11 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         report.say("FAIL", "verl", f"{error}: install 'cppo-verl[gpu]', or run `make install` for the CPU")
         return 1
-
-    platform = get_platform()
+    try:
+        platform = get_platform()
+    except ValueError as error:
+        report.say("FAIL", "device", f"VERL_PLATFORM={os.environ.get('VERL_PLATFORM')}: {error}")
+        return 1
     _device(report, platform)
     config = None
     try:
@@ -192,6 +195,8 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
     from hydra.core.hydra_config import HydraConfig
     from verl.trainer.main_ppo import main
 
+    if several := {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(f"{several.pop()} asks for several runs: leave it out, and give each key one run's value")
     argv, printed, complaints = sys.argv, io.StringIO(), io.StringIO()
     sys.argv = ["main_ppo", *arguments, "--cfg", "all"]  # hydra prints the config instead of starting the trainer
     try:

@@ -53,6 +53,7 @@ def test_the_size_of_the_top_k_capture_is_reported(doctor):
         (["actor_rollout_ref.actor.policy_loss.w_min=2"], "w_min=2 is not permitted: a number in (0, 1]"),
         (["data.train_files=/nowhere/train.parquet"], "data.train_files=/nowhere/train.parquet does not exist"),
         (["actor_rollout_ref.model.pth=x"], "Could not override 'actor_rollout_ref.model.pth'"),
+        (["--", "-m", "trainer.nnodes=1,2"], "-m asks for several runs: leave it out, and give each key one"),
         (["trainer.device=cuda"], "cuda, but this environment runs on cpu: add +platform=cpu to the command"),
     ],
 )
@@ -60,6 +61,13 @@ def test_a_setting_that_would_break_a_run_fails_with_the_way_out(doctor, overrid
     code, out = doctor(*COMMAND, *overrides)
     assert code == 1
     assert finding in out
+
+
+def test_an_unknown_platform_is_named():
+    command = [sys.executable, "-m", "cppo_verl", "doctor", "--no-ray"]
+    result = subprocess.run(command, env=os.environ | {"VERL_PLATFORM": "cup"}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "FAIL  device                  VERL_PLATFORM=cup: Unknown platform 'cup'. Registered:" in result.stdout
 
 
 def test_a_command_without_a_method_fails(doctor):

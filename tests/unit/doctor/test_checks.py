@@ -62,7 +62,7 @@ def test_the_folder_on_the_search_path_of_the_command_line_is_used(tmp_path):
         (["--config-name", "nothing"], "Cannot find primary config 'nothing'"),
         (["+method=nothing"], "Could not find 'method/nothing'"),
         (["trainer.nnodes=1,2"], "Ambiguous value for argument 'trainer.nnodes=1,2'"),
-        (["-m", "trainer.nnodes=1,2"], "Only one of --run, --multirun, --cfg"),
+        (["--multirun"], "--multirun asks for several runs: leave it out, and give each key one run's value"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
