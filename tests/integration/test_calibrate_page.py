@@ -174,6 +174,11 @@ def test_what_is_not_there_or_says_nothing_of_its_run(run, tmp_path):
 
 def test_a_page_of_this_command_is_replaced_and_no_other_file(run, dump, tmp_path):
     page = tmp_path / "page" / "c.html"
+    page.parent.touch()
+    code, out, err = run(dump)
+    assert code == 2 and "trust_region.delta=" in out
+    assert f"--output {page}, figures in {page.parent}/c_figures: [Errno 17] File exists: '{page.parent}'" in err
+    page.parent.unlink()
     page.parent.mkdir()
     page.write_text("mine")
     code, _, err = run(dump)

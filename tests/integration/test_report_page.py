@@ -64,6 +64,17 @@ def test_only_an_earlier_report_is_replaced(tmp_path, capsys):
     assert "Training report: mine" in page.read_text() and (tmp_path / "f" / "reward.png").exists()
 
 
+@pytest.mark.parametrize(("output", "figures"), [("file/page.html", "f"), ("page.html", "file")])
+def test_a_place_that_cannot_be_written_to_is_named(output, figures, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    run = write(tmp_path / "m.jsonl", json.dumps({"step": 7, "data": {"critic/score/mean": 0.5}}))
+    output, figures = tmp_path / output, tmp_path / figures
+    assert main(["report", str(run), "--output", str(output), "--figures", str(figures)]) == 2
+    err = capsys.readouterr().err
+    assert f"--output {output}, figures in {figures}: [Errno 17] File exists: '{tmp_path}/file'" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 HOSTILE = ("$x$ ^{", "<b>&'\"", "\u202eעברית", "a\x07\udcff")
 
 

@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Print thresholds to paste and write the page.
 
     Returns:
-        1 if no thresholds do what is wanted, 2 if there is nothing to read or an argument is wrong, else 0.
+        1 if no thresholds do what is wanted, 2 if there is nothing to read, an argument is wrong or the page cannot be
+        written, else 0.
     """
     from cppo_verl.analysis.calibrate import figures
     from cppo_verl.analysis.calibrate.page import Results, page_values
@@ -81,9 +82,13 @@ def run(args: argparse.Namespace) -> int:
     _print(values)
     drawn = figures.draw(results)
     folder = args.output.with_name(f"{args.output.stem}_figures")
-    for figure in drawn:
-        figure.save(folder)
-    write_page(args.output, "calibrate", figures=drawn, **values)
+    try:
+        for figure in drawn:
+            figure.save(folder)
+        write_page(args.output, "calibrate", figures=drawn, **values)
+    except OSError as error:
+        print(f"--output {args.output}, figures in {folder}: {error}; name another", file=sys.stderr)
+        return 2
     print(f"\npage      {args.output}\npictures  {folder}")
     return 0
 

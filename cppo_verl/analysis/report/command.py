@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the page and the figures.
 
     Returns:
-        2 if there is no run to read or the page may not be written, else 0.
+        2 if there is no run to read or the page may not or cannot be written, else 0.
     """
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
     from cppo_verl.artifacts.run_reader import labelled, read_runs
@@ -53,10 +53,14 @@ def run(args: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
         values = page_values(runs, [*unequal(runs), *notes], args.tokenizer)
         figures = {id: [draw(x) for x in items if isinstance(x, Panel)] for id, items in values["sections"].items()}
-        write_page(args.output, "report", figures=figures, **values)
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
-        for figure in chain.from_iterable(figures.values()):
-            figure.save(folder)
+        try:
+            write_page(args.output, "report", figures=figures, **values)
+            for figure in chain.from_iterable(figures.values()):
+                figure.save(folder)
+        except OSError as error:
+            print(f"--output {args.output}, figures in {folder}: {error}; name others", file=sys.stderr)
+            return 2
     print_notes(values["notes"])
     count = sum(map(len, figures.values()))
     print(f"{args.output}: {counted(len(runs), 'run')}, {counted(count, 'figure')}, each as PNG and SVG in {folder}")
