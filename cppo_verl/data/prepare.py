@@ -82,6 +82,8 @@ def prepare(args: argparse.Namespace) -> None:
     """
     folder = args.output or Path("data") / args.dataset.replace("-", "_")
     names = FILES[args.dataset]
+    if args.drop_contaminated and not args.against and "validation" not in names:
+        raise ValueError(f"--drop-contaminated of {args.dataset} needs the validation files: --against FILE")
     places: dict[str, list[Place]] = {}
     if args.dataset != "reasoning-gym":
         parts_read = args.years if args.dataset == "aime" else HUB[args.dataset]

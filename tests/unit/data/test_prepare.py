@@ -26,6 +26,12 @@ from cppo_verl.data import reasoning_gym as rg
 from cppo_verl.data.sources import HUB
 
 
+def test_contaminated_prompts_are_not_dropped_without_a_word_on_what_they_are(planted, tmp_path, capsys):
+    assert run("dapo", "--source", planted, "--output", tmp_path / "out", "--drop-contaminated") == 1
+    said = "prepare dapo: --drop-contaminated of dapo needs the validation files: --against FILE"
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_dapo_keeps_the_first_row_of_each_prompt_with_a_single_answer(planted, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "prepare", "dapo", "--source", "a b"])
     out = tmp_path / "out"
@@ -193,7 +199,7 @@ def test_the_same_request_writes_nothing_again_and_another_is_refused(planted, t
     planted = planted.rename(tmp_path / "dapo.parquet")
     arguments = ("dapo", "--source", planted, "--output", out)
     assert run(*arguments) == 0
-    assert run(*arguments, "--drop-contaminated") == 1
+    assert run(*arguments, "--against", planted, "--drop-contaminated") == 1
     assert "drop_contaminated was False, is True" in capsys.readouterr().err
     write(planted, rows(planted)[:2])
     assert run(*arguments) == 1
