@@ -58,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
         for note in item.notes:
             print(f"{item.path}: {note}", file=sys.stderr)
     if args.settings:
+        if args.runs and not runs:
+            print("no run to read the settings of", file=sys.stderr)
+            return 1
         models = paper_results.MODELS if args.paper == ALL else [args.paper] if args.paper else []
         print(FORMATS[args.format](*settings_of(runs, models)))
         return 0
@@ -92,7 +95,8 @@ def score(
             groups[item.label].append((item, selection))
         else:
             has = ", ".join(_benchmarks([item], None)) or "none"
-            skipped = f"left out, no step validated on {', '.join(benchmarks)} (it has {has})"
+            steps = "" if last is None else f" up to {last}"
+            skipped = f"left out, no step{steps} validated on {', '.join(benchmarks)} (it has {has})"
             print(f"{item.path}: {skipped}", file=sys.stderr)
     return dict(groups)
 

@@ -77,6 +77,12 @@ def test_table_names_the_runs_that_cannot_be_scored_and_shows_the_rest(three_see
     assert f"{other}: left out, no step validated on aime24, aime25 (it has gsm8k)" in err
     assert "skipped: no run at" in err
     assert main(["table", str(other), "--benchmarks", "aime24"]) == 1
+    late = write(tmp_path / "late.jsonl", validation(10, gsm8k=0.5))
+    assert main(["table", str(late), "--t-stop", "5"]) == 1
+    assert f"{late}: left out, no step up to 5 validated on gsm8k (it has gsm8k)" in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "nowhere"), "--settings", "--paper", "qwen3_8b_base"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "no run to read the settings of" in err
     assert main(["table", "--paper", "qwen3_8b_base", "--format", "csv"]) == 0
     assert "cppo,0,not run,not run,not run,not run,,,,34.58,30.00,28.75,31.11" in capsys.readouterr().out
 
