@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and on stderr what was skipped and what to be wary of; return 1 if there is nothing to print."""
+    if not 0 <= args.collapse_share <= 1:
+        print(f"--collapse-share={args.collapse_share} is no share: give a number from 0 to 1", file=sys.stderr)
+        return 1
     runs = []
     for text in args.runs:
         try:

@@ -133,6 +133,14 @@ def of_scale(folder, scale, accuracies, swept=()):
     return str(folder)
 
 
+@pytest.mark.parametrize("share", ["50", "-0.5", "nan"])
+def test_a_collapse_share_that_is_none_is_refused(share, three_seeds, capsys):
+    """Under 50, which may mean per cent, every run would have collapsed."""
+    assert main(["table", *three_seeds, f"--collapse-share={share}"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and f"--collapse-share={float(share)} is no share: give a number from 0 to 1" in err
+
+
 def test_all_models_stand_in_one_matrix(tmp_path, capsys):
     runs = [
         of_scale(tmp_path / "a", "qwen3_1.7b", [0.2, 0.5]),
