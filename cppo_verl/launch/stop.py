@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cppo_verl.artifacts.run_lock import LOCK
 from cppo_verl.artifacts.stop_request import request_stop
 
 
@@ -21,5 +22,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"the run was not asked to stop: {error}", file=sys.stderr)
         return 1
+    if not (args.folder / LOCK).exists():  # one that is only starting has none yet
+        where = f"unless one is starting there, {args.folder} is not its trainer.default_local_dir"
+        print(f"no run has begun in {args.folder}: {where}", file=sys.stderr)
     print(f"asked the run in {args.folder} to end after its step, with a checkpoint")
     return 0
