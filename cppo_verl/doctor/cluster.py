@@ -190,7 +190,11 @@ def _check_nodes(
         _check_slots(report, nodes, config.trainer)
         model, logger = config.actor_rollout_ref.model.path, config.trainer.logger
         hub_model = None if model.startswith(("/", "./", "../", "~")) or "://" in model else model
-        folder, need = os.path.abspath(config.trainer.default_local_dir), _checkpoint_share(model, expected)
+        folder, need = os.path.abspath(config.trainer.default_local_dir), LEAST_FREE
+        try:
+            need = _checkpoint_share(model, expected)
+        except ValueError as error:
+            report.say("FAIL", "model", str(error))
         wandb = "wandb" in ([logger] if isinstance(logger, str) else logger)
         needed = (local_files(config), hub_model, folder, need, wandb)
     task = _task()
@@ -237,13 +241,21 @@ def _alive(expected: int, patience: float) -> list[dict]:
 
 
 def _checkpoint_share(model: str, nodes: int) -> int:
-    """Bytes that one checkpoint takes on each node: every rank writes its own shards."""
-    from safetensors import safe_open
+    """Bytes that one checkpoint takes on each node: every rank writes its own shards.
+
+    Raises:
+        ValueError: a file of weights is not readable.
+    """
+    from safetensors import SafetensorError, safe_open
 
     parameters = 0
     for file in Path(os.path.expanduser(model)).glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is cut off, or a pointer of Git LFS: download it again ({error})") from error
+        parameters += sum(map(math.prod, shapes))
     return parameters * BYTES_PER_PARAMETER // nodes or LEAST_FREE
 
 
