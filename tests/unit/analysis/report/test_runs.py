@@ -77,6 +77,15 @@ def test_a_run_of_an_older_version_is_named_with_what_the_report_lacks(tmp_path)
     assert page_values(read(make(tmp_path / "new", answers=False)))["notes"] == ["cppo: " + NO_DUMP]
 
 
+def test_tokens_of_an_attempt_that_was_given_up_are_left_out(tmp_path):
+    """Its metrics are, and a run that goes on from an earlier checkpoint writes over its dumps one by one."""
+    for step in (3, 9):
+        dump(make(tmp_path, steps=5, answers=False), step)
+    (item,) = reported(read(tmp_path))
+    assert list(item.dumped.entropy.index) == list(item.dumped.relative_error.index) == [3]
+    assert "tokens dumped at step 9 are left out: the metrics end at step 5" in " ".join(item.notes)
+
+
 def test_making_and_drawing_a_report_does_not_change_the_runs(tmp_path):
     dump(make(tmp_path / "a"))
     runs = read(tmp_path / "a")
