@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"cppo_verl.{COMMANDS[chosen][0]}")
             parsers[chosen].description = module.__doc__
             module.add_arguments(parsers[chosen])
-            return module.run(parser.parse_args(arguments))
+            code = module.run(parser.parse_args(arguments))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return 1
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "cppo_verl":
             raise
