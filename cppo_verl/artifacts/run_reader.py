@@ -144,7 +144,7 @@ def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
     # verl writes answers as they are, and `splitlines` would end a line at signs in them, such as U+2028.
     for line in filter(str.strip, text.split("\n")):
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_int=_whole)
         except (json.JSONDecodeError, RecursionError):
             record = None
         cut_off = not isinstance(record, dict)
@@ -154,6 +154,11 @@ def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
     if bad:
         end = "; the last is cut off: a run killed, or still being written" if cut_off else ""
         notes.append(f"{file.name}: {bad} line(s) are not JSON objects and were skipped{end}")
+
+
+def _whole(digits: str) -> int | float:
+    """A JSON number; of one so long that Python refuses to read it, or to make a float of it, the infinite float."""
+    return int(digits) if len(digits) < 300 else float(digits)
 
 
 def _metrics(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, float]]]:

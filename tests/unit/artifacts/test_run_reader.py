@@ -43,6 +43,8 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
         '{"stop": 6}',
         '{"step": "7", "data": {}}',
         "[" * 100_000,
+        '{"step": 6, "data": {"huge": 1' + "0" * 400 + "}}",
+        '{"step": 6, "data": {"huge": -1' + "0" * 5000 + "}}",
         validation(10, aime24=0.2),
         validation(20, aime24=0.5)[:-9],
         end="",
@@ -53,7 +55,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     notes = "\n".join(run.notes)
     assert "3 line(s) are not JSON objects and were skipped; the last is cut off: a run killed, or still" in notes
     assert "2 line(s) without a step and data were skipped" in notes
-    assert "values of loss, val-core/aime24/acc/mean@16 that are not finite were skipped" in notes
+    assert "values of huge, loss, val-core/aime24/acc/mean@16 that are not finite were skipped" in notes
 
 
 def test_a_folder_of_runs_is_not_taken_for_one(tmp_path):
