@@ -118,8 +118,8 @@ def _installed(name: str) -> str | None:
 
 
 def rollout_package(config: DictConfig | None) -> str:
-    """The distribution of the command's rollout engine; vLLM's without a command."""
-    name = "vllm" if config is None else config.actor_rollout_ref.rollout.name
+    """The distribution of the command's rollout engine; vLLM's where no command names one."""
+    name = OmegaConf.select(config or OmegaConf.create(), "actor_rollout_ref.rollout.name", default="vllm")
     return {"sglang": "sglang", "trtllm": "tensorrt-llm"}.get(name, "vllm")
 
 
