@@ -64,6 +64,7 @@ def test_a_recipe_shrinks_in_size_and_changes_platform_and_nothing_else(shrink, 
         omega_conf_to_dataclass(shrunk.actor_rollout_ref[part])
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert SIZES <= changed <= SIZES | leaves(OmegaConf.load(PLATFORM)).keys()
+    assert "actor_rollout_ref.model.use_remove_padding" not in changed  # packed, as the recipes are
     updates = [c.data.train_batch_size / c.actor_rollout_ref.actor.ppo_mini_batch_size for c in (recipe, shrunk)]
     assert updates[0] == updates[1] > 1
 
