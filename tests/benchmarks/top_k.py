@@ -172,7 +172,7 @@ def rollout(args):
         )
     finally:
         ray.shutdown()
-    print(f"{requests} requests of {length} tokens at once, median of 5")
+    print(f"{requests} requests of {length} tokens at once, median of 9")
     for name, seconds in times.items():
         print(f"{name:14}{requests * length / median(seconds):10.0f} tokens/s")
     print(f"capture over sampled only: {1 / ratio(times, 'capture', 'sampled only'):.2f}")
