@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cppo_verl.artifacts.folders import files_below
 from cppo_verl.artifacts.saved_config import flattened, load, select
 from cppo_verl.artifacts.sweep_record import RECORD, read_record
 
@@ -67,7 +68,7 @@ def labelled(text: str) -> tuple[Path, str | None]:
 
 def read_runs(path: Path, label: str | None = None) -> list[Run]:
     """Read the run at ``path``, or all runs below it if hydra saved several; FileNotFoundError if there is none."""
-    roots = sorted({file.parent.parent for file in path.rglob("hydra.yaml")}) if path.is_dir() else []
+    roots = sorted({file.parent.parent for file in files_below(path, "hydra.yaml")}) if path.is_dir() else []
     if len(roots) < 2 and not any((root / RECORD).exists() for root in roots):
         return [read_run(path, label)]
     runs = []
@@ -90,7 +91,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     """
     if not path.exists():
         raise FileNotFoundError(f"no run at {path}: give the folder of a run, or a metrics file")
-    files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"), key=_attempt)
+    files = [path] if path.is_file() else sorted(files_below(path, "*.jsonl"), key=_attempt)
     run = Run(path, label or (path.stem if path.is_file() else path.resolve().name))
     found: dict[str, dict[int, dict[str, float]]] = {}  # {folder: its steps}
     for file in files:
@@ -117,7 +118,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     _read_config(path, run, label)
     if path.is_dir():
         # verl's dumps of training responses look the same, but have no sources beside them.
-        dumps = sorted({p.parent for p in path.rglob("*.jsonl") if p.stem.isdigit()})
+        dumps = sorted({p.parent for p in files_below(path, "*.jsonl") if p.stem.isdigit()})
         run.generations = next((d for d in dumps if any(d.glob(f"*{SOURCES_SUFFIX}"))), dumps[0] if dumps else None)
     return run
 
@@ -190,7 +191,7 @@ def _read_config(path: Path, run: Run, label: str | None) -> None:
     """Take label, seed and last step from what hydra saved with the run."""
     folder = path if path.is_dir() else path.parent
     # What lies further below a single file's folder may be another run's.
-    saved = sorted(folder.rglob("hydra.yaml") if folder == path else folder.glob("*/hydra.yaml"))
+    saved = sorted(files_below(folder, "hydra.yaml") if folder == path else folder.glob("*/hydra.yaml"))
     if not saved:
         return
     run.config = saved[0].with_name("config.yaml")

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cppo_verl.artifacts.folders import files_below
+
 FORMAT = 1
 HEADER = b"cppo_verl"
 """Key of the file's metadata under which its header is stored, as JSON."""
@@ -196,7 +198,7 @@ def read_tokens(path: Path) -> TokenDump:
     Raises:
         FileNotFoundError: there is no such path, or the folder holds no file of a dump.
     """
-    files = [path] if path.is_file() else sorted(path.rglob(PATTERN))
+    files = [path] if path.is_file() else sorted(files_below(path, PATTERN))
     if not files:
         raise FileNotFoundError(
             f"no token dump at {path}: expected {PATTERN}, which a run with trust_region.dump.every=10 writes"
