@@ -70,10 +70,15 @@ def arm_of(cell: Cell) -> str | None:
     return None if share == results.MAIN_ARM["share"] else f"share-{share}"
 
 
+def mean_over_tokens(cell: Cell, column: str) -> float:
+    """Mean of a column of means over all tokens that were trained on, as a later step of a run has fewer."""
+    rows = cell.rows
+    return float((rows[column] * rows["tokens"]).sum() / max(1, rows["tokens"].sum()))
+
+
 def masked_share(cell: Cell) -> float:
     """Share of all tokens that were trained on."""
-    rows = cell.rows
-    return float((rows["masked"] * rows["tokens"]).sum() / max(1, rows["tokens"].sum()))
+    return mean_over_tokens(cell, "masked")
 
 
 def is_matched(cell: Cell) -> bool:

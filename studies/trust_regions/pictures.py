@@ -20,6 +20,7 @@ from studies.trust_regions.measures import (
     curves,
     difference,
     is_matched,
+    mean_over_tokens,
     wilson,
 )
 
@@ -118,7 +119,7 @@ def draw_masked(study: Study) -> Canvas:
         ax.set_title(condition(horizon, 16), fontsize=9)
         for method in [name for name in NAMES if name != "none"]:
             if cell := study.find(method, horizon, 16):
-                shares = [100 * cell.rows[f"masked_at_{b}"].mean() for b in range(POSITION_BINS)]
+                shares = [100 * mean_over_tokens(cell, f"masked_at_{b}") for b in range(POSITION_BINS)]
                 centres = [horizon * (b + 0.5) / POSITION_BINS for b in range(POSITION_BINS)]
                 ax.plot(centres, shares, marker=".", color=COLOURS[method], label=NAMES[method])
         ax.set_xlabel("position in the response")

@@ -28,6 +28,7 @@ from studies.trust_regions.measures import (
     is_matched,
     lost_updates,
     masked_share,
+    mean_over_tokens,
     paired,
     wilson,
 )
@@ -131,9 +132,9 @@ def secondary(study: Study) -> str:
         reached = np.concatenate([first_reached(curve) for curve in accuracy])
         share, late = np.isfinite(reached).mean(), reached[np.isfinite(reached)]
         step = f"{np.median(late):.0f} ({share:.0%} of the runs)" if len(late) else "never"
-        moved = np.mean([cell.rows["deviation"].mean() for cell in cells])
+        moved = np.mean([mean_over_tokens(cell, "deviation") for cell in cells])
         masked = np.mean([masked_share(cell) for cell in cells])
-        budget = np.mean([cell.rows["by_budget"].mean() for cell in cells])
+        budget = np.mean([mean_over_tokens(cell, "by_budget") for cell in cells])
         rows.append(
             [
                 NAMES[method],

@@ -172,6 +172,23 @@ def test_the_page_is_filled_between_its_markers_and_stays_so():
         report.rewrite("<!-- table: unknown -->\n<!-- end -->", study())
 
 
+def test_shares_are_of_all_tokens_in_tables_and_pictures():
+    """A later step of a run has fewer tokens to train on, as more prompts are answered alike."""
+    cell = made("cppo", updates=16)
+    first = cell.rows["step"] <= STEPS / 2
+    cell.rows["tokens"] = np.where(first, 300, 100)
+    for column, share in (
+        ("masked", 0.08),
+        ("by_budget", 0.04),
+        *((f"masked_at_{b}", 0.08) for b in range(POSITION_BINS)),
+    ):
+        cell.rows[column] = np.where(first, share, 0)
+    got = row(tables.secondary(study(cell)), "CPPO")
+    assert got[-2:] == ["6.0%", "3.0%"]
+    (line,) = pictures.draw_masked(study(cell)).axes[0].lines
+    assert line.get_ydata() == pytest.approx([6] * POSITION_BINS)
+
+
 def test_an_empty_study_has_all_tables_and_pictures(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in tables.TABLES))
