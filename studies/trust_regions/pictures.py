@@ -124,6 +124,7 @@ def draw_masked(study: Study) -> Canvas:
                 ax.plot(centres, shares, marker=".", color=COLOURS[method], label=NAMES[method])
         ax.set_xlabel("position in the response")
     axes[0].set_ylabel("masked tokens, %")
+    axes[0].set_ylim(bottom=0)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         canvas.legend(handles, labels, loc="outside lower center", ncols=4)
