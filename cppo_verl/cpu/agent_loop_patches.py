@@ -71,20 +71,24 @@ class JoinedPuts:
 
     def __init__(self, put: Callable[..., Awaitable[Any]], join: Callable[[list[dict]], Any]) -> None:
         self.put, self.join = put, join
-        self._lock = asyncio.Lock()
         self._waiting: list[tuple[dict[str, Any], asyncio.Future]] = []
+        self._putting: asyncio.Task | None = None
 
     async def __call__(self, **put: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((put, answer))
-        async with self._lock:
-            if not answer.done():
-                await asyncio.sleep(GATHERING)
-                await self._put_all()
+        # A task of its own: the put of many rows must not end with the caller of one that is cancelled.
+        if self._putting is None or self._putting.done():
+            self._putting = asyncio.create_task(self._put_waiting())
         return await answer
 
-    async def _put_all(self) -> None:
-        waiting, self._waiting = self._waiting, []
+    async def _put_waiting(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(GATHERING)
+            waiting, self._waiting = self._waiting, []
+            await self._put_all(waiting)
+
+    async def _put_all(self, waiting: list[tuple[dict[str, Any], asyncio.Future]]) -> None:
         alike = defaultdict(list)  # a TensorDict has the same fields in all rows
         for put, answer in waiting:
             alike[put["partition_id"], tuple(sorted(put["fields"][0]))].append((put, answer))
@@ -94,10 +98,12 @@ class JoinedPuts:
                 stored = await self.put(keys=keys, fields=self.join(rows), tags=tags, partition_id=partition_id)
             except Exception as error:
                 for _, answer in group:
-                    answer.set_exception(error)
+                    if not answer.cancelled():
+                        answer.set_exception(error)
             else:
                 for _, answer in group:
-                    answer.set_result(stored)
+                    if not answer.cancelled():
+                        answer.set_result(stored)
 
 
 def make_loops_directly(module: ModuleType) -> None:

@@ -80,6 +80,27 @@ def test_a_failure_reaches_all_that_it_is_about_and_none_else():
     assert [str(result) for result in results] == ["no room", "1", "no room"]
 
 
+@pytest.mark.parametrize("on_its_way", [False, True])
+def test_a_put_that_is_cancelled_leaves_the_others_alone(on_its_way):
+    async def run():
+        started, go = asyncio.Event(), asyncio.Event()
+
+        async def put(*, keys, **_):
+            started.set()
+            await go.wait()
+            return keys
+
+        joined = JoinedPuts(put, list_of_dict_to_tensordict)
+        puts = [joined(keys=[n], fields=[row(n)], tags=[n], partition_id="train") for n in (1, 2)]
+        first, second = map(asyncio.create_task, puts)
+        await (started.wait() if on_its_way else asyncio.sleep(0))
+        first.cancel()
+        go.set()
+        return await asyncio.wait_for(second, timeout=5)
+
+    assert asyncio.run(run()) == [1, 2]
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_verl_still_puts_each_response_by_itself(joined, monkeypatch):
     """When this fails without the patch, drop join_puts."""
