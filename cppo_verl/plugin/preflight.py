@@ -38,8 +38,8 @@ class Preflight(BaseConfig):
     must be the rollout engine's own.
 
     Raises:
-        ValueError: old_log_prob would be another policy's, the policy loss would not be trained, or ``trust_region``
-            has an unknown key.
+        ValueError: old_log_prob would be another policy's, the policy loss would not be trained, no response would have
+            an advantage, or ``trust_region`` has an unknown key.
     """
 
     use_v1: bool
@@ -68,6 +68,9 @@ class Preflight(BaseConfig):
             key = "distillation.distillation_loss.use_task_rewards"
             reason = f"{key}={self.use_task_rewards} trains on the teacher's loss alone; set {key}=true"
             raise ValueError(f"the method's loss would not be trained: {reason}")
+        if self.rollout.get("full_determinism") and self.adv_estimator in SPREAD_ESTIMATORS:
+            alike = "gives all requests one seed, so that the responses to a prompt are alike and have no advantage"
+            raise ValueError(f"nothing would be trained: {DETERMINISM}=True {alike}; set {DETERMINISM}=false")
         for key in self.trust_region.keys() - set(TRUST_REGION_KEYS):
             value = self.trust_region[key]
             raise ValueError(f"trust_region has no key {key!r} (got {key}={value!r}); it has {TRUST_REGION_KEYS}")
@@ -96,6 +99,7 @@ def violations(rules: list[Rule]) -> str:
 
 
 CORRECTION, ROLLOUT, ACTOR = "algorithm.rollout_correction.", "actor_rollout_ref.rollout.", "actor_rollout_ref.actor."
+DETERMINISM = ROLLOUT + "full_determinism"
 TRUNCATES = "truncates the sampling distribution, so the trainer's log-probabilities describe a different distribution"
 TRANSFORMER = ACTOR + "megatron.override_transformer_config."
 COUNTED = "gives padding a share of the trainer's log-probabilities, which describe a different distribution then"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 
 ENTRYPOINT = Path(__file__).parents[2] / "recipes" / "cluster" / "entrypoint.sh"
 ARGUMENTS = sys.argv[1:]
@@ -31,7 +32,7 @@ def end(process):
 
 def node(python, name):
     """A further node of Ray on this machine."""
-    ports = ["--dashboard-agent-listen-port=0", f"--temp-dir=/tmp/ray/{name}"]
+    ports = ["--dashboard-agent-listen-port=0", f"--temp-dir={get_default_ray_temp_dir()}/{name}"]
     return [python, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=2", *ports, "--block"]
 
 

@@ -1,4 +1,4 @@
-"""Nodes of a cluster on one machine: each has a network, processes, a host name and a /tmp/ray of its own.
+"""Nodes of a cluster on one machine: each has a network, processes, a host name and a folder for Ray of its own.
 
 The nodes share the file system. `ray stop` on one of them ends the Ray of no other, and none of this machine's.
 """
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray._common.utils import get_default_ray_temp_dir
 from trainer_run import Program
 
 HELPERS = Path(__file__).parent
@@ -20,7 +21,7 @@ ROOT = HELPERS.parents[1]
 NODE = f"{ROOT}/recipes/cluster/node.sh"
 # PID 1 adopts what has lost its parent, and a shell reaps it.
 INIT = """
-hostname "$1" && mount --bind "$2" /tmp/ray && mount --bind "$3" /etc/hosts && echo up
+hostname "$1" && mount --bind "$2" "$4" && mount --bind "$3" /etc/hosts && echo up
 while :; do sleep 3600; done
 """
 # The trainer is another program where IN_PLACE_OF_THE_TRAINER names one; hydra's part of it never is.
@@ -40,7 +41,9 @@ class Node:
         self.name, self.address = f"node{index}", f"10.{number}.0.{index}"
         self.network, self.ray = f"cppo{number}-{index}", folder / f"ray{index}"
         self.ray.mkdir()
-        Path("/tmp/ray").mkdir(exist_ok=True)
+        # Where Ray writes down which cluster runs here, /tmp/ray without TMPDIR: a run outside must not find this one.
+        place = Path(get_default_ray_temp_dir())
+        place.mkdir(exist_ok=True)
         link = f"cppo{number}v{index}"
         sh("ip", "netns", "add", self.network)
         sh("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self.network)
@@ -51,7 +54,21 @@ class Node:
         sh("ip", "-n", self.network, "route", "add", "default", "via", f"10.{number}.0.254")
         unshare = ["unshare", "--pid", "--uts", "--mount", "--mount-proc", "--fork", "--kill-child"]
         self.process = subprocess.Popen(
-            ["ip", "netns", "exec", self.network, *unshare, "bash", "-c", INIT, "init", self.name, self.ray, hosts],
+            [
+                "ip",
+                "netns",
+                "exec",
+                self.network,
+                *unshare,
+                "bash",
+                "-c",
+                INIT,
+                "init",
+                self.name,
+                self.ray,
+                hosts,
+                place,
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )

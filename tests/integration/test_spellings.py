@@ -41,6 +41,10 @@ RULE_KEY = RULE.rstrip(".")
             ["distillation.enabled=true", "distillation.distillation_loss.use_task_rewards=false"],
             "teacher's loss alone",
         ),
+        (
+            ["actor_rollout_ref.rollout.full_determinism=true"],
+            "nothing would be trained: .* gives all requests one seed",
+        ),
     ],
 )
 def test_no_spelling_takes_the_mask_or_its_checks_away(compose, overrides, message):
