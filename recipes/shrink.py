@@ -138,6 +138,7 @@ def train(output, arguments):
         "WANDB_DIR": str(logs),
         # Each of verl's dozen processes would start a thread a core.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "RAY_ADDRESS": "local",  # a Ray of its own, as in the quickstart
     }
     print(f"training for about two minutes; the log is {log}", flush=True)
     try:

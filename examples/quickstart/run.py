@@ -78,6 +78,8 @@ def train(output, overrides, config, show):
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         # Workers that Ray starts ahead stay idle: they lack the environment that verl gives its own.
         "RAY_prestart_worker_first_driver": "0",
+        # A Ray of its own: one that runs here already lacks this run's slots, and Ray refuses to add them.
+        "RAY_ADDRESS": "local",
         "HYDRA_FULL_ERROR": "1",
     }
     print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)

@@ -102,6 +102,8 @@ class Run(Program):
             paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
             environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if not program:
+            environment["RAY_ADDRESS"] = "127.0.0.1:1"  # of a cluster: these scripts start a Ray of their own
         self.output = output
         program = program or [str(script), "--output", str(output)]
         super().__init__([sys.executable, *program, *overrides], environment, signal.SIGINT)
