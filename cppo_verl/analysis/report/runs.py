@@ -106,8 +106,8 @@ def _reported(run: Run, name: str) -> ReportedRun:
             if later := sorted({response.step for response in dump.responses if response.step > last}):
                 dump.responses = [response for response in dump.responses if response.step <= last]
                 notes.append(
-                    f"tokens dumped at step {', '.join(map(str, later))} are left out: the metrics end at step {last}, "
-                    "so an attempt that was given up has left them"
+                    f"tokens dumped at step {', '.join(map(str, later))} are left out: the metrics end at step {last}; "
+                    "the step still runs, or an attempt that was given up has left them"
                 )
             dumped = summarise(dump) if dump.responses else None
         except FileNotFoundError:
