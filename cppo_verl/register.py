@@ -5,6 +5,7 @@ minutes later as an unknown loss mode. Ours is printed at once.
 """
 
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -71,6 +72,11 @@ try:
         # Python's garbage collector would walk the million objects of the imported modules a few times for each
         # thousand responses, a fifth of the time of their generation. By default it begins after 700 new objects.
         gc.set_threshold(50_000, 20, 100)
+        # Each of Ray's processes collects metrics of itself, in a thread that races with the start of the process. With
+        # Ray 2.60.0 one process in about 300 starts of Ray crashed in it, and its run ended. These metrics are shown
+        # nowhere here. A Ray that this process starts inherits both settings.
+        for setting in ("RAY_enable_open_telemetry", "RAY_enable_metrics_collection"):
+            os.environ.setdefault(setting, "false")
 
         @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
         def _register_cpu_engine(_module: ModuleType) -> None:

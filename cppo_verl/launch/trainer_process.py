@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ EXIT_CODE_STOPPED = 128 + signal.SIGTERM
 SAME_SIGNAL_SECONDS = 1.0
 """``timeout`` and others signal a process and then its group: signals that come this close count as one."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CRASH = re.compile(r"\*\*\* SIG(SEGV|ABRT|BUS|FPE|ILL) received")
+"""What a process of Ray's prints that crashes; its next line names the function."""
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 """The option of prctl(2) that names the signal for a process whose parent has ended."""
@@ -199,14 +202,16 @@ def run_to_end(arguments: Sequence[str], log: Path, environment: dict[str, str])
 
 
 def show_failure(trainer: subprocess.Popen, log: Path) -> None:
-    """Print the exit code of a trainer that failed, the end of its log, and why it has ended itself, if it has.
+    """Print the exit code of a trainer that failed, the end of its log, and what may stand far above that end.
 
-    Other processes may have logged much after that.
+    That is the first crash of one of Ray's processes, with the function that it happened in, and why the trainer has
+    ended itself, if it has.
     """
     print(f"\nverl's trainer failed with exit code {trainer.returncode}; the end of {log}:", file=sys.stderr)
     lines = log.read_text(errors="replace").splitlines()
+    crash = next((lines[i : i + 2] for i, line in enumerate(lines) if CRASH.search(line)), [])
     why = [line.partition(LINE)[2] for line in lines if LINE in line and RUN_ENDS in line]
-    print("\n".join([*lines[-30:], *why[-1:]]), file=sys.stderr)
+    print("\n".join([*lines[-30:], *crash, *why[-1:]]), file=sys.stderr)
 
 
 def quoted(text: str | Path) -> str:

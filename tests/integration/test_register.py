@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,32 @@ def test_with_an_accelerator_build_nothing_of_it_is_active():
 def test_on_the_cpu_the_garbage_collector_runs_seldom():
     out = run_python(WHICH + "; import gc; print(gc.get_threshold()[0])", VERL_PLATFORM="cpu").stdout
     assert out.split() == ["PlatformCPU", "50000"]
+
+
+METRICS_OFF = """
+import os
+for name in ("RAY_enable_open_telemetry", "RAY_enable_metrics_collection"):
+    del os.environ[name]
+import ray, verl  # as verl.trainer.main_ppo imports them
+if {start}:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    print(ray._private.worker._global_node.get_logs_dir_path(), ray.get(ray.remote(lambda: os.getpid()).remote()))
+print([value for name, value in os.environ.items() if name.startswith("RAY_enable_")])
+"""
+
+
+def test_on_the_cpu_no_process_of_ray_collects_metrics():
+    started, values = run_python(METRICS_OFF.format(start=True), VERL_PLATFORM="cpu").stdout.splitlines()
+    assert values == "['false', 'false']"
+    logs, worker = started.split()
+    for name in ("gcs_server.out", "raylet.out", "python-core-driver-*.log", f"python-core-worker-*_{worker}.log"):
+        files = list(Path(logs).glob(name))
+        assert files and all("Disabled stats." in file.read_text() for file in files), name
+
+
+def test_without_the_cpu_platform_rays_metrics_are_left_as_they_are():
+    pretend = "import torch; torch.accelerator.current_accelerator = lambda: torch.device('cuda')"
+    assert run_python(pretend + METRICS_OFF.format(start=False), VERL_PLATFORM="").stdout.strip() == "[]"
 
 
 def test_a_plug_in_that_fails_to_load_says_so_at_once():

@@ -158,3 +158,18 @@ def test_the_reason_of_a_run_that_ended_itself_comes_last(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[1] == f"verl's trainer failed with exit code 5; the end of {log}:"
     assert lines[-2:] == ["another process complains", why]
+
+
+def test_a_crash_far_above_the_end_of_the_log_is_shown(tmp_path, capsys):
+    # As Ray printed it of a worker that crashed in its own metrics.
+    crash = [
+        "(pid=3946) *** SIGSEGV received at time=1796006661 on cpu 0 ***",
+        "(pid=3946) PC: @ 0x7fac9619ad90  (unknown)  opentelemetry::TemporalMetricStorage::buildMetrics()",
+    ]
+    asked_to_end = "(pid=11) *** SIGTERM received at time=1796006660 on cpu 0 ***"
+    log = tmp_path / "log"
+    log.write_text("\n".join([asked_to_end, *crash, *(["the end"] * 99)]))
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        subprocess.run([sys.executable, "-c", "exit(1)"], check=True)
+    show_failure(failed.value, log)
+    assert capsys.readouterr().err.splitlines()[-3:] == ["the end", *crash]
