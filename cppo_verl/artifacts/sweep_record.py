@@ -29,6 +29,8 @@ def read_record(folder: Path) -> dict | None:
 
 def has_finished(folder: Path, command: list[str]) -> bool:
     """Return whether ``command`` has ended in ``folder`` with exit code 0; raise ValueError if this is another's."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file where a job has its folder: move it, or choose another hydra.sweep.dir")
     if (record := read_record(folder)) is None:  # an attempt that was killed early has left a lock, or temporary files
         if folder.exists() and any(not path.name.startswith("job.") for path in folder.iterdir()):
             raise ValueError(f"{folder} holds what no sweep has made: move it, or choose another hydra.sweep.dir")

@@ -204,6 +204,8 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
             main()
     except (SystemExit, Exception) as error:  # an exception where HYDRA_FULL_ERROR is set, an exit elsewhere
         said = complaints.getvalue().partition("\nSet the environment variable HYDRA_FULL_ERROR")[0].strip()
+        if isinstance(error, SystemExit) and not error.code:
+            said = f"{' '.join(arguments)} would print something and train nothing: give a training command's arguments"
         raise ConfigError(said or str(error)) from error
     finally:
         sys.argv = argv

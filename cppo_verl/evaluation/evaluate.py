@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
             refuse_objects(Path(asked["checkpoint"]) / WEIGHTS)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"--output {args.output}: {error.strerror}; name a folder that can be written to", file=sys.stderr)
+        wanted = "--output must be a folder that can be written to, and every file of --checkpoint readable"
+        print(f"{error.filename}: {error.strerror}; {wanted}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -129,6 +130,8 @@ def refuse_objects(weights: Path) -> None:
         if not file.name.startswith(("optim_", "extra_state_")):
             try:
                 torch.load(file, map_location="meta", mmap=True, weights_only=True)
+            except OSError:
+                raise
             except Exception as error:  # torch's, pickle's, and those of damaged files
                 reason = type(error).__name__
                 raise ValueError(f"{file} is damaged, or holds more than tensors ({reason})") from error

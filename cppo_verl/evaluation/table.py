@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
+from typing import TextIO
 
 from cppo_verl.artifacts.run_reader import Run, labelled, read_generations, read_runs
 from cppo_verl.evaluation import paper_results
@@ -74,13 +75,14 @@ def run(args: argparse.Namespace) -> int:
     if not groups and not args.paper:
         print(f"no run has a validation on {', '.join(benchmarks) or 'anything'}", file=sys.stderr)
         return 1
+    beside = sys.stdout if args.format == "markdown" else sys.stderr  # other programs read the other formats
     for line in unequal([item for scored in groups.values() for item, _ in scored]):
-        print(line, file=sys.stdout if args.format == "markdown" else sys.stderr)
+        print(line, file=beside)
     print(FORMATS[args.format](*rows_of(groups, benchmarks, args.paper)))
     for warning in warnings(groups):
         print(warning, file=sys.stderr)
     if args.compare:
-        return compare_labels(groups, benchmarks, *args.compare)
+        return compare_labels(groups, benchmarks, beside, *args.compare)
     return 0
 
 
@@ -207,8 +209,8 @@ def warnings(groups: dict[str, Scored]) -> list[str]:
     return lines
 
 
-def compare_labels(groups: dict[str, Scored], benchmarks: Sequence[str], a: str, b: str) -> int:
-    """Print the paired comparison per benchmark and over all; return 1 for an unknown label."""
+def compare_labels(groups: dict[str, Scored], benchmarks: Sequence[str], file: TextIO, a: str, b: str) -> int:
+    """Print the paired comparison per benchmark and over all to ``file``; return 1 for an unknown label."""
     for label in (a, b):
         if label not in groups:
             print(f"no scored run is labelled {label!r}: there are {', '.join(groups)}", file=sys.stderr)
@@ -221,7 +223,7 @@ def compare_labels(groups: dict[str, Scored], benchmarks: Sequence[str], a: str,
             points, low, high = (100 * x for x in (result.difference, *result.interval))
             found = f"{points:+.2f} points [{low:+.2f}, {high:+.2f}] over {result.problems} problems, "
             found += f"p = {result.p_value:.3f}"
-        print(f"{a} - {b}, {name or 'all problems'}: {found}")
+        print(f"{a} - {b}, {name or 'all problems'}: {found}", file=file)
     return 0
 
 

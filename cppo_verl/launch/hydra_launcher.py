@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def sweep(loader: ConfigLoader, config: DictConfig, job_overrides: Sequence[Sequ
     try:
         check(config, jobs)
         waiting = [job for job in jobs if not has_finished(job.folder, job.command)]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CompactHydraException(str(error)) from error
     folder = os.path.relpath(config.hydra.sweep.dir)
     log.info(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(waiting)} of them finished before")
@@ -58,6 +59,8 @@ def check(config: DictConfig, jobs: list[Job]) -> None:
         raise ValueError(f"hydra.sweep.dir={config.hydra.sweep.dir} changes with the time: add hydra.sweep.dir=FOLDER")
     for name in {"VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR"} & os.environ.keys():
         raise ValueError(f"{name}={os.environ[name]} would be one place for all jobs: unset {name}")
+    if twice := [name for name, count in Counter(job.folder.name for job in jobs).items() if count > 1]:
+        raise ValueError(f"the sweep has {twice[0]} several times: give each value once")
     if shared := [job for job in jobs if sum(job.checkpoints == other.checkpoints for other in jobs) > 1]:
         names = " and ".join(job.folder.name for job in shared[:2])
         raise ValueError(f"{names} would share {shared[0].checkpoints}: let the launcher set trainer.default_local_dir")

@@ -266,7 +266,8 @@ class CPPOLossConfig(MaskedLossConfig):
         self.require_number("delta_b", self.largest_divergence)
         self.require_number("w_min", 1)
         self.require_number("tau")
-        self.require_number("horizon", optional=True)
+        whole = self.horizon is None or (is_integer(self.horizon) and self.horizon >= 1)
+        self.require(whole, "horizon", "an integer >= 1, or null")
         self.require_number("budget_clamp")
         self.require(self.budget_clamp >= 1, "budget_clamp", "a number >= 1, the upper clamp over the lower")
         ignored = self.horizon is not None and self.weights == "shuffled"

@@ -14,6 +14,7 @@ from token_dumps import damaged, save
 from cppo_verl.analysis import replay
 from cppo_verl.analysis.calibrate import figures
 from cppo_verl.analysis.calibrate.thresholds import Thresholds
+from cppo_verl.analysis.html.figures import Figure, save_all
 from cppo_verl.cli import main
 from cppo_verl.plugin.config import CPPOLossConfig
 
@@ -245,6 +246,23 @@ def test_each_figure_is_a_picture_too(page):
     names = ("masked_by_delta", "masked_by_delta_b", "masked_by_update", "mismatch_and_drift")
     files = {path.name for path in (page.parent / "c_figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+
+
+def test_pictures_replace_earlier_ones_and_no_other_file(tmp_path):
+    def draw():
+        save_all([Figure("first", "a title", ""), Figure("second", "a title", "")], tmp_path / "made")
+
+    draw()
+    draw()
+    png, svg = (tmp_path / "made" / f"second.{kind}" for kind in ("png", "svg"))
+    first = (tmp_path / "made" / "first.png").stat().st_mtime_ns
+    for mine in (png, svg):
+        ours = mine.read_bytes()
+        mine.write_text("mine")
+        with pytest.raises(FileExistsError, match=f"is no figure of cppo_verl and would be overwritten: '{mine}'"):
+            draw()
+        assert mine.read_text() == "mine" and (tmp_path / "made" / "first.png").stat().st_mtime_ns == first
+        mine.write_bytes(ours)
 
 
 @pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])

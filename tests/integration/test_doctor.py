@@ -54,6 +54,7 @@ def test_the_size_of_the_top_k_capture_is_reported(doctor):
         (["data.train_files=/nowhere/train.parquet"], "data.train_files=/nowhere/train.parquet does not exist"),
         (["actor_rollout_ref.model.pth=x"], "Could not override 'actor_rollout_ref.model.pth'"),
         (["--", "-m", "trainer.nnodes=1,2"], "-m asks for several runs: leave it out, and give each key one"),
+        (["--", "--help"], "--help would print something and train nothing: give a training command's arguments"),
         (["actor_rollout_ref.rollout.name=???"], "Missing mandatory value: actor_rollout_ref.rollout.name"),
         (["trainer.device=cuda"], "cuda, but this environment runs on cpu: add +platform=cpu to the command"),
     ],

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from cppo_verl.analysis.calibrate import figures
     from cppo_verl.analysis.calibrate.page import Results, page_values
     from cppo_verl.analysis.calibrate.thresholds import Unreachable, propose, sample_of
+    from cppo_verl.analysis.html.figures import save_all
     from cppo_verl.analysis.html.page import refuse_foreign, write_page
     from cppo_verl.analysis.text import listed, print_notes
     from cppo_verl.artifacts.token_dump import read_tokens
@@ -83,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     drawn = figures.draw(results)
     folder = args.output.with_name(f"{args.output.stem}_figures")
     try:
-        for figure in drawn:
-            figure.save(folder)
+        save_all(drawn, folder)
         write_page(args.output, "calibrate", figures=drawn, **values)
     except OSError as error:
         print(f"--output {args.output}, figures in {folder}: {error}; name another", file=sys.stderr)

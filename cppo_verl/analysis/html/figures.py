@@ -1,8 +1,11 @@
 """Figures with one set of axes each, for a page in both colour schemes and as PNG and SVG files."""
 
+import errno
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from matplotlib.figure import Figure as Canvas
 SERIES = ("#3b7fc4", "#d9822b", "#3a9d6c", "#a864b8", "#cf5b56", "#8f7355", "#2f9fae", "#878d97")
 """Legible on white and on near black."""
 BLUE, ORANGE, GREEN, PURPLE, RED, _, _, GREY = SERIES
+GENERATOR = "cppo_verl figure"
+"""Stands in the files, so that only they are overwritten."""
 INK = "#010203"
 """Colour of text and axes, which a page replaces by that of its text; no series has it."""
 STYLE: Any = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
@@ -67,13 +72,33 @@ class Figure:
         text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)
         return Markup(text.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1))
 
+    def files(self, folder: Path) -> tuple[Path, Path]:
+        """The PNG and the SVG file of this figure in ``folder``."""
+        return folder / f"{self.name}.png", folder / f"{self.name}.svg"
+
     def save(self, folder: Path) -> None:
-        """Write NAME.png and NAME.svg to ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write both `files`."""
+        png, svg = self.files(folder)
         with rc_context(STYLE | {"svg.hashsalt": self.name}):
             self._lay_out()
-            self.canvas.savefig(folder / f"{self.name}.png", dpi=150)
-            self.canvas.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
+            self.canvas.savefig(png, dpi=150, metadata={"Software": GENERATOR})
+            self.canvas.savefig(svg, metadata={"Date": None, "Creator": GENERATOR})
+
+
+def save_all(figures: Iterable[Figure], folder: Path) -> None:
+    """Write the files of all figures to ``folder``, which is made if need be.
+
+    Raises:
+        OSError: a file cannot be written. Nothing is written, and a FileExistsError raised, where one would take the
+            place of a file that is no earlier figure of ours.
+    """
+    chosen = list(figures)
+    for file in chain.from_iterable(figure.files(folder) for figure in chosen):
+        if file.exists() and GENERATOR.encode() not in file.read_bytes():
+            raise FileExistsError(errno.EEXIST, "is no figure of cppo_verl and would be overwritten", str(file))
+    for figure in chosen:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.save(folder)
 
 
 def plain(text: str) -> str:

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print(*notes, "no run to report on: give a folder that holds a run's metrics", sep="\n", file=sys.stderr)
         return 2
 
+    from cppo_verl.analysis.html.figures import save_all
     from cppo_verl.analysis.report.drawing import draw
     from cppo_verl.analysis.report.page import page_values
     from cppo_verl.analysis.report.panels import Panel
@@ -55,9 +56,8 @@ def run(args: argparse.Namespace) -> int:
         figures = {id: [draw(x) for x in items if isinstance(x, Panel)] for id, items in values["sections"].items()}
         folder = args.figures or args.output.with_name(f"{args.output.stem}_figures")
         try:
+            save_all(chain.from_iterable(figures.values()), folder)
             write_page(args.output, "report", figures=figures, **values)
-            for figure in chain.from_iterable(figures.values()):
-                figure.save(folder)
         except OSError as error:
             print(f"--output {args.output}, figures in {folder}: {error}; name others", file=sys.stderr)
             return 2

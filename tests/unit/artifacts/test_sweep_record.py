@@ -33,6 +33,8 @@ def test_a_folder_that_no_sweep_has_made_is_refused(tmp_path):
     (tmp_path / "precious").touch()
     with pytest.raises(ValueError, match=f"{tmp_path} holds what no sweep has made: move it, or choose another"):
         has_finished(tmp_path, COMMAND)
+    with pytest.raises(ValueError, match="is a file where a job has its folder: move it"):
+        has_finished(tmp_path / "precious", COMMAND)
 
 
 def test_another_commands_folder_is_refused_with_the_difference(tmp_path):

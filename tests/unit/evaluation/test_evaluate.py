@@ -1,6 +1,7 @@
 """What a folder of verl's answers says of a checkpoint."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -92,6 +93,18 @@ def test_a_damaged_result_a_folder_of_a_run_and_a_checkpoint_that_is_none_are_na
     assert "expected a global_step_N folder" in capsys.readouterr().err
 
 
+def test_a_weights_file_that_cannot_be_read_is_named(evaluated, capsys, monkeypatch):
+    output, arguments, weights = evaluated
+    (output / "result.json").unlink()
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(weights))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    assert main(["evaluate", "--output", str(output), *arguments]) == 1
+    assert f"{weights}: Permission denied; --output must be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("made_by", ["hydra/hydra.yaml", ".hydra/hydra.yaml", "latest_checkpointed_iteration.txt"])
 def test_an_output_within_a_run_is_refused_and_one_beside_it_is_not(evaluated, made_by, capsys):
     """A table of runs would count its scores as the run's own."""
@@ -111,7 +124,7 @@ def test_an_output_that_can_be_no_folder_is_named(below, tmp_path, capsys):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / below
     assert main(["evaluate", "--output", str(output), "--", "data.seed=1"]) == 1
-    assert f"--output {output}: Not a directory; name a folder" in capsys.readouterr().err
+    assert f"{output}: Not a directory; --output must be a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])

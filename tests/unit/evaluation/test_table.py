@@ -101,6 +101,9 @@ def test_table_compares_two_methods_on_the_same_problems(tmp_path, capsys):
     assert "\nlr=1e-6,1,50.00," in capsys.readouterr().out
     assert main(["table", *runs, "--compare", "a", "b"]) == 0
     assert "a - b, all problems: +33.33 points" in capsys.readouterr().out
+    assert main(["table", *runs, "--compare", "a", "b", "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("method,runs,") and "a - b" not in out and "a - b, all problems: +33.33 points" in err
     assert main(["table", *runs, "--compare", "a", "c"]) == 1
     assert "no scored run is labelled 'c': there are a, b" in capsys.readouterr().err
 

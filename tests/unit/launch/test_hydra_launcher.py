@@ -77,6 +77,11 @@ def test_jobs_that_would_share_checkpoints_are_refused():
         check(command(), [job("a", "/a"), job("b", "/a")])
 
 
+def test_a_value_that_is_swept_twice_is_named():
+    with pytest.raises(ValueError, match="the sweep has a several times: give each value once"):
+        check(command(), [job("a", "/a"), job("b", "/b"), job("a", "/a")])
+
+
 def test_a_sweep_folder_that_changes_with_the_time_is_refused():
     config = command()
     config.hydra.sweep.dir = "multirun/${now:%Y}"

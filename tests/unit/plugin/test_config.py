@@ -195,6 +195,8 @@ def test_no_shipped_group_shadows_one_of_verls():
         ("top_k=0", r"top_k=0 is not permitted: an integer >= 1"),
         ("top_k=2.5", r"top_k=2.5 is not permitted: an integer >= 1"),
         ("mask_std_0=maybe", r"mask_std_0='maybe' is not permitted: true or false"),
+        ("horizon=2.5", r"horizon=2.5 is not permitted: an integer >= 1, or null"),
+        ("horizon=0", r"horizon=0 is not permitted: an integer >= 1, or null"),
         ("weights=random", r"weights='random' is not permitted: one of \('linear', 'shuffled'\)"),
         ("budget_clamp=0.5", r"budget_clamp=0.5 is not permitted: a number >= 1"),
         ("ratio_cap=0.5", r"ratio_cap=0.5 is not permitted: a number >= 1, or null"),
