@@ -74,9 +74,12 @@ try:
         gc.set_threshold(50_000, 20, 100)
         # Each of Ray's processes collects metrics of itself, in a thread that races with the start of the process. With
         # Ray 2.60.0 one process in about 300 starts of Ray crashed in it, and its run ended. These metrics are shown
-        # nowhere here. A Ray that this process starts inherits both settings.
-        for setting in ("RAY_enable_open_telemetry", "RAY_enable_metrics_collection"):
-            os.environ.setdefault(setting, "false")
+        # nowhere here.
+        # Ray also starts a worker a core before anybody asks for one. A run's workers need the run's environment, which
+        # these lack: each takes a second of a core while the run starts, and none is ever used.
+        # A Ray that this process starts inherits the settings.
+        for setting in ("enable_open_telemetry", "enable_metrics_collection", "prestart_worker_first_driver"):
+            os.environ.setdefault(f"RAY_{setting}", "false")
 
         @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
         def _register_cpu_engine(_module: ModuleType) -> None:

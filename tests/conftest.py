@@ -14,7 +14,8 @@ torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 100)
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "/tmp/cppo_verl_hypothesis")
 # For the Rays that `ray start` starts in tests; cppo_verl/register.py says why, and does so for the others.
-os.environ |= {"RAY_enable_open_telemetry": "false", "RAY_enable_metrics_collection": "false"}
+for setting in ("enable_open_telemetry", "enable_metrics_collection", "prestart_worker_first_driver"):
+    os.environ[f"RAY_{setting}"] = "false"
 
 
 def pytest_collection_finish():
