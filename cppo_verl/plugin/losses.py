@@ -219,7 +219,8 @@ def policy_loss(
 
     mask = response_mask.bool()
     largest = torch.finfo(torch.float32).max
-    with torch.no_grad():
+    # verl's FSDP engine calls the loss under its model's autocast, which would round the products of the sums to bf16.
+    with torch.no_grad(), torch.autocast(log_prob.device.type, enabled=False):
         inputs = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
         # A byte is converted several times as fast as a boolean on a CPU.
         valid = mask.view(torch.uint8).to(torch.float32)

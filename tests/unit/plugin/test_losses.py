@@ -80,6 +80,16 @@ def test_half_precision_input_is_masked_as_its_fp32_value():
     assert losses[0].dtype == torch.float32 and torch.equal(*losses)
 
 
+def test_autocast_which_verls_engines_call_the_loss_under_changes_nothing():
+    plain, under_autocast = batch(rows=30, width=300), batch(rows=30, width=300)
+    loss, metrics = call(plain, actor_config())
+    with torch.autocast("cpu", torch.bfloat16):
+        same_loss, same_metrics = call(under_autocast, actor_config())
+    loss.backward(), same_loss.backward()
+    assert same_metrics == metrics and torch.equal(same_loss, loss)
+    assert torch.equal(under_autocast["log_prob"].grad, plain["log_prob"].grad)
+
+
 @pytest.mark.parametrize("tokens", [0, 100])
 def test_a_batch_without_a_valid_token_has_loss_and_gradient_zero(tokens):
     data = batch()
