@@ -41,12 +41,11 @@ def token_sums(
         [15]: per name of TOKEN_SUMS a sum per group of `GROUPS`.
     """
     groups = torch.stack([valid, advantages, -advantages]).gt_(0).flatten(1)
-    tokens = groups.sum(1)
+    masked = 1 - update_mask
     # The token threshold comes first: what w_t D_t <= delta would have let pass, the budget rejected.
-    below = torch.le(region.weighted_divergence, delta, out=torch.empty_like(valid))
-    budget_rejected = below.addcmul_(below, update_mask, value=-1)
-    kept, *others = (groups @ x.flatten() for x in (update_mask, budget_rejected, divergence, log_ratio))
-    return torch.cat([tokens, tokens - kept, *others])
+    budget_rejected = torch.le(region.weighted_divergence, delta, out=torch.empty_like(valid)).mul_(masked)
+    sums = (groups @ x.flatten() for x in (masked, budget_rejected, divergence, log_ratio))
+    return torch.cat([groups.sum(1), *sums])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sums by position in the response."""
+"""Sums over tokens, and by position in the response."""
 
 import pytest
 import torch
@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
 
-from cppo_verl.core.metrics import POSITION_BINS, position_sums
+from cppo_verl.core.metrics import POSITION_BINS, TOKEN_SUMS, position_sums, token_sums
+from cppo_verl.core.trust_region import build_trust_region
+
+
+def test_what_a_soft_gate_takes_off_one_token_among_many_is_not_rounded_away():
+    valid = torch.ones(1, 100_000)
+    divergence, update_mask = torch.zeros_like(valid), torch.ones_like(valid)
+    update_mask[0, 7] = 1 - 2**-10
+    region = build_trust_region(divergence, None, delta=0.15, delta_b=None, weights=valid)
+    sums = token_sums(region, update_mask, divergence, divergence, valid, valid, 0.15).view(len(TOKEN_SUMS), -1)
+    of_all = dict(zip(TOKEN_SUMS, sums[:, 0].tolist(), strict=True))
+    assert (of_all["masked"], of_all["budget_rejected"]) == (2**-10, 2**-10)
 
 
 @fuzz
