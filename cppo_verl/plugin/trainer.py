@@ -115,7 +115,10 @@ class TrustRegionTrainer(VerlTrainer):
 
     def _setup(self) -> None:
         super()._setup()
-        self.actor_rollout_wg = ActorWorkers(self.actor_rollout_wg)
+        workers = self.actor_rollout_wg
+        self.actor_rollout_wg = ActorWorkers(workers)
+        if getattr(self, "ref_policy_wg", None) is workers:  # verl tells by it that these are profiled already
+            self.ref_policy_wg = self.actor_rollout_wg
         self.actor_rollout_wg.choose_loss(self.config, self.captures, records=self.token_dump is not None)
 
     def fit(self, agent_loop_manager: "AgentLoopManager") -> None:

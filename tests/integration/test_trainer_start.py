@@ -11,11 +11,12 @@ from documented import ROOT
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from cppo_verl.artifacts import run_lock
 from cppo_verl.data.reasoning_gym import write_parquet
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss
-from cppo_verl.plugin.trainer import ActorWorkers
+from cppo_verl.plugin.trainer import ActorWorkers, TrustRegionTrainerSync
 from cppo_verl.testing import tiny_models
 
 
@@ -107,3 +108,18 @@ def test_the_loss_is_told_how_many_of_megatrons_columns_are_tokens(inputs, engin
     (loss,) = given
     assert loss.func is top_k_ppo_loss and loss.keywords.keys() == {"config", *known}
     assert known.items() <= loss.keywords.items()
+
+
+def test_workers_that_are_the_actor_and_the_reference_are_profiled_once(monkeypatch):
+    profiled = []
+    workers = SimpleNamespace(start_profile=lambda **_: profiled.append("start"), stop_profile=lambda **_: None)
+    monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: vars(self).update(made))
+    made = {"actor_rollout_wg": workers, "ref_policy_wg": workers}
+    trainer = object.__new__(TrustRegionTrainerSync)
+    trainer.config = OmegaConf.create({"global_profiler": {"profile_continuous_steps": False}})
+    trainer.captures, trainer.token_dump = False, None
+    trainer.use_reference_policy, trainer.use_critic, trainer.global_steps = True, False, 1
+    trainer.prev_step_profile, trainer.curr_step_profile = False, True
+    trainer._setup()
+    trainer._start_profiling()
+    assert profiled == ["start"]
