@@ -264,6 +264,7 @@ class CPPOLossConfig(MaskedLossConfig):
         self.require_choice("gate", Gate)
         self.require_number("delta", self.largest_divergence)
         self.require_number("delta_b", self.largest_divergence)
+        self.require(math.isfinite(self.delta_b), "delta_b", "a finite number; budget=none is without a prefix budget")
         self.require_number("w_min", 1)
         self.require_number("tau")
         whole = self.horizon is None or (is_integer(self.horizon) and self.horizon >= 1)

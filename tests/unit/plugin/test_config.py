@@ -207,6 +207,12 @@ def test_impossible_values_are_refused_with_the_permitted_range(cppo, override, 
         start_up(cppo(RULE + override))
 
 
+def test_an_infinite_prefix_budget_which_would_mask_what_follows_tool_output_is_refused_with_the_way_to_none(cppo):
+    infinite = cppo(RULE + "divergence=binary_kl", "trust_region.delta_b=.inf")
+    with pytest.raises(InstantiationException, match="delta_b=inf is not permitted: a finite number; budget=none"):
+        start_up(infinite)
+
+
 @pytest.mark.parametrize("method", ["cppo", "grpo", "minpro"])
 def test_every_method_dumps_tokens_by_one_override_and_none_without(compose, method):
     overrides = [*GRPO, f"+method={method}", "trainer.default_local_dir=/run/checkpoints"]
