@@ -252,12 +252,14 @@ def mask_std_0_rules(run: Preflight) -> list[Rule]:
     drawn = "lets the workers draw which rows share a mini-batch, and so a denominator"
     width = f"divides by the width of a micro-batch under {mode}"
     undivided = f"is averaged over the prompts left out too under {mode}"
+    tokenless = "fails at a micro-batch of prompts left out alone, whose smallest loss of a token verl asks for"
     return [
         Rule("algorithm.adv_estimator", run.adv_estimator, estimates, signal, f"grpo {off}"),
         Rule(ACTOR + "shuffle", run.shuffle, not run.shuffle, drawn, f"false {off}"),
         Rule(ACTOR + "loss_scale_factor", horizon, divided, width, f"{run.rollout['response_length']} {off}"),
         Rule(ACTOR + "use_kl_loss", run.use_kl_loss, not (seq_mean and run.use_kl_loss), undivided, f"false {off}"),
         Rule(ACTOR + "entropy_coeff", run.entropy_coeff, not (seq_mean and run.entropy_coeff), undivided, f"0 {off}"),
+        Rule("distillation.enabled", run.distillation, not run.distillation, tokenless, f"false {off}"),
     ]
 
 

@@ -7,10 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import GRPO, start_up
 from hydra.errors import ConfigCompositionException, InstantiationException
 from omegaconf import OmegaConf
+from verl.trainer.distillation.losses import compute_distillation_loss_range
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import omega_conf_to_dataclass
@@ -90,7 +92,7 @@ def test_a_method_without_a_divergence_refuses_one(compose, method):
             ["actor_rollout_ref.actor.fsdp_config.pad_to_length=true"],
             "actor_rollout_ref.actor.fsdp_config.pad_to_length=false",
         ),
-        (["distillation.enabled=true"], "distillation.enabled=false"),
+        (["distillation.enabled=true", RULE + "mask_std_0=false"], "distillation.enabled=false"),
         (["actor_rollout_ref.actor.strategy=veomni"], "actor_rollout_ref.actor.strategy=fsdp2"),
         ([RULE + "top_k=50"], "++actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=50"),
         (
@@ -242,8 +244,16 @@ def test_impossible_dumps_are_refused(cppo, override, message):
 
 
 def test_a_dump_of_a_distilling_run_is_refused(cppo):
-    rule = cppo("trust_region.dump.every=10", "distillation.enabled=true").actor_rollout_ref.actor.policy_loss
+    config = cppo("trust_region.dump.every=10", "distillation.enabled=true", RULE + "mask_std_0=false")
     with pytest.raises(InstantiationException, match=r"dump\.every=10 is not permitted: 0 with distillation\.enabled"):
+        omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+
+
+def test_distillation_with_mask_std_0_is_refused_as_verls_fails_at_a_micro_batch_without_a_token(cppo):
+    with pytest.raises(RuntimeError, match=r"min\(\)"):
+        compute_distillation_loss_range(torch.zeros(1, 3), torch.zeros(1, 3))
+    rule = cppo("distillation.enabled=true").actor_rollout_ref.actor.policy_loss
+    with pytest.raises(InstantiationException, match=r"distillation\.enabled=True fails at .*mask_std_0=false"):
         omega_conf_to_dataclass(rule)
 
 
