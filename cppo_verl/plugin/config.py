@@ -105,7 +105,7 @@ class MethodConfig(PolicyLossConfig):
             refuse_overridden_variant(hydra.overrides.task)
             refuse_pinned(self, hydra.runtime.choices.get("method"), self.preflight.trust_region, hydra.overrides.task)
         if self.mask_std_0:
-            problems = violations(mask_std_0_rules(self.preflight))
+            problems = violations(mask_std_0_rules(self.preflight, self.loss_mode))
             self.require(not problems, "mask_std_0", problems)
         # verl's distillation has a loss of its own, which hides the policy loss.
         dump = self.dump

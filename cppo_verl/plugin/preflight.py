@@ -241,13 +241,19 @@ def samples_exactly(speculative_config: Mapping | str) -> bool:
 SPREAD_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo")
 """verl's advantage estimators that give nothing to a prompt whose responses all have the same reward."""
 
+OWN_SEQUENCE_MEANS = ("sapo", "geo_mean")
+"""verl's policy losses that average over sequences whatever ``loss_agg_mode`` says."""
+BESIDE_ADVANTAGES = ("clip_cov", "kl_cov", "dro", "geo_mean")
+"""verl's policy losses that are not in proportion to the advantages, by which the seq-mean modes are put right."""
 
-def mask_std_0_rules(run: Preflight) -> list[Rule]:
+
+def mask_std_0_rules(run: Preflight, loss_mode: str) -> list[Rule]:
     """What ``mask_std_0`` needs for leaving prompts out to be the same as removing them."""
     off = f"or {ACTOR}policy_loss.mask_std_0=false"
     mode, horizon = run.loss_agg_mode, run.loss_scale_factor
     seq_mean, divided = mode.startswith("seq-mean"), mode != "seq-mean-token-sum-norm" or horizon is not None
     estimates = run.adv_estimator in SPREAD_ESTIMATORS
+    divides = loss_mode not in (BESIDE_ADVANTAGES if seq_mean else OWN_SEQUENCE_MEANS)
     signal = "gives an advantage to prompts whose responses all have the same reward"
     drawn = "lets the workers draw which rows share a mini-batch, and so a denominator"
     width = f"divides by the width of a micro-batch under {mode}"
@@ -260,6 +266,7 @@ def mask_std_0_rules(run: Preflight) -> list[Rule]:
         Rule(ACTOR + "use_kl_loss", run.use_kl_loss, not (seq_mean and run.use_kl_loss), undivided, f"false {off}"),
         Rule(ACTOR + "entropy_coeff", run.entropy_coeff, not (seq_mean and run.entropy_coeff), undivided, f"0 {off}"),
         Rule("distillation.enabled", run.distillation, not run.distillation, tokenless, f"false {off}"),
+        Rule(ACTOR + "policy_loss.loss_mode", loss_mode, divides, undivided, f"vanilla {off}"),
     ]
 
 

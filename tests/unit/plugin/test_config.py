@@ -249,6 +249,18 @@ def test_a_dump_of_a_distilling_run_is_refused(cppo):
         omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
 
 
+@pytest.mark.parametrize(
+    ("mode", "loss_mode", "other"), [("token-mean", "sapo", "kl_cov"), ("seq-mean-token-sum", "kl_cov", "sapo")]
+)
+def test_a_loss_of_verls_that_would_average_over_the_prompts_left_out_is_refused(compose, mode, loss_mode, other):
+    average = ["actor_rollout_ref.actor.use_kl_loss=false", f"actor_rollout_ref.actor.loss_agg_mode={mode}"]
+    config = compose(*GRPO, "+method=grpo", *average, f"{RULE}loss_mode={loss_mode}")
+    with pytest.raises(InstantiationException, match=rf"loss_mode={loss_mode} is averaged over .* left out .*{mode}"):
+        start_up(config)
+    start_up(compose(*GRPO, "+method=grpo", *average, f"{RULE}loss_mode={other}"))
+    start_up(compose(*GRPO, "+method=grpo", *average, f"{RULE}loss_mode={loss_mode}", f"{RULE}mask_std_0=false"))
+
+
 def test_distillation_with_mask_std_0_is_refused_as_verls_fails_at_a_micro_batch_without_a_token(cppo):
     with pytest.raises(RuntimeError, match=r"min\(\)"):
         compute_distillation_loss_range(torch.zeros(1, 3), torch.zeros(1, 3))

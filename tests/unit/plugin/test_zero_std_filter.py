@@ -5,10 +5,13 @@ import pytest
 import torch
 from verl import DataProto
 from verl.trainer.config import AlgoConfig
-from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.workers.config import FSDPActorConfig
 
-from cppo_verl.plugin.preflight import SPREAD_ESTIMATORS
+from cppo_verl.plugin.config import MethodConfig
+from cppo_verl.plugin.constants import LOSS_MODES
+from cppo_verl.plugin.preflight import BESIDE_ADVANTAGES, OWN_SEQUENCE_MEANS, SPREAD_ESTIMATORS
 from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
 
 
@@ -110,3 +113,48 @@ def test_a_mini_batch_of_padding_rows_with_or_without_a_prompt_left_out_divides_
     masked = leave_out(data, kept, torch.tensor([0, 0, 1, 1]), seq_mean=False)
     assert [m.sum().item() for m in masked["response_mask"].unbind()] == [0, 0, 2, 4]
     assert [m.sum().item() for m in masked["loss_mask"].unbind()] == [1, 0, 2, 4]
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("loss_mode", sorted(POLICY_LOSS_REGISTRY.keys() - {*LOSS_MODES, "bypass_mode"}))
+def test_verls_losses_with_prompts_left_out_have_the_gradient_of_those_removed_or_are_refused(loss_mode, mode):
+    """A mini-batch of two micro-batches, with a third of the rows left out, of which one has more than the other."""
+    g, lengths = torch.Generator().manual_seed(0), [8, 5, 7, 8, 3, 6, 8, 8, 1, 4, 8, 7]
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    log_mu = -3 * torch.rand(12, 8, generator=g)
+    log_pi = (log_mu + torch.randn(12, 8, generator=g)).clamp_max(-0.01)
+    advantages = (2 * torch.randn(12, 1, generator=g)) * mask
+    kept = torch.tensor([True] * 5 + [False] + [True] * 3 + [False] * 3)
+    data = nested_batch(lengths)
+    data["advantages"].values()[:] = advantages[mask]
+    masked = leave_out(data, kept, torch.zeros(12, dtype=torch.int64), seq_mean=mode.startswith("seq-mean"))
+    fields = (masked.get(name, data[name]).unbind() for name in ("response_mask", "advantages"))
+    left, scaled = (torch.nn.utils.rnn.pad_sequence(field, batch_first=True) for field in fields)
+
+    def gradient(advantages, mask, rows, sequences):
+        """Of ``rows``, the first six of all in one micro-batch and the others in another."""
+        loss = MethodConfig(loss_mode=loss_mode, clip_cov_ratio=0.2, kl_cov_ratio=0.2, dro_beta=1.0)
+        config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=loss)
+        config.global_batch_info.update(
+            dp_size=1, batch_num_tokens=int(mask[rows].sum()), global_batch_size=sequences, loss_scale_factor=None
+        )
+        leaf = log_pi.clone().requires_grad_()
+        for part in (rows[rows < 6], rows[rows >= 6]):
+            torch.manual_seed(0)  # clip_cov draws
+            POLICY_LOSS_REGISTRY[loss_mode](
+                old_log_prob=log_mu[part],
+                log_prob=leaf[part],
+                advantages=advantages[part],
+                response_mask=mask[part],
+                loss_agg_mode=mode,
+                config=config,
+            )[0].backward()
+        return leaf.grad[kept]
+
+    same = torch.allclose(
+        gradient(scaled, left.bool(), torch.arange(12), 12),
+        gradient(advantages, mask, kept.nonzero().flatten(), int(kept.sum())),
+        rtol=1e-4,
+        atol=1e-7,
+    )
+    assert same == (loss_mode not in (BESIDE_ADVANTAGES if mode.startswith("seq-mean") else OWN_SEQUENCE_MEANS))
