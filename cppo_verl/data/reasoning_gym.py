@@ -10,7 +10,7 @@ from typing import Any
 
 from cppo_verl.artifacts.atomic import replacing
 from cppo_verl.data.readers import Row, rl_row
-from cppo_verl.rewards.reasoning_gym import PREFIX, compute_score, load_task
+from cppo_verl.rewards.reasoning_gym import PREFIX, load_task, score_answer
 
 
 def write_parquet(
@@ -66,10 +66,10 @@ def _rows(task: str, task_kwargs: dict[str, Any], split: str, size: int, seed: i
     for index, entry in enumerate(reasoning_gym.create_dataset(task, size=size, seed=seed, **task_kwargs)):
         # verl hands extra_info to the reward through Arrow, which merges the fields of nested dicts across rows. A JSON
         # string comes back as it was.
-        extra_info = {"split": split, "index": index, "task_kwargs": kwargs_json}
-        extra_info["entry"] = json.dumps(entry, default=str)
+        text = json.dumps(entry, default=str)
+        extra_info = {"split": split, "index": index, "task_kwargs": kwargs_json, "entry": text}
         answer = entry["answer"]
-        if answer is not None and compute_score(PREFIX + task, answer, answer, extra_info)["acc"] != 1.0:
+        if answer is not None and score_answer(answer, [PREFIX + task, kwargs_json, text]) < 1:
             raise ValueError(f"problem {index} of {task!r} does not verify its own answer after JSON: {answer!r}")
         rows.append(rl_row(PREFIX + task, entry["question"], "reasoning", answer or "", extra_info))
     return rows

@@ -13,8 +13,6 @@ counts as wrong. See `cppo_verl.rewards.sandbox` for the limits.
 
 import importlib.util
 import json
-import logging
-import os
 import re
 import runpy
 from collections.abc import Callable
@@ -30,10 +28,6 @@ TRUTH_CHARACTERS = 10_000
 
 Verify = Callable[[str, list[str]], bool]
 """``verify(answer, accepted)``: whether the answer equals one of the accepted ones."""
-
-logger = logging.getLogger(__name__)
-# A level of its own, as verl's modules have: importing verl's vLLM server raises the root logger's to errors.
-logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
 
 
 def math_dapo(
@@ -82,12 +76,7 @@ def math_verify(
 
 
 def _grade(sandbox: Sandbox, data_source: str, response: str, ground_truth: Any, time_limit: float) -> dict[str, float]:
-    answer = response[-ANSWER_CHARACTERS:]
-    grade = sandbox.grade(answer, _accepted(ground_truth), time_limit)
-    if grade.timed_out or grade.crashed:
-        what = f"not graded within {time_limit} s" if grade.timed_out else "the verifier died or raised"
-        logger.warning("%s answer counted as wrong, %s: ...%r", data_source, what, answer[-200:])
-    return {"acc": float(grade.right), "timed_out": float(grade.timed_out), "crashed": float(grade.crashed)}
+    return sandbox.grade(data_source, response[-ANSWER_CHARACTERS:], _accepted(ground_truth), time_limit).metrics()
 
 
 def _accepted(ground_truth: Any) -> list[str]:

@@ -1,13 +1,14 @@
 """A verifier in a child process with a time and a memory limit.
 
-A verifier is Python and regular expressions on text that a model wrote. It can loop inside one C call, exhaust memory
-or overflow the stack, and nothing inside its own process can stop that. So it runs in a child, which is killed at the
-limit and replaced.
+A verifier is Python and regular expressions on text that a model wrote. It can loop inside one C call, exhaust memory,
+overflow the stack or exit, and nothing inside its own process can stop that. So it runs in a child, which is killed at
+the limit and replaced. The child has this process's rights: it contains accidents, not attacks.
 
 The child is this file, started by its path: Python then puts this folder on the child's ``sys.path`` until `_serve`
 replaces it, so no module in this folder may be named like one of the standard library.
 """
 
+import logging
 import math
 import os
 import resource
@@ -27,19 +28,28 @@ START_SECONDS = 120.0
 """Time for a child's imports, which may come from a slow shared disk."""
 
 
-class Grade(NamedTuple):
-    """What became of one answer. A lost one, ``timed_out`` or ``crashed``, is not right."""
+logger = logging.getLogger(__name__)
+# A level of its own, as verl's modules have: importing verl's vLLM server raises the root logger's to errors.
+logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
 
-    right: bool
+
+class Grade(NamedTuple):
+    """What became of one answer. A lost one, ``timed_out`` or ``crashed``, scores 0."""
+
+    score: float
     timed_out: bool = False
     crashed: bool = False
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a reward reports beside its score: ``acc`` is 1 for a score of at least 1, else 0."""
+        return {"acc": float(self.score >= 1), "timed_out": float(self.timed_out), "crashed": float(self.crashed)}
 
 
 class Sandbox:
     """One verifier in a process of its own, started at the first answer and replaced after a loss.
 
-    ``loader`` names a function in the Python file ``file``. It takes nothing, returns ``verify(answer, accepted) ->
-    bool``, runs in the child and raises ImportError for a missing library.
+    ``loader`` names a function in the Python file ``file``. It takes nothing, returns ``verify(answer, truth) ->
+    score``, runs in the child and raises ImportError for a missing library.
     """
 
     def __init__(self, file: str, loader: str):
@@ -52,26 +62,33 @@ class Sandbox:
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
 
-    def grade(self, answer: str, accepted: list[str], time_limit: float) -> Grade:
-        """Compare ``answer`` with the ``accepted`` ones within ``time_limit`` seconds of wall clock.
+    def grade(self, data_source: str, answer: str, truth: list[str], time_limit: float) -> Grade:
+        """Compare ``answer`` with the ``truth`` within ``time_limit`` seconds of wall clock.
 
-        Neither the child's start nor the wait for other threads counts towards the limit. Raises ValueError for a limit
-        that is not a positive number, ImportError if the loader lacks a library, RuntimeError if the child does not
-        start.
+        Neither the child's start nor the wait for other threads counts towards the limit. The log has lost answers, by
+        their ``data_source``. Raises ValueError for a limit that is not a positive number, ImportError if the loader
+        lacks a library, RuntimeError if the child does not start.
         """
         if not 0 < time_limit < math.inf:
             raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}")
+        grade = self._grade(answer, truth, time_limit)
+        if grade.timed_out or grade.crashed:
+            what = f"not graded within {time_limit} s" if grade.timed_out else "the verifier died or raised"
+            logger.warning("%s answer counted as wrong, %s: ...%r", data_source, what, answer[-200:])
+        return grade
+
+    def _grade(self, answer: str, truth: list[str], time_limit: float) -> Grade:
         with self._lock:
             reusable = False
             try:
                 pipe = self._running()
-                pipe.send((answer, accepted, time_limit))
+                pipe.send((answer, truth, time_limit))
                 if not pipe.poll(time_limit):
-                    return Grade(False, timed_out=True)
-                right, crashed, reusable = pipe.recv()
-                return Grade(right, crashed=crashed)
+                    return Grade(0.0, timed_out=True)
+                score, crashed, reusable = pipe.recv()
+                return Grade(score, crashed=crashed)
             except (EOFError, OSError):
-                return Grade(False, crashed=True)
+                return Grade(0.0, crashed=True)
             finally:
                 # Also if this thread was interrupted: a late grade must not be taken for the next answer's.
                 if not reusable:
@@ -105,6 +122,8 @@ class Sandbox:
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,
+                        # numpy would reserve address space for a thread a core, on large machines all there is.
+                        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                     )
                 self._pipe.send((sys.path, *self._source))
                 if self._pipe.poll(START_SECONDS):
@@ -136,16 +155,16 @@ def _serve(pipe: Connection) -> None:
         return
     pipe.send(None)
     while True:
-        answer, accepted, time_limit = pipe.recv()
+        answer, truth, time_limit = pipe.recv()
         signal.setitimer(signal.ITIMER_REAL, time_limit + 2.0)  # later than a parent that is still there
         try:
-            right, crashed = bool(verify(answer, accepted)), False
+            score, crashed = float(verify(answer, truth)), False
         except Exception:
-            right, crashed = False, True
+            score, crashed = 0.0, True
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         # Caches grow. A child near its limit would find right answers wrong, so it is replaced at half of it.
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        pipe.send((right, crashed, in_use < memory / 2))
+        pipe.send((score, crashed, in_use < memory / 2))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_a_verifier_that_hangs_is_killed_and_replaced(hostile, deed, caplog):
     assert time.monotonic() - begin < 10
     assert "not graded within 0.2 s" in caplog.text and deed in caplog.text
     assert hostile("right") == RIGHT
-    assert len(_verifiers()) <= 3  # this one and those of the two rewards
+    assert len(_verifiers()) <= 4  # this one and those of the three rewards
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_threads_share_one_child(hostile):
     expected = {"right": RIGHT, "wrong": WRONG, "sleep": WRONG | {"timed_out": 1.0}}
     for deed, outcome in outcomes:
         assert outcome == expected.get(deed, WRONG | {"crashed": 1.0}), deed
-    assert len(_verifiers()) <= 3
+    assert len(_verifiers()) <= 4
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -143,8 +143,8 @@ PARENT = f"""
 import os, sys, threading, time
 from cppo_verl.rewards.sandbox import Sandbox
 child = Sandbox({HOSTILE!r}, "load")
-child.grade("right", ["right"], 60)
-threading.Thread(target=child.grade, args=(sys.argv[1], ["right"], 1.0), daemon=True).start()
+child.grade("odd", "right", ["right"], 60)
+threading.Thread(target=child.grade, args=("odd", sys.argv[1], ["right"], 1.0), daemon=True).start()
 time.sleep(0.2)
 print(child._process.pid, flush=True)
 sys.stdin.readline()
@@ -171,7 +171,7 @@ def test_no_child_outlives_its_parent():
 
 def test_a_child_that_never_starts_is_an_error():
     with pytest.raises(RuntimeError, match="load_never does not start: exit status 7"):
-        Sandbox(HOSTILE, "load_never").grade("5", ["5"], AMPLE)
+        Sandbox(HOSTILE, "load_never").grade("odd", "5", ["5"], AMPLE)
 
 
 def _verifiers():

@@ -8,6 +8,7 @@ import pytest
 from cppo_verl.data.reasoning_gym import write_parquet
 from cppo_verl.rewards.reasoning_gym import compute_score
 
+UNHURT = {"timed_out": 0.0, "crashed": 0.0}
 SORT = dict(min_numbers=3, max_numbers=3, min_decimals=0, max_decimals=0, min_value=10, max_value=99)
 
 
@@ -24,7 +25,7 @@ def test_a_right_answer_scores_one_in_any_notation(problem):
     truth, score = problem
     plain = json.dumps([float(x) for x in json.loads(truth.replace("'", '"'))])
     for answer in (truth, f" {truth}\n", plain, f"Let me see: <answer>[]</answer> no, <answer>{truth}</answer>"):
-        assert score(answer) == {"score": 1.0, "acc": 1.0}
+        assert score(answer) == {"score": 1.0, "acc": 1.0, **UNHURT}
 
 
 @pytest.mark.parametrize(
@@ -44,13 +45,30 @@ def test_a_right_answer_scores_one_in_any_notation(problem):
 )
 def test_an_answer_that_is_not_right_scores_zero(problem, answer):
     _, score = problem
-    assert score(answer) == {"score": 0.0, "acc": 0.0}
+    assert score(answer) == {"score": 0.0, "acc": 0.0, **UNHURT}
 
 
 def test_reversed_and_untagged_answers_score_zero(problem):
     truth, score = problem
     assert score(str(json.loads(truth.replace("'", '"'))[::-1]))["acc"] == 0.0
     assert score(f"The answer is {truth}.")["acc"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "lost"),
+    [("countdown", "9**9**9", "timed_out"), ("spiral_matrix", "exit()", "crashed")],
+)
+def test_what_a_verifier_computes_neither_hangs_nor_ends_a_worker(tmp_path, task, answer, lost):
+    _, path = write_parquet(task, tmp_path, train_size=1, validation_size=1)
+    row = pandas.read_parquet(path).iloc[0]
+
+    def score(text, limit):
+        return compute_score(row["data_source"], text, "", row["extra_info"], time_limit=limit)
+
+    truth = row["reward_model"]["ground_truth"]
+    assert score(truth, 60.0) == {"score": 1.0, "acc": 1.0, **UNHURT}
+    assert score(f"<answer>{answer}</answer>", 0.5) == {"score": 0.0, "acc": 0.0, **UNHURT, lost: 1.0}
+    assert score(truth, 60.0)["acc"] == 1.0
 
 
 def test_partial_credit_is_not_accuracy(tmp_path):
