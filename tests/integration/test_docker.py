@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import start_up
 from docker.utils.build import exclude_paths
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
@@ -131,14 +132,20 @@ def test_the_plug_in_installs_from_a_builds_context_alone(tmp_path):
     assert "<select" in (tmp_path / "inspect.html").read_text()
 
 
-def test_the_smoke_run_of_the_readme_composes():
+def test_the_smoke_run_of_the_readme_fits_one_gpu():
     import verl  # noqa: F401  loads the plug-in
     from hydra import compose, initialize_config_dir
+    from verl.utils.config import omega_conf_to_dataclass
 
     readme = (ROOT / "docker/README.md").read_text().replace("\\\n", " ")
     [overrides] = re.findall(r"^docker run .* --gpus all .*/quickstart/run\.py (.*)$", readme, re.M)
     with initialize_config_dir(str(ROOT / "examples/quickstart"), version_base=None):
         config = compose("quickstart", overrides=["output=/workspace", *shlex.split(overrides)])
+    start_up(config)
+    for part in ("actor", "rollout"):
+        omega_conf_to_dataclass(config.actor_rollout_ref[part])
+    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (1, 1)
+    assert config.actor_rollout_ref.rollout.tensor_model_parallel_size == 1
     assert config.trainer.device == "cuda"
     assert config.trainer.total_training_steps == 2
     assert config.actor_rollout_ref.actor.policy_loss.loss_mode == "cppo"
