@@ -193,10 +193,12 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
     """The config of ``python -m verl.trainer.main_ppo <arguments>``, as that command composes it, or a ConfigError."""
     from hydra.conf import HydraConf
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from verl.trainer.main_ppo import main
 
-    if several := {"-m", "--multirun"} & set(arguments):
-        raise ConfigError(f"{several.pop()} asks for several runs: leave it out, and give each key one run's value")
+    several = "asks for several runs: leave it out, and give each key one run's value"
+    if found := {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(f"{found.pop()} {several}")
     argv, printed, complaints = sys.argv, io.StringIO(), io.StringIO()
     sys.argv = ["main_ppo", *arguments, "--cfg", "all"]  # hydra prints the config instead of starting the trainer
     try:
@@ -211,6 +213,9 @@ def compose_command(arguments: Sequence[str]) -> DictConfig:
         sys.argv = argv
     config = OmegaConf.create(printed.getvalue())
     assert isinstance(config, DictConfig)
+    if config.hydra.mode == RunMode.MULTIRUN.name:
+        sweeps = [text for text in arguments if text.startswith(("+sweep=", "hydra.mode="))]
+        raise ConfigError(f"{' '.join(sweeps) or 'hydra.mode=MULTIRUN'} {several}")
     hydra = OmegaConf.create({"hydra": HydraConf})
     hydra.hydra.merge_with(OmegaConf.masked_copy(config.pop("hydra"), ["mode", "launcher", "overrides", "runtime"]))
     HydraConfig.instance().set_config(hydra)  # the loss's config checks what the command line sets

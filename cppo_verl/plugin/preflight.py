@@ -378,13 +378,16 @@ def captured_bytes(config: DictConfig) -> str:
 def local_files(config: DictConfig) -> list[str]:
     """The run's model and data files that are paths of the machine itself, as "key=path".
 
-    A path without a leading "/", "." or "~" may be a model on the hub, and one with "://" is remote: verl finds these.
+    A path without a leading "/", "." or "~" may be a name on the hub where it is the model's, or for a data set class
+    of the user's own; one with "://" is remote. Those who read them find these.
     """
+    own_class = OmegaConf.select(config, "data.custom_cls.path") is not None
     found = []
     for key in ("actor_rollout_ref.model.path", "data.train_files", "data.val_files"):
         paths = OmegaConf.select(config, key)
         for path in [paths] if isinstance(paths, str) else paths or []:
-            if path.startswith(("/", "./", "../", "~")):
+            of_a_file = key.startswith("data.") and not own_class and "://" not in path
+            if of_a_file or path.startswith(("/", "./", "../", "~")):
                 found.append(f"{key}={path}")
     return found
 

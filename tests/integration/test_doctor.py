@@ -14,8 +14,8 @@ from cppo_verl.doctor.checks import _installed
 COMMAND = [
     "+method=cppo",
     "+platform=cpu",
-    "data.train_files=train.parquet",
-    "data.val_files=test.parquet",
+    "data.train_files=s3://data/train.parquet",
+    "data.val_files=s3://data/test.parquet",
     "actor_rollout_ref.model.path=Qwen/Qwen3-0.6B",
 ]
 
@@ -52,8 +52,10 @@ def test_the_size_of_the_top_k_capture_is_reported(doctor):
         (["algorithm.rollout_correction.bypass_mode=false"], "set algorithm.rollout_correction.bypass_mode=true"),
         (["actor_rollout_ref.actor.policy_loss.w_min=2"], "w_min=2 is not permitted: a number in (0, 1]"),
         (["data.train_files=/nowhere/train.parquet"], "data.train_files=/nowhere/train.parquet does not exist"),
+        (["data.val_files=[data/none.parquet]"], "data.val_files=data/none.parquet does not exist on this machine"),
         (["actor_rollout_ref.model.pth=x"], "Could not override 'actor_rollout_ref.model.pth'"),
         (["--", "-m", "trainer.nnodes=1,2"], "-m asks for several runs: leave it out, and give each key one"),
+        (["hydra.mode=MULTIRUN"], "hydra.mode=MULTIRUN asks for several runs: leave it out, and give each key one"),
         (["--", "--help"], "--help would print something and train nothing: give a training command's arguments"),
         (["actor_rollout_ref.rollout.name=???"], "Missing mandatory value: actor_rollout_ref.rollout.name"),
         (["trainer.device=cuda"], "cuda, but this environment runs on cpu: add +platform=cpu to the command"),
