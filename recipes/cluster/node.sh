@@ -5,6 +5,14 @@
 # and Ray ends on every node with it.
 set -euo pipefail
 
+if [[ $# -lt 5 || $1 != *:* || " ${*:4} " != *" -- "* ]]; then
+    echo "usage: node.sh HEAD:PORT NODES TOKEN_FILE [OPTIONS OF ray start] -- COMMAND" >&2
+    exit 2
+elif [[ ! -s $3 || ! -r $3 ]]; then # `ray start` would fail for it, and symmetric-run end with exit code 0
+    echo "no token to be read in $3 on $(hostname): put the cluster's there, as docs/clusters.md shows" >&2
+    exit 1
+fi
+
 unset RAY_AUTH_TOKEN # Ray would take it instead of the file
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$3 RAY_ADDRESS=$1
 

@@ -1,6 +1,8 @@
 """What the ways to several nodes run: every command that a page or a manifest shows composes to the run it names."""
 
+import os
 import shlex
+import subprocess
 
 import pytest
 import yaml
@@ -83,3 +85,28 @@ def test_the_numbers_of_skypilots_task_fit_its_command():
     # The token comes from whoever launches, and no file holds it.
     assert task["secrets"]["RAY_AUTH_TOKEN"] == ""
     assert "export RAY_AUTH_MODE=token" in run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("", 2, "usage: node.sh HEAD:PORT NODES TOKEN_FILE"),
+        ("10.0.0.1:6379 2 token true", 2, "usage:"),
+        ("10.0.0.1 2 token -- true", 2, "usage:"),
+        ("10.0.0.1:6379 2 nowhere -- true", 1, "no token to be read in nowhere on"),
+        ("10.0.0.1:6379 2 empty -- true", 1, "no token to be read in empty on"),
+        ("10.0.0.1:6379 2 token --num-gpus 8 -- python 'a b'", 0, ""),
+    ],
+)
+def test_a_node_says_what_is_wrong_with_its_line_before_it_starts_ray(tmp_path, arguments, code, said):
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "empty").touch()
+    (tmp_path / "ray").write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
+    (tmp_path / "ray").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("SLURM_CPUS_ON_NODE", None)
+    line = [CLUSTER / "node.sh", *shlex.split(arguments)]
+    result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, said in result.stderr) == (code, True), result.stderr
+    started = "<symmetric-run><--address><10.0.0.1:6379><--min-nodes><2><--num-gpus><8><--><python><a b>"
+    assert result.stdout == ("" if code else started)
