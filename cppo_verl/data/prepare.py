@@ -6,6 +6,7 @@ how many were dropped and why, and the SHA-256 of each file. Prompts that come w
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -95,6 +96,7 @@ def prepare(args: argparse.Namespace) -> None:
         print(f"{folder} is up to date: same request, and the files are as written (--force writes them again)")
         return
 
+    _check_writable(folder)
     sources: list[dict] = []
     parts, files = _read(args.dataset, places, sources) if places else _generate(request)
     from_hub = bool(places) and all(isinstance(p, HubDataset) for part in places.values() for p in part)
@@ -150,6 +152,14 @@ def _already_written(folder: Path, names: list[str], request: dict, force: bool)
         if sha256(path) != checksum:
             raise FileExistsError(f"{path} has changed since it was written: move it away, or give --force")
     return manifest if len(present) == len(names) else None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ValueError, before minutes of reading, where ``folder`` can be neither made nor written to."""
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "is no folder" if not nearest.is_dir() else "cannot be written to"
+        raise ValueError(f"{nearest} {what}: give another --output")
 
 
 def _generate(request: dict) -> tuple[dict[str, list[Row]], dict[str, dict]]:

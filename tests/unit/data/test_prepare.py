@@ -306,3 +306,20 @@ def test_the_manifest_of_another_data_set_is_not_replaced(planted, tmp_path, cap
     (out / "manifest.json").write_text("{")
     assert run(*aime) == 1 and "manifest.json exists and" in capsys.readouterr().err
     assert run(*aime, "--force") == 0
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "a broken link", "read-only"])
+def test_an_output_that_cannot_be_written_to_is_named_before_anything_is_read(tmp_path, capsys, monkeypatch, place):
+    target = tmp_path / "target"
+    if place == "read-only":  # root may write anywhere
+        target.mkdir()
+        monkeypatch.setattr(prepare.os, "access", lambda path, mode: path != target)
+    elif place == "a broken link":
+        target.symlink_to(tmp_path / "nowhere")
+    else:
+        target.touch()
+    out = target / "out" if place != "a file" else target
+    source = write(tmp_path / "a.jsonl", [{"not": "read"}])
+    assert run("dapo", "--source", source, "--output", out) == 1
+    what = "cannot be written to" if place == "read-only" else "is no folder"
+    assert capsys.readouterr().err == f"prepare dapo: {target} {what}: give another --output\n"
