@@ -110,3 +110,23 @@ def test_a_node_says_what_is_wrong_with_its_line_before_it_starts_ray(tmp_path, 
     assert (result.returncode, said in result.stderr) == (code, True), result.stderr
     started = "<symmetric-run><--address><10.0.0.1:6379><--min-nodes><2><--num-gpus><8><--><python><a b>"
     assert result.stdout == ("" if code else started)
+
+
+def test_a_job_whose_run_cannot_be_asked_to_stop_waits_for_its_end(tmp_path):
+    """As on a full disk. Slurm ends what the batch script leaves behind."""
+    programs = {
+        "python": f'case " $* " in *" --cfg "*) echo "{tmp_path}/a run";; *) echo "no room" >&2; exit 1;; esac',
+        "ray": "mkdir $HOME/.ray && touch $HOME/.ray/auth_token",
+        "scontrol": "echo localhost",
+        "srun": "kill -USR1 $PPID; sleep 2; exit 7",
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n".replace("$HOME/", '"$HOME"/'))
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    line = ["bash", CLUSTER / "slurm.sbatch"]
+    result = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert "no room" in result.stderr
+    assert "the job does not go back to the queue" in result.stdout
+    assert result.returncode == 7
