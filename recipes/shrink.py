@@ -52,7 +52,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, required=True, help="the run's own folder")
     args, overrides = parser.parse_known_args(argv)
     output = args.output.resolve()
-    overrides = [*overrides, f"output={output}"]
+    overrides = [*overrides, f"output={trainer_process.quoted(output)}"]
     overlay = [*overrides, "+shrink=tiny"]
     try:
         recipe, shrunk = compose(overrides), compose(overlay)

@@ -68,7 +68,8 @@ def train(output, overrides, config, show):
     # verl's file logger overwrites what it is given: an attempt that resumes gets a file of its own.
     attempt = len(list(logs.glob("metrics-*.jsonl")))
     metrics, log = logs / f"metrics-{attempt}.jsonl", logs / f"train-{attempt}.log"
-    arguments = ["--config-dir", str(config.parent), "--config-name", config.stem, f"output={output}", *overrides]
+    place = f"output={trainer_process.quoted(output)}"
+    arguments = ["--config-dir", str(config.parent), "--config-name", config.stem, place, *overrides]
     environment = os.environ | {
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TENSORBOARD_DIR": str(logs / "tensorboard"),

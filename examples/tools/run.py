@@ -32,7 +32,8 @@ def main(argv=None):
     output, overrides = quickstart.arguments(argv, __doc__, "outputs/tools")
     files = quickstart.write_data(output / "data", TASK, TASK_SETTINGS)
     chat.warm_up(*files, output / "model", warmup.Settings(batch_size=32, noise=0.05, target=0.8))
-    tool = f"actor_rollout_ref.rollout.multi_turn.function_tool_path={HERE.resolve() / 'calculator.py'}"
+    file = quickstart.trainer_process.quoted(HERE.resolve() / "calculator.py")
+    tool = f"actor_rollout_ref.rollout.multi_turn.function_tool_path={file}"
     code = quickstart.train(output, [tool, *overrides], HERE / "tools.yaml", progress)
     if code == 0:
         summarise(output, time.monotonic() - begin)

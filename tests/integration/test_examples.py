@@ -185,3 +185,14 @@ def test_the_chat_is_the_same_written_at_once_and_turn_by_turn(tools):
     assert tokenizer.decode([i for i, m in zip(ids[start:], mask, strict=True) if not m]) == (
         "\n<|im_start|>user\n<tool_response>\n1050\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_the_quickstart_trains_in_a_folder_of_any_name(monkeypatch, tmp_path):
+    """hydra's overrides have a grammar, in which the name of a home or of a second download may be none."""
+    monkeypatch.syspath_prepend(EXAMPLES / "quickstart")
+    import run
+
+    output = tmp_path / "Übung, (1) it's=a"
+    asked = ["--cfg", "job", "--resolve", "--package", "trainer.default_local_dir"]
+    assert run.train(output, asked, EXAMPLES / "quickstart" / "quickstart.yaml", run.progress) == 0
+    assert (output / "logs" / "train-0.log").read_text().splitlines()[-1] == str(output / "checkpoints")

@@ -152,3 +152,9 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(shrink, tmp_path):
     shrink.prepare(tmp_path, dense, 3)
     assert (tmp_path / "model" / "config.json").read_text() == "mine"
     assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_of_any_name_is_the_output(shrink, tmp_path, capsys):
+    folder = tmp_path / "Übung, (1) it's=a"
+    assert shrink.main(["scale=qwen3_1.7b", "data.train_batch_size=7", "--output", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith("data.train_batch_size=7 is not permitted")
