@@ -25,10 +25,10 @@ COMMANDS = {
 }
 """{name: (module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``, what it does)}."""
 
+OF_A_COMMAND = ["doctor", "evaluate", "mismatch"]
+"""The commands that take the arguments of a training command."""
 INSTALL = dict.fromkeys(COMMANDS, "pip install 'cppo-verl[tools]', or '.[tools]' in a checkout")
-INSTALL |= dict.fromkeys(
-    ["doctor", "evaluate", "mismatch"], "pip install 'cppo-verl[gpu]', or `make install` in a checkout for the CPU"
-)
+INSTALL |= dict.fromkeys(OF_A_COMMAND, "pip install 'cppo-verl[gpu]', or `make install` in a checkout for the CPU")
 """{name: how to get all that the command needs}."""
 
 
@@ -56,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"cppo_verl.{COMMANDS[chosen][0]}")
             parsers[chosen].description = module.__doc__
             module.add_arguments(parsers[chosen])
-            code = module.run(parser.parse_args(arguments))
+            parsed, unknown = parser.parse_known_args(arguments)
+            if unknown:
+                way_out = "; the arguments of a training command stand after --" if chosen in OF_A_COMMAND else ""
+                parsers[chosen].error(f"unrecognized arguments: {' '.join(unknown)}{way_out}")
+            code = module.run(parsed)
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough

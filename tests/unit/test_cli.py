@@ -20,6 +20,16 @@ def test_every_command_has_help_and_a_module_with_the_two_functions(name, capsys
     assert module.__doc__.split()[0] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["doctor", "evaluate", "mismatch", "stop"])
+def test_an_argument_of_a_training_command_is_told_where_it_belongs(name, capsys):
+    place = {"evaluate": ["--output", "x"], "stop": ["x"]}.get(name, [])
+    with pytest.raises(SystemExit) as ended:
+        main([name, *place, "--config-dir", "recipes"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"cppo-verl {name}: error: unrecognized arguments: --config-dir" in said
+    assert ("the arguments of a training command stand after --" in said) == (name != "stop")
+
+
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["train"])
