@@ -118,7 +118,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
     _read_config(path, run, label)
     if path.is_dir():
         # verl's dumps of training responses look the same, but have no sources beside them.
-        dumps = sorted({p.parent for p in files_below(path, "*.jsonl") if p.stem.isdigit()})
+        dumps = sorted({p.parent for p in files_below(path, "*.jsonl") if p.stem.isdecimal()})
         run.generations = next((d for d in dumps if any(d.glob(f"*{SOURCES_SUFFIX}"))), dumps[0] if dumps else None)
     return run
 
@@ -131,7 +131,7 @@ def _merge(kept: dict[str, float], values: dict[str, float], twice: str, notes: 
 
 def _attempt(file: Path) -> tuple:
     """Sort key that puts metrics-2 before metrics-10."""
-    return (str(file.parent), [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+    return (str(file.parent), [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
 
 
 def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
@@ -163,7 +163,7 @@ def _whole(digits: str) -> int | float:
 
 
 def _metrics(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, float]]]:
-    if file.stem.isdigit():  # a dump of generations
+    if file.stem.isdecimal():  # a dump of generations
         return
     missing, foreign = set(), 0
     for record in _lines(file, notes):

@@ -153,7 +153,7 @@ def linked(args: argparse.Namespace, output: Path) -> Path:
 
 def dumps(output: Path) -> set[tuple[int, Path]]:
     """Return time and path of verl's answers."""
-    return {(file.stat().st_mtime_ns, file) for file in (output / GENERATIONS).glob("*.jsonl") if file.stem.isdigit()}
+    return {(file.stat().st_mtime_ns, file) for file in (output / GENERATIONS).glob("*.jsonl") if file.stem.isdecimal()}
 
 
 def overrides(args: argparse.Namespace, output: Path) -> list[str]:

@@ -55,7 +55,7 @@ def check_resume(config: DictConfig) -> None:
     if config.trainer.resume_mode != "auto" or step is None:
         return
     found = [n for n in _steps(folder) if is_whole(folder, n)]
-    known = step.isdigit() and int(step) in _steps(folder)
+    known = step.isdecimal() and int(step) in _steps(folder)
     # verl truncates the file before it writes there, once the newest checkpoint is whole.
     usable = [n for n in found if not step or (known and n <= int(step))]
     if not usable:

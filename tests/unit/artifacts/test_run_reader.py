@@ -18,6 +18,12 @@ def test_a_later_attempt_replaces_the_steps_it_did_again(tmp_path):
     assert run.notes == ["step 20 was validated twice; metrics-10.jsonl counts"]
 
 
+def test_a_name_with_a_digit_that_is_no_decimal_ends_no_reading(tmp_path):
+    for name in ("a1²2.jsonl", "²1.jsonl", "².jsonl"):
+        write(tmp_path / name, validation(0, aime24=0.1))
+    assert read_run(tmp_path).accuracies() == {0: {"aime24": 0.1}}
+
+
 def test_steps_of_a_longer_attempt_that_was_given_up_do_not_count(tmp_path):
     steps = [validation(step, aime24=step / 100) for step in (0, 10, 20, 30)]
     write(tmp_path / "a" / "metrics-0.jsonl", *steps, validation(40, aime24=0.9))
