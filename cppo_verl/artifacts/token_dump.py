@@ -145,6 +145,8 @@ _STORAGE = {f.name: _storage(_HINTS[f.name]) for f in fields(Response)}
 _OPTIONAL = [name for name in _STORAGE if NoneType in get_args(_HINTS[name])]
 _UNBOUNDED = ("threshold", "delta_b")
 """Fields that may be infinite: a divergence without an upper bound may have thresholds that bound nothing."""
+_LARGEST_LOG_PROB = 1e-3
+"""As in the losses: log-probabilities are sums of rounded terms; more than this above zero is no rounding."""
 _SCHEMA = pa.schema([(name, storage.type) for name, storage in _STORAGE.items()])
 TOKEN_COLUMNS = tuple(
     name for name, storage in _STORAGE.items() if pa.types.is_list(storage.type) and name not in ("prompt", "response")
@@ -282,6 +284,10 @@ def _fault(response: Response) -> str | None:
             return f"{name} of another length than the response"
         elif pa.types.is_floating(getattr(storage.type, "value_type", storage.type)) and not _usable(name, value).all():
             return f"values of {name} that are not finite"
+    if any((getattr(response, name)[response.mask] > _LARGEST_LOG_PROB).any() for name in ("log_mu", "log_pi")):
+        return "log-probabilities above zero"
+    if (response.divergence[response.mask] < 0).any():
+        return "values of divergence below zero"
     if response.reason is not None and len(response.reason) and response.reason.max() >= len(REASONS):
         return "unknown reasons"
     return None

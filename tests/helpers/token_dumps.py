@@ -203,6 +203,7 @@ def make_response(i=0, length=40, **changed):
     mask[2:5] = False
     names = ("log_mu", "log_pi", "advantage", "divergence", "weighted_divergence", "threshold", "update_mask")
     columns = {name: np.where(mask, g.normal(size=length), 0).astype(np.float32) for name in names}
+    columns |= {name: -abs(columns[name]) for name in ("log_mu", "log_pi")} | {"divergence": abs(columns["divergence"])}
     columns |= {"reason": np.where(mask, g.integers(1, 5, length), 0).astype(np.uint8), "mask": mask}
     columns |= {name: g.integers(0, 150_000, length).astype(np.int32) for name in ("prompt", "response")}
     return Response(**{"step": 4, "update": i, "key": f"u_{i}_0", "score": 1.0, "delta_b": 0.5} | columns | changed)

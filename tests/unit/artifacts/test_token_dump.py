@@ -304,6 +304,8 @@ def test_responses_that_cannot_be_right_are_left_out_and_counted(tmp_path):
         make_response(5, length, mask=np.ones(3, dtype=bool)),
         make_response(6, length, prompt=None),
         make_response(7, length, reason=np.full(length, 99, dtype=np.uint8)),
+        make_response(9, length, log_mu=np.full(length, 0.002, np.float32)),
+        make_response(9, length, divergence=np.full(length, -1e-3, np.float32)),
     ]
     save(tmp_path, 4, [make_response(0, length), *strange, make_response(8, length)])
     got = read_tokens(tmp_path)
@@ -317,5 +319,7 @@ def test_responses_that_cannot_be_right_are_left_out_and_counted(tmp_path):
             (1, "mask of another length than the response"),
             (1, "no prompt"),
             (1, "unknown reasons"),
+            (1, "log-probabilities above zero"),
+            (1, "values of divergence below zero"),
         )
     ]
