@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from statistics import fmean
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
 
+from cppo_verl.evaluation import statistics
 from cppo_verl.evaluation.statistics import compare, interval_over_problems, interval_over_seeds, pass_at_k, select
 
 
@@ -36,6 +38,25 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         over_problems += low <= 0.3 <= high
     assert over_seeds == pytest.approx(95, abs=5)
     assert over_problems == pytest.approx(94, abs=5)  # the bootstrap's own shortfall at 30 problems
+
+
+def test_draws_made_in_parts_are_those_of_the_whole(monkeypatch):
+    accuracies = np.random.default_rng(0).random((2, 37))
+    first, second = ({i: x for i, x in enumerate(row.tolist())} for row in accuracies)
+    whole = compare(first, second), interval_over_problems(accuracies[0])
+    drawn = np.random.default_rng(0).integers(0, 37, size=(statistics.RESAMPLES, 37))
+    assert whole[1] == pytest.approx(np.quantile(accuracies[0][drawn].mean(-1), [0.025, 0.975]))
+    monkeypatch.setattr(statistics, "VALUES_AT_ONCE", 37 * 101 + 5)
+    assert (compare(first, second), interval_over_problems(accuracies[0])) == whole
+
+
+def test_many_problems_take_little_memory():
+    problems = 5_000
+    tracemalloc.start()
+    compare(dict.fromkeys(range(problems), 1.0), dict.fromkeys(range(problems), 0.5))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 300e6
 
 
 def test_interval_over_seeds_of_three_by_hand():
