@@ -190,7 +190,8 @@ def _columns(setting: Setting, responses: Sequence[Response]) -> tuple[dict[str,
     # One of verl's own losses: its gradient tells what it leaves of rho_t A_t.
     (gradient,) = torch.autograd.grad(loss * mask.sum(), log_pi)
     unclipped = -(log_pi - log_mu).exp().detach() * advantages
-    left = torch.where(unclipped == 0, 1.0, gradient / unclipped).clamp(0, 1)
+    # Far below mu, rho_t underflows, and so may the gradient: that token is taken out, unless it had nothing to give.
+    left = torch.where(advantages == 0, 1.0, (gradient / unclipped).nan_to_num(0.0)).clamp(0, 1)
     # Dividing the loss by the number of tokens, and multiplying again, has rounded the gradient.
     left = torch.where(left > 1 - 1e-4, 1.0, left)
     reason = torch.where(left < 1, CODE["clipped"], CODE["kept"])

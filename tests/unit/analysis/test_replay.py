@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from token_dumps import METHODS, RUN_HEADER, actor, dumped, expected
+from token_dumps import METHODS, RUN_HEADER, actor, dumped, expected, make_response
 
 from cppo_verl.analysis import replay
 from cppo_verl.artifacts.token_dump import REASONS
@@ -64,6 +64,17 @@ def test_verls_own_losses_are_judged_by_their_gradient(responses):
                 assert REASONS[decided.reason[t]] == ("" if not valid else "kept" if wanted == 1 else "clipped")
                 clipped += wanted < 1 and bool(valid)
         assert clipped > 10
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_token_whose_ratio_underflows_is_taken_out_as_the_loss_takes_it_out(advantage):
+    """verl's PPO loss clamps log rho_t at -20, beyond which it has no gradient."""
+    log_pi = np.array([-0.5, -60.0, -120.0], np.float32)
+    columns = {"log_mu": np.full(3, -0.5, np.float32), "log_pi": log_pi, "mask": np.ones(3, bool)}
+    columns |= {"response": np.zeros(3, np.int32), "divergence": np.zeros(3, np.float32)}
+    response = make_response(0, 3, advantage=np.full(3, advantage, np.float32), **columns)
+    (decided,) = replay.decisions(replay.setting("grpo", RUN_HEADER), [response])
+    assert [REASONS[code] for code in decided.reason] == ["kept", "clipped", "clipped"]
 
 
 def test_every_shipped_method_composes_with_the_runs_thresholds():
