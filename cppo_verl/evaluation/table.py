@@ -257,7 +257,8 @@ def percent(value: float, interval: Interval | None = None) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    # A name may hold a line's end, which would end its row.
+    header, *rows = [[" ".join(cell.split("\n")).replace("|", "\\|") for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
@@ -275,6 +276,7 @@ def comma_separated(header: list[str], rows: list[list[str]]) -> str:
 def latex(header: list[str], rows: list[list[str]]) -> str:
     def line(cells: list[str]) -> str:
         special = {c: "\\" + c for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "\\": r"\textbackslash{}"}
+        special["^"] = r"\textasciicircum{}"
         return " & ".join("".join(special.get(c, c) for c in cell) for cell in cells) + r" \\"
 
     head = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule", line(header), r"\midrule"]

@@ -56,15 +56,16 @@ def test_an_odd_config_is_named_and_the_other_runs_are_scored(three_seeds, value
 
 @pytest.mark.parametrize("format", ["markdown", "latex"])
 def test_table_formats_hold_the_same_cells(three_seeds, format, capsys):
-    assert main(["table", "a|b=" + three_seeds[0], "x_y=" + three_seeds[1], "--format", format, "--t-stop", "40"]) == 0
+    runs = ["a|\nb=" + three_seeds[0], "x_y^2=" + three_seeds[1]]
+    assert main(["table", *runs, "--format", format, "--t-stop", "40"]) == 0
     out = capsys.readouterr().out
     assert "90.00" in out
     if format == "markdown":
         lines = out.splitlines()
         assert len({len(text) for text in lines}) == 1
-        assert lines[2].startswith("| a\\|b ")
+        assert lines[2].startswith("| a\\| b ")
     else:
-        assert r"x\_y & 1 & 90.00" in out
+        assert r"x\_y\textasciicircum{}2 & 1 & 90.00" in out
         assert out.count(r"\\") == 3
 
 
