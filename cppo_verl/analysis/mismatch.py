@@ -65,7 +65,13 @@ def run(args: argparse.Namespace) -> int:
         responses = [r for r in dump.responses if r.update == 0 and r.mask.any()]
         if not responses:
             raise ValueError(f"no response of a first update in {dump.path}")
-        found = Mismatch.of(responses, rule_of(dump.headers[responses[-1].step]))
+        header = dump.headers[responses[-1].step]
+        rule = rule_of(header)
+        of_kind = [r for r in responses if dump.headers[r.step].get("divergence") == header["divergence"]]
+        if len(of_kind) < len(responses):
+            left_out = f"{len(responses) - len(of_kind)} response(s) with another D_t than {header['divergence']}"
+            print_notes([f"{left_out}, that of step {responses[-1].step}, are left out"])
+        found = Mismatch.of(of_kind, rule)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

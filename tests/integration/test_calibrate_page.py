@@ -1,14 +1,17 @@
 """`calibrate`: the command, what it prints and refuses, and its page in a browser."""
 
+import errno
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import DESKTOP, PHONE, fits, opened
 from drifting_dumps import DELTA, DELTA_B, HEADER, by_oracle, drifting
+from matplotlib.figure import Figure as Canvas
 from token_dumps import damaged, save
 
 from cppo_verl.analysis import replay
@@ -105,6 +108,26 @@ def test_what_is_pasted_reaches_the_methods_loss(run, dump, method, prefix):
     rule = replay.setting(f"{method} {pasted}", HEADER).actor.policy_loss
     delta, *delta_b = (float(part.split("=")[1]) for part in pasted.split())
     assert [rule.delta, rule.delta_b][: 1 + len(delta_b)] == [delta, *delta_b]
+
+
+def test_a_top_k_divergence_is_sought_among_the_steps_that_have_it(run, tmp_path):
+    topk = HEADER | {"divergence": "topk_tv", "method": HEADER["method"] | {"divergence": "topk_tv"}}
+    for step, header in ((2, HEADER), (3, topk | {"divergence": "topk_kl"}), (4, topk), (6, topk)):
+        save(tmp_path, step, drifting(seed=step, step=step, topk=True), **header)
+    code, _, err = run(tmp_path)
+    assert code == 2
+    assert "needs divergence=topk_tv, but up to step 3 the run dumped another D_t: give --from-step 4" in err
+    code, out, _ = run(tmp_path, "--from-step", "4")
+    assert code == 0 and "of steps 4, 6; D_t is topk_tv" in out
+    assert run(tmp_path, "--method", "cppo divergence=binary_tv")[0] == 0
+
+
+def test_one_prompt_gives_no_interval(run, tmp_path):
+    save(tmp_path, 2, [replace(r, key=f"p_{i}_0") for i, r in enumerate(drifting())], **HEADER)
+    code, out, _ = run(tmp_path)
+    assert code == 0 and "All responses are to one prompt" in " ".join(out.split())
+    assert "interval 5" not in out and "nan" not in out
+    assert re.fullmatch(r"\d\.\d%", table(out, "| ")[1][3])
 
 
 def test_a_run_that_sets_the_losss_own_keys_is_given_these(run, tmp_path):
@@ -263,6 +286,23 @@ def test_pictures_replace_earlier_ones_and_no_other_file(tmp_path):
             draw()
         assert mine.read_text() == "mine" and (tmp_path / "made" / "first.png").stat().st_mtime_ns == first
         mine.write_bytes(ours)
+
+
+def test_a_picture_that_could_not_be_finished_leaves_the_earlier_one(tmp_path, monkeypatch):
+    def draw():
+        save_all([Figure("first", "a title", "")], tmp_path)
+
+    def full(self, file, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    draw()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Canvas, "savefig", full)
+        draw()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    draw()
 
 
 @pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])

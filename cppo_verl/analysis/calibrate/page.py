@@ -181,6 +181,8 @@ def _drift(results: Results) -> Table:
 def _between(share: float | None, interval: Interval) -> str:
     if share is None:
         return MISSING
+    if np.isnan(interval.low):
+        return percent(share)
     return f"{percent(share)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 

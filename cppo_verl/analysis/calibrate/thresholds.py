@@ -151,6 +151,12 @@ def sample_of(text: str | None, responses: list[Response], headers: dict[int, di
             f'{header["divergence"]}: choose --method "cppo divergence={header["divergence"]}" or "cppo '
             'divergence=binary_tv"'
         )
+    other = [step for step in used if headers[step].get("divergence") != header["divergence"]]
+    if other and rule.divergence.startswith("topk_"):
+        raise ValueError(
+            f"{setting.label} needs divergence={rule.divergence}, but up to step {max(other)} the run dumped another "
+            f"D_t: give --from-step {max(other) + 1}"
+        )
     return Sample(setting, responses, header)
 
 
@@ -226,11 +232,15 @@ def propose(sample: Sample, masked: float, by_budget: float | None) -> Threshold
 def intervals(counts: pd.DataFrame) -> tuple[Interval, Interval]:
     """95% intervals of the masked share and of the budget's share of it, by resampling prompts with their responses.
 
+    NaN for a single prompt, which tells nothing of others.
+
     Responses to one prompt resemble each other, as do tokens of one response; resampling these instead would make the
     intervals too short.
     """
     sums = counts.groupby(level="prompt").sum().to_numpy()
     n, rng = len(sums), np.random.default_rng(0)
+    if n < 2:
+        return Interval(np.nan, np.nan), Interval(np.nan, np.nan)
     tokens, masked, by_budget, _ = np.stack([sums[rng.integers(0, n, n)].sum(0) for _ in range(RESAMPLES)]).T
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     of_masked = by_budget[masked > 0] / masked[masked > 0] if masked.any() else [np.nan]

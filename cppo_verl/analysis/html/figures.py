@@ -14,6 +14,8 @@ from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from cppo_verl.artifacts.atomic import replacing
+
 SERIES = ("#3b7fc4", "#d9822b", "#3a9d6c", "#a864b8", "#cf5b56", "#8f7355", "#2f9fae", "#878d97")
 """Legible on white and on near black."""
 BLUE, ORANGE, GREEN, PURPLE, RED, _, _, GREY = SERIES
@@ -77,12 +79,11 @@ class Figure:
         return folder / f"{self.name}.png", folder / f"{self.name}.svg"
 
     def save(self, folder: Path) -> None:
-        """Write both `files`."""
-        png, svg = self.files(folder)
-        with rc_context(STYLE | {"svg.hashsalt": self.name}):
+        """Write both `files`, whole: a part of one would not be known as ours, and never be replaced."""
+        with rc_context(STYLE | {"svg.hashsalt": self.name}), replacing(*self.files(folder)) as (png, svg):
             self._lay_out()
-            self.canvas.savefig(png, dpi=150, metadata={"Software": GENERATOR})
-            self.canvas.savefig(svg, metadata={"Date": None, "Creator": GENERATOR})
+            self.canvas.savefig(png, format="png", dpi=150, metadata={"Software": GENERATOR})
+            self.canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": GENERATOR})
 
 
 def save_all(figures: Iterable[Figure], folder: Path) -> None:

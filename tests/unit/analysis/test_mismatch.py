@@ -1,5 +1,7 @@
 """The engines' mismatch beside the thresholds: sums by the oracle's loops, what is said of them, and the command."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
@@ -116,6 +118,18 @@ def test_a_dump_is_read_and_decides_the_exit_code(tmp_path, capsys):
         out = capsys.readouterr().out
         assert "6 responses" in " ".join(out.split())
         assert ("ok: " in out) == (code == 0)
+
+
+def test_first_updates_with_another_kind_of_divergence_are_left_out(tmp_path, capsys):
+    header = RUN_HEADER | {"clip_ratio_c": 10.0}
+    topk = header | {"divergence": "topk_tv", "method": header["method"] | {"divergence": "topk_tv"}}
+    far = np.full(40, 0.9, np.float32)
+    save(tmp_path, 3, [make_response(i, step=3, update=0, divergence=far) for i in (1, 2)], **topk)
+    save(tmp_path, 5, [replace(response, step=5) for response in responses(1e-6)], **header)
+    assert main(["mismatch", "--dump", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "6 responses" in " ".join(out.split())
+    assert "note: 2 response(s) with another D_t than binary_tv, that of step 5, are left out" in err
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
