@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,13 +26,21 @@ def page_values(dump: TokenDump, methods: Sequence[Method], limit: int, tokenize
         limit: most responses to show token by token.
     """
     responses = dump.responses
-    decisions = [list(method.decide(responses)) for method in methods]
-    masks = Masks.of(responses, decisions)
+    rows = most_masked(responses, methods[0].decide(responses), limit)
+    kept: dict[int, list[Decisions]] = {row: [] for row in rows}
+
+    def decided(method: Method) -> Iterator[Decisions]:
+        for row, decision in enumerate(method.decide(responses)):
+            if row in kept:
+                kept[row].append(decision)
+            yield decision
+
+    masks = Masks.of(responses, map(decided, methods))
     shown: list[dict] = []
     size = 0
-    for row in most_masked(responses, decisions[0], limit):
+    for row in rows:
         response = responses[row]
-        packed = _packed(response, [d[row] for d in decisions], [method.delta(response) for method in methods])
+        packed = _packed(response, kept[row], [method.delta(response) for method in methods])
         size += len(json.dumps(packed))
         if shown and size > MEGABYTES * 1e6:
             dump.notes.append(
@@ -63,7 +71,7 @@ def page_values(dump: TokenDump, methods: Sequence[Method], limit: int, tokenize
     }
 
 
-def most_masked(responses: Sequence[Response], decisions: Sequence[Decisions], limit: int) -> list[int]:
+def most_masked(responses: Sequence[Response], decisions: Iterable[Decisions], limit: int) -> list[int]:
     """Rows of the responses to show: from every step and update in turn, those with the largest masked share first."""
     rows = [
         (response.step, response.update, decided.rejected[response.mask].mean(), response.divergence.max())

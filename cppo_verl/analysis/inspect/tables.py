@@ -13,6 +13,8 @@ from cppo_verl.analysis.text import Cell, Table
 from cppo_verl.artifacts.token_dump import CODE, REJECTING, Decisions, Response
 from cppo_verl.core.metrics import POSITION_BINS
 
+TOKENS_AT_ONCE = 100_000
+
 
 @dataclass(eq=False)
 class Masks:
@@ -26,23 +28,23 @@ class Masks:
     """Columns "sign" of A_t, "bin" (see `position_bins`) and "update"."""
 
     @classmethod
-    def of(cls, responses: Sequence[Response], decisions: Sequence[Sequence[Decisions]]) -> "Masks":
+    def of(cls, responses: Sequence[Response], decisions: Iterable[Iterable[Decisions]]) -> "Masks":
         """
         Args:
             responses: each with at least one generated token.
-            decisions: for each method, one entry per response.
+            decisions: for each method, one entry per response; each is read once and let go, as all of a large dump
+                would take several times its memory.
         """
-
-        def per_token(arrays: Iterable[np.ndarray]) -> np.ndarray:
-            return np.concatenate([array[r.mask] for array, r in zip(arrays, responses, strict=True)])
-
         groups = {
-            "sign": np.sign(per_token(r.advantage for r in responses)).astype(int),
+            "sign": np.concatenate([np.sign(r.advantage[r.mask]) for r in responses]).astype(int),
             "bin": np.concatenate([position_bins(r) for r in responses]),
             "update": np.repeat([r.update for r in responses], [r.mask.sum() for r in responses]),
         }
-        rejected = {n: per_token(d.rejected for d in of_method) for n, of_method in enumerate(decisions)}
-        reason = {n: per_token(np.asarray(d.reason) for d in of_method) for n, of_method in enumerate(decisions)}
+        rejected, reason = {}, {}
+        for n, of_method in enumerate(decisions):
+            pairs = zip(of_method, responses, strict=True)
+            parts = [(d.rejected[r.mask], np.asarray(d.reason)[r.mask]) for d, r in pairs]
+            rejected[n], reason[n] = map(np.concatenate, zip(*parts, strict=True))
         return cls(*map(pd.DataFrame, (rejected, reason, groups)))
 
     def share_by_reason(self) -> pd.DataFrame:
@@ -63,8 +65,11 @@ class Masks:
 
         Where both reject a part of a token, the smaller part is common to both.
         """
-        rejected = self.rejected.to_numpy(dtype=np.float64)
-        both = [np.minimum(rejected, column[:, None]).sum(0) for column in rejected.T]
+        rejected = self.rejected.to_numpy()
+        both = np.zeros((rejected.shape[1], rejected.shape[1]))
+        for begin in range(0, len(rejected), TOKENS_AT_ONCE):
+            part = rejected[begin : begin + TOKENS_AT_ONCE].astype(np.float64)
+            both += [np.minimum(part, column[:, None]).sum(0) for column in part.T]
         return [(x / x[n]).tolist() if x[n] else [None] * len(x) for n, x in enumerate(both)]
 
 

@@ -1,5 +1,6 @@
 """The counts of masked tokens agree with counting token by token."""
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -87,3 +88,16 @@ def test_overlap_agrees_with_the_oracle(counted):
 def test_a_setting_that_masks_nothing_overlaps_with_none(responses, decisions):
     none = [replace(v, update_mask=np.ones_like(v.update_mask)) for v in decisions["cppo"]]
     assert Masks.of(responses, [none, decisions["cppo"]]).overlap() == [[None, None], [0.0, 1.0]]
+
+
+def test_the_decisions_about_a_large_dump_are_not_held_all_at_once(responses):
+    made = []
+
+    def decided():
+        for decision in replay.decisions(replay.Setting("dppo", actor(METHODS["dppo"])), responses):
+            made.append(weakref.ref(decision))
+            yield decision
+            del decision
+            assert sum(reference() is not None for reference in made) <= 2
+
+    assert Masks.of(responses, [decided()]).rejected[0].sum() > 0 and len(made) == len(responses) > 10
