@@ -65,7 +65,7 @@ def run(config: DictConfig, file: Path) -> None:
 def command(config: DictConfig) -> str:
     """What makes the cell anew, wherever its folders are."""
     own = [
-        f"{key}={value}"
+        f"{key}={'null' if value is None else value}"
         for key, value in config.items()
         if key not in ("output", "inputs", "results_folder", "trainer")
     ]
