@@ -40,10 +40,12 @@ class Study(NamedTuple):
     grid: list[Cell]
     evaluation: list[Cell]
     trainer: list[Cell]
+    rates: Sequence[Cell] = ()
+    """DPPO at the learning rate that CPPO was given: the protocol's third deviation. No other number counts them."""
 
     @classmethod
     def load(cls, folder: Path) -> "Study":
-        parts = ("grid", "evaluation", "trainer")
+        parts = ("grid", "evaluation", "trainer", "rates")
         return cls(*([results.read(file) for file in sorted((folder / part).glob("*.parquet"))] for part in parts))
 
     def find(self, method: str, horizon: int, updates: int, arm: str | None = None) -> Cell | None:

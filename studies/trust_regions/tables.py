@@ -40,6 +40,7 @@ ARMS = {
     "bf16": "rollout in bfloat16",
     "stale": "rollout one batch old",
 }
+OTHERS = ("none", "grpo", "cispo", "trm_avg"), ("cppo_no_weights", "cppo_no_budget", "cppo_shuffled")
 MISSING = "not run"
 
 
@@ -63,9 +64,12 @@ def _bold_if_one(comparison: Comparison, p: float) -> str:
 
 
 def primary(study: Study) -> str:
-    """CPPO minus DPPO under the nine conditions, then minus the DPPO that was matched again; each part is a family."""
+    """CPPO minus DPPO under the nine conditions, then minus the DPPO that was matched again; each part is a family.
+
+    Last, minus DPPO at CPPO's learning rate, each for itself.
+    """
     again = [(HORIZONS[-1], u) for u in UPDATES]
-    rows = [*_cppo_minus_dppo(study, CONDITIONS), *_cppo_minus_dppo(study, again, MATCHED_AGAIN)]
+    rows = [*_cppo_minus_dppo(study, CONDITIONS), *_cppo_minus_dppo(study, again, MATCHED_AGAIN), *_same_rate(study)]
     header = ["", NAMES["cppo"], NAMES["dppo"], "difference, 95 % interval", "p (Holm)", "masked", "collapsed"]
     return table(header, rows)
 
@@ -83,6 +87,18 @@ def _cppo_minus_dppo(
             counts = " / ".join(str(collapsed(cell)) for cell in cells if cell)
             shown = [_bold_if_one(*found[c]), f"{found[c][1]:.3f}", masked, counts]
         yield [condition(*c) + (", matched again" if arm else ""), *map(_score, cells), *shown]
+
+
+def _same_rate(study: Study) -> Iterable[list[str]]:
+    """A row for each cell of `Study.rates`."""
+    for cell in study.rates:
+        settings = cell.about["settings"]
+        cppo = study.find("cppo", settings["horizon"], settings["updates"])
+        if (found := difference(cppo, cell)) and cppo:
+            title = condition(settings["horizon"], settings["updates"])
+            title += f", DPPO at {settings['learning_rate']:g} for {cell.about['share']:.0%}"
+            masked, counts = f"{_masked(cppo)} / {_masked(cell)}", f"{collapsed(cppo)} / {collapsed(cell)}"
+            yield [title, _score(cppo), _score(cell), _with_interval(found), f"{found.p_value:.3f}", masked, counts]
 
 
 def _masked(cell: Cell) -> str:
@@ -225,7 +241,9 @@ def contrasts(study: Study) -> str:
             continue
         values = np.mean(ends[1], 0) - np.mean(ends[0], 0)
         interval = interval_over_problems(values)
-        rows.append([title, f"{points(values.mean())} [{points(interval.low)}, {points(interval.high)}]"])
+        cells = [study.find(m, *at(end, other)) for m in ("cppo", "dppo") for end in (low, high) for other in others]
+        star = "" if all(is_matched(cell) for cell in cells if cell) else " *"
+        rows.append([title, f"{points(values.mean())} [{points(interval.low)}, {points(interval.high)}]{star}"])
     return table(["CPPO minus DPPO", "change of the difference, 95 % interval"], rows)
 
 
@@ -247,14 +265,12 @@ def instruments(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
-    "primary": primary,
-    "contrasts": contrasts,
+    "primary": lambda study: f"{primary(study)}\n\n{contrasts(study)}",
     "methods": all_methods,
     "secondary": secondary,
     "rates": rates,
     "thresholds": thresholds,
-    "others": lambda study: against(study, ("none", "grpo", "cispo", "trm_avg")),
-    "ablations": lambda study: against(study, ("cppo_no_weights", "cppo_no_budget", "cppo_shuffled")),
+    "others": lambda study: "\n\n".join(against(study, others) for others in OTHERS),
     "collapse": collapse_table,
     "arms": arms,
     "instruments": instruments,

@@ -153,6 +153,21 @@ def test_the_change_with_the_horizon_is_that_of_the_paired_differences():
     text = tables.contrasts(study(*cells))
     assert row(text, "T = 192 minus T = 16")[1] == "+7.8 [+7.8, +7.8]"
     assert row(text, "32 minus 4 updates")[1] == "+0.0 [+0.0, +0.0]"
+    cells[-2] = made("dppo", *measures.CONDITIONS[-1], masked=0.08)
+    assert row(tables.contrasts(study(*cells)), "32 minus 4 updates")[1] == "+0.0 [+0.0, +0.0] *"
+
+
+def test_dppo_at_cppos_rate_is_shown_for_itself_and_counted_nowhere_else():
+    cppo, dppo = made("cppo", 192, 32, level=0.58), made("dppo", 192, 32)
+    rates = [made("dppo", 192, 32, level=0.56), made("dppo", 192, 32, level=0.57, share=0.03)]
+    with_rates = study(cppo, dppo)._replace(rates=rates)
+    text = tables.primary(with_rates)
+    first, second = (row(text, f"T = 192, 32 updates, DPPO at 0.0001 for {share}") for share in ("5%", "3%"))
+    assert (first[2], first[3], first[5:]) == ("59.7", "+1.9 [+1.9, +1.9]", ["5.0% / 5.0%", "0 / 0"])
+    assert second[3].startswith("+1.0 ") and float(second[4]) == pytest.approx(2 / 2**10, abs=0.002)
+    assert row(text, "T = 192, 32 updates")[3:] == row(tables.primary(study(cppo, dppo)), "T = 192, 32 updates")[3:]
+    for make in (tables.all_methods, tables.collapse_table, tables.arms, tables.contrasts):
+        assert make(with_rates) == make(study(cppo, dppo))
 
 
 def test_the_instruments_are_compared_on_the_trainers_seeds():
