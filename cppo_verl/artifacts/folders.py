@@ -17,4 +17,5 @@ def files_below(folder: Path, pattern: str) -> Iterator[Path]:
         entered.add((status.st_dev, status.st_ino))
         # A folder is named by its own path rather than by a link beside it.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
-        yield from (Path(place, name) for name in names if fnmatch(name, pattern))
+        paths = (Path(place, name) for name in names if fnmatch(name, pattern))
+        yield from (path for path in paths if not path.is_fifo())  # reading one waits for ever

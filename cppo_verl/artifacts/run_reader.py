@@ -138,20 +138,20 @@ def _lines(file: Path, notes: list[str]) -> Iterator[dict]:
     """Yield the objects of a jsonl file; note the lines that are not objects."""
     bad, cut_off = 0, False
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        # Line by line, as the answers of a validation may be larger than the memory. Only "\n" ends a line: verl writes
+        # answers as they are, with signs such as U+2028 in them.
+        with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+            for line in filter(str.strip, lines):
+                try:
+                    record = json.loads(line, parse_int=_whole)
+                except (json.JSONDecodeError, RecursionError):
+                    record = None
+                cut_off = not isinstance(record, dict)
+                bad += cut_off
+                if not cut_off:
+                    yield record
     except OSError as error:
         notes.append(f"{file.name}: {error.strerror}")
-        return
-    # verl writes answers as they are, and `splitlines` would end a line at signs in them, such as U+2028.
-    for line in filter(str.strip, text.split("\n")):
-        try:
-            record = json.loads(line, parse_int=_whole)
-        except (json.JSONDecodeError, RecursionError):
-            record = None
-        cut_off = not isinstance(record, dict)
-        bad += cut_off
-        if not cut_off:
-            yield record
     if bad:
         end = "; the last is cut off: a run killed, or still being written" if cut_off else ""
         notes.append(f"{file.name}: {bad} line(s) are not JSON objects and were skipped{end}")

@@ -1,6 +1,8 @@
 """Runs read from sound and damaged logs, and answers from verl's dumps."""
 
 import json
+import os
+import tracemalloc
 
 import pytest
 from run_folders import answer, validation, write, write_damaged_answers
@@ -150,6 +152,23 @@ def test_answers_whose_sources_are_damaged_count_as_one_benchmark(text, tmp_path
     (tmp_path / "5.sources.json").write_text(text, encoding="latin-1")
     answers = read_generations(tmp_path, 5)
     assert set(answers.correct) == {("all", "p"), ("all", "q")} and "no data sources beside it" in answers.notes[0]
+
+
+def test_answers_of_any_size_are_read_in_little_memory(tmp_path):
+    line = json.dumps({"input": "p", "output": "long " * 20_000, "acc": 1.0, "uid": "u_0_0"})
+    write(tmp_path / "5.jsonl", *[line] * 200)
+    tracemalloc.start()
+    answers = read_generations(tmp_path, 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert answers.accuracy() == {("all", "p"): 1.0}
+    assert peak < 5e6 < (tmp_path / "5.jsonl").stat().st_size / 3
+
+
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(tmp_path):
+    write(tmp_path / "metrics.jsonl", validation(0, aime24=0.1))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert read_run(tmp_path).accuracies() == {0: {"aime24": 0.1}}
 
 
 def test_a_sweep_record_of_an_older_version_is_named(tmp_path):
