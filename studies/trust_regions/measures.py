@@ -41,7 +41,7 @@ class Study(NamedTuple):
     evaluation: list[Cell]
     trainer: list[Cell]
     rates: Sequence[Cell] = ()
-    """DPPO at the learning rate that CPPO was given: the protocol's third deviation. No other number counts them."""
+    """Other methods at CPPO's learning rate: the protocol's third deviation. Nothing else counts them."""
 
     @classmethod
     def load(cls, folder: Path) -> "Study":

@@ -90,9 +90,11 @@ def _cppo_minus_dppo(
 
 
 def _same_rate(study: Study) -> Iterable[list[str]]:
-    """A row for each cell of `Study.rates`."""
+    """A row for each cell of DPPO among `Study.rates`."""
     for cell in study.rates:
         settings = cell.about["settings"]
+        if cell.about["method"] != "dppo":
+            continue
         cppo = study.find("cppo", settings["horizon"], settings["updates"])
         if (found := difference(cppo, cell)) and cppo:
             title = condition(settings["horizon"], settings["updates"])
@@ -106,7 +108,10 @@ def _masked(cell: Cell) -> str:
 
 
 def against(study: Study, others: Sequence[str]) -> str:
-    """CPPO minus each of the others under the nine conditions; each other method is a family."""
+    """CPPO minus each of the others under the nine conditions; each other method is a family.
+
+    Below, for itself and without correction, minus those at CPPO's learning rate where they were given another.
+    """
     families = {other: family(study, "cppo", other) for other in others}
 
     def shown(other: str, c: tuple[int, int]) -> str:
@@ -116,10 +121,15 @@ def against(study: Study, others: Sequence[str]) -> str:
         matched = all(is_matched(cell) for cell in cells if cell)
         return _bold_if_one(*families[other][c]) + ("" if matched else " *")
 
-    return table(
-        ["CPPO minus", *(NAMES[other] for other in others)],
-        ([condition(*c), *(shown(other, c) for other in others)] for c in CONDITIONS),
-    )
+    rows = [[condition(*c), *(shown(other, c) for other in others)] for c in CONDITIONS]
+    for cell in study.rates:
+        settings, method = cell.about["settings"], cell.about["method"]
+        c = settings["horizon"], settings["updates"]
+        found = difference(study.find("cppo", *c), cell)
+        if method in others and found:
+            title = f"{condition(*c)}, at {settings['learning_rate']:g}"
+            rows.append([title, *(_with_interval(found) if other == method else "" for other in others)])
+    return table(["CPPO minus", *(NAMES[other] for other in others)], rows)
 
 
 def all_methods(study: Study) -> str:

@@ -170,6 +170,15 @@ def test_dppo_at_cppos_rate_is_shown_for_itself_and_counted_nowhere_else():
         assert make(with_rates) == make(study(cppo, dppo))
 
 
+def test_another_method_at_cppos_rate_is_shown_below_those_at_their_own():
+    cppo, none = made("cppo", 192, 32, level=0.58), made("none", 192, 32)
+    with_rates = study(cppo, none)._replace(rates=[made("none", 192, 32, level=0.56, learning_rate=3e-4)])
+    text, without = (tables.against(cells, ("none", "grpo")) for cells in (with_rates, study(cppo, none)))
+    assert row(text, "T = 192, 32 updates, at 0.0003") == ["T = 192, 32 updates, at 0.0003", "+1.9 [+1.9, +1.9]", ""]
+    assert row(text, "T = 192, 32 updates") == row(without, "T = 192, 32 updates")
+    assert tables.primary(with_rates) == tables.primary(study(cppo, none))
+
+
 def test_the_instruments_are_compared_on_the_trainers_seeds():
     trainer = made("cppo", level=0.55)
     few = trainer._replace(rows=trainer.rows[trainer.rows["seed"] < 206])
