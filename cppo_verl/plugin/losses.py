@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -220,7 +220,9 @@ def policy_loss(
     mask = response_mask.bool()
     largest = torch.finfo(torch.float32).max
     # verl's FSDP engine calls the loss under its model's autocast, which would round the products of the sums to bf16.
-    with torch.no_grad(), torch.autocast(log_prob.device.type, enabled=False):
+    device = log_prob.device.type
+    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), autocast:
         inputs = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
         # A byte is converted several times as fast as a boolean on a CPU.
         valid = mask.view(torch.uint8).to(torch.float32)
