@@ -26,6 +26,8 @@ INTERVAL = 3.0
 """Seconds between two looks."""
 PATIENCE = 20.0
 """Seconds for Ray to answer, and for the run to end once it is told."""
+NEWS = 5.0
+"""Seconds within which Ray knows of a death; on busy cores it has taken more than one."""
 ON_PURPOSE = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
 """Ray's reasons for the end of an actor that somebody wanted."""
 LEFT = ("exit_actor() is called", "User requested to exit the actor")
@@ -72,9 +74,8 @@ class Watch:
         self.over.set()
         if self.why is None and isinstance(error, Exception):  # it may come of a death that nobody has seen yet
             self.watcher.join(3 * INTERVAL)
-            time.sleep(INTERVAL)  # Ray knows of a death a moment later
             with suppress(Exception):
-                if fault := self._dead_actor() or self._broken_engine():
+                if fault := self._fault_within(NEWS):
                     self._tell(fault)
         if self.why is not None:
             raise RuntimeError(self.why) from (None if kind is KeyboardInterrupt else error)
@@ -96,6 +97,13 @@ class Watch:
                 self._tell(fault)
                 # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
                 return signal.pthread_kill(self.thread, signal.SIGINT)
+
+    def _fault_within(self, seconds: float) -> str | None:
+        """Look again and again, as Ray learns of a death only a moment later."""
+        until = time.monotonic() + seconds
+        while not (fault := self._dead_actor() or self._broken_engine()) and time.monotonic() < until:
+            time.sleep(0.2)
+        return fault
 
     def _stall(self, still: float, still_when_asked: float, longest: float) -> str | None:
         """Compare seconds without progress, in all and since a request to stop, with what is allowed."""

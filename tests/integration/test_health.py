@@ -9,11 +9,12 @@ import pytest
 
 # Runs with the faults that the arguments name, one after the other in one Ray cluster.
 RUN = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 import ray
 from cppo_verl.plugin import health
 
 health.INTERVAL = 0.3
+health.NEWS = 60  # as the run waits only until Ray knows
 
 @ray.remote(max_concurrency=4)
 class Helper:
@@ -50,6 +51,10 @@ def run(fault):
                     try: time.sleep(100)
                     except KeyboardInterrupt: pass
             if fault == "error":
+                # Ray learns of the death late.
+                (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
+                raylet.process.send_signal(signal.SIGSTOP)
+                threading.Timer(2, raylet.process.send_signal, [signal.SIGCONT]).start()
                 os.kill(pid, 9)
                 raise KeyError("of something that came of it")
             ray.get(Helper.options(num_cpus=100).remote().pid.remote())
