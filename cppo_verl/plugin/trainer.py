@@ -19,7 +19,7 @@ import ray
 import torch
 import transfer_queue as tq
 import wrapt
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -74,6 +74,12 @@ class TrustRegionTrainer(VerlTrainer):
             seconds = config.trainer.get(key)
             if seconds is not None and (isinstance(seconds, bool | str) or seconds <= 0):
                 raise ValueError(f"trainer.{key}={seconds} is not permitted: seconds above 0, or null for never")
+        for key in ("actor_rollout_ref.actor.checkpoint.async_save", "critic.checkpoint.async_save"):
+            if OmegaConf.select(config, key):
+                raise ValueError(
+                    f"{key}=True loses every checkpoint: verl leaves it to Megatron-Core to finish one and to name it "
+                    f"as the newest, and never asks it to, so that the next attempt begins at step 0; set {key}=false"
+                )
         # verl compares the mode with its own.
         config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode.removeprefix(TRAINER_MODE_PREFIX)
         method = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
@@ -84,8 +90,6 @@ class TrustRegionTrainer(VerlTrainer):
             self.lock = run_lock.hold(config.trainer.default_local_dir)
             stop_request.forget_answer(config.trainer.default_local_dir)
         checkpoints.check_resume(config)
-        if config.actor_rollout_ref.actor.get("checkpoint", {}).get("async_save", False):
-            logger.warning("actor.checkpoint.async_save: nobody tells when it has saved, no best checkpoint is kept")
         self.saved_step, self.stopping = None, False
         dump = getattr(method, "dump", None)
         self.token_dump = DumpWriter(config, dump) if dump is not None and dump.every else None

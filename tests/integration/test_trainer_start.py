@@ -50,6 +50,12 @@ def start(inputs, output, *overrides):
         (["trainer.stall_seconds=2h"], ValueError, "trainer.stall_seconds=2h is not permitted: seconds above 0"),
         (["trainer.stop_seconds=0"], ValueError, "trainer.stop_seconds=0 is not permitted: seconds above 0"),
         (
+            ["actor_rollout_ref.actor.checkpoint.async_save=true"],
+            ValueError,
+            r"actor\.checkpoint\.async_save=True loses every checkpoint: .*; set .*async_save=false",
+        ),
+        (["critic.checkpoint.async_save=true"], ValueError, r"critic\.checkpoint\.async_save=True loses every"),
+        (
             ["actor_rollout_ref.model.path=/nowhere/model"],
             FileNotFoundError,
             "no actor_rollout_ref.model.path=/nowhere/model",

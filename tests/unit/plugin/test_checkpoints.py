@@ -8,9 +8,12 @@ import socket
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import verl
 from omegaconf import OmegaConf, open_dict
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from cppo_verl.plugin import checkpoints
 from cppo_verl.plugin.trainer import TrustRegionTrainerSync
@@ -228,6 +231,25 @@ def test_the_best_of_a_run_that_is_not_continued_is_set_aside(tmp_path):
     assert checkpoints.set_aside_best(tmp_path, 3) == "best-1"
     (tmp_path / "best-1").mkdir()
     assert checkpoints.set_aside_best(tmp_path, 0) == "best-2"
+
+
+def test_verl_names_no_checkpoint_that_it_saves_asynchronously_as_the_newest(tmp_path):
+    """Why a trainer refuses async_save; once verl finishes these checkpoints, it need not."""
+    settings = {"default_local_dir": str(tmp_path), "default_hdfs_dir": None}
+    actor = {"checkpoint": {"async_save": True}}
+    trainer = SimpleNamespace(
+        config=OmegaConf.create({"trainer": settings, "actor_rollout_ref": {"actor": actor}}),
+        actor_rollout_wg=SimpleNamespace(save_checkpoint=lambda *_, **__: None),
+        train_dataloader=SimpleNamespace(state_dict=dict),
+        checkpoint_callback=SimpleNamespace(on_save=lambda **_: None),
+        global_steps=3,
+        use_critic=False,
+        trainer_mode="sync",
+    )
+    PPOTrainerSync._save_checkpoint(trainer)
+    assert (tmp_path / "global_step_3").exists() and checkpoints.newest(tmp_path) is None
+    asks = [path for path in Path(verl.__file__).parent.rglob("*.py") if "finalize_async_calls" in path.read_text()]
+    assert asks == []
 
 
 def test_checkpoints_of_earlier_attempts_rotate_too(tmp_path):
