@@ -48,7 +48,7 @@ def check_resume(config: DictConfig) -> None:
     verl would fail on a file that was cut off, and start from scratch, over the existing checkpoints, without a folder.
 
     Raises:
-        ValueError: the tracker file names no checkpoint, or there is no whole one.
+        ValueError: the tracker file names no checkpoint, there is no whole one, or it is of another number of ranks.
     """
     folder = Path(config.trainer.default_local_dir)
     step = newest(folder)
@@ -69,6 +69,20 @@ def check_resume(config: DictConfig) -> None:
         print(f"{LINE}{damaged} is damaged: going on from step {usable[-1]}", flush=True)
         with replacing(folder / TRACKER) as (file,):
             file.write_text(str(usable[-1]))
+    _check_ranks(config, folder, usable[-1])
+
+
+def _check_ranks(config: DictConfig, folder: Path, step: int) -> None:
+    """Raise ValueError where FSDP's ranks would look for files of their own that other ranks have not written."""
+    files = (folder / f"global_step_{step}" / "actor").glob("model_world_size_*_rank_*.pt")
+    written = {int(file.name.split("_")[3]) for file in files}
+    nodes, gpus = (config.trainer.get(key) for key in ("nnodes", "n_gpus_per_node"))
+    if written and nodes * gpus not in written:
+        raise ValueError(
+            f"the checkpoint of step {step} in {folder} is of {max(written)} ranks, each of which reads its own part, "
+            f"and this run has {nodes * gpus} (trainer.nnodes={nodes} trainer.n_gpus_per_node={gpus}): continue it on "
+            f"{max(written)} GPUs, or start another run from its weights, which `python -m verl.model_merger` joins"
+        )
 
 
 def is_whole(folder: Path, step: int) -> bool:

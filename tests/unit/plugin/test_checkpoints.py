@@ -169,6 +169,20 @@ def test_a_resume_that_would_start_from_scratch_is_refused(config, tmp_path):
     checkpoints.check_resume(config)
 
 
+def test_a_checkpoint_of_another_number_of_ranks_is_refused_before_they_look_for_their_parts(config, tmp_path):
+    run = tmp_path / "run"
+    checkpoint(run, 6, "weights")
+    (run / checkpoints.TRACKER).write_text("6")
+    with open_dict(config):
+        config.trainer.update({"resume_mode": "auto", "nnodes": 2, "n_gpus_per_node": 2})
+    file = run / "global_step_6" / "actor" / "model_rank_0.pt"
+    file = file.rename(file.with_name("model_world_size_4_rank_3.pt"))
+    checkpoints.check_resume(config)
+    file.rename(file.with_name("model_world_size_16_rank_3.pt"))
+    with pytest.raises(ValueError, match=r"is of 16 ranks, .* this run has 4 \(.*nnodes=2 .*: continue it on 16 G"):
+        checkpoints.check_resume(config)
+
+
 @pytest.mark.parametrize("file", ["actor/model_rank_0.pt", "data.pt"])
 @pytest.mark.parametrize("share", [0, 0.3, 0.999])
 def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_word(config, tmp_path, capsys, file, share):
