@@ -22,6 +22,8 @@ METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 BEST = "best"
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's file beside its checkpoints that names the newest one, written once all ranks have written theirs."""
+TRANSFER_QUEUE = "transfer_queue"
+"""verl's folder in a checkpoint of its asynchronous trainers: the responses that were made and not yet trained on."""
 
 
 def log_to_file(config: DictConfig) -> Path:
@@ -141,12 +143,18 @@ def how_to_continue(folder: str | Path) -> str:
 def rotate(folder: str | Path, step: int, role: str, keep: int | None) -> None:
     """Remove this machine's checkpoints of a role ("actor", "critic") up to ``step``, except for the last ``keep``.
 
-    verl rotates what the same attempt has written; the checkpoints of earlier attempts would stay. Without ``keep`` all
-    stay.
+    verl rotates what the same attempt has written; the checkpoints of earlier attempts would stay. With the actor goes
+    what the asynchronous trainers save of TransferQueue, a step's whole batch, which verl never removes. Without
+    ``keep`` all stay.
     """
     steps = [n for n in _steps(folder) if n <= step and (Path(folder) / f"global_step_{n}" / role).exists()]
-    for old in steps[:-keep] if keep else ():
+    if not keep or not steps:
+        return
+    for old in steps[:-keep]:
         shutil.rmtree(Path(folder) / f"global_step_{old}" / role, ignore_errors=True)
+    for old in _steps(folder) if role == "actor" else ():
+        if old < steps[-keep:][0]:
+            shutil.rmtree(Path(folder) / f"global_step_{old}" / TRANSFER_QUEUE, ignore_errors=True)
 
 
 def _steps(folder: str | Path) -> list[int]:

@@ -278,6 +278,17 @@ def test_checkpoints_of_earlier_attempts_rotate_too(tmp_path):
     assert left == [8, 9, 12]
 
 
+@pytest.mark.parametrize(("role", "keep", "left"), [("critic", 1, "3689"), ("actor", None, "3689"), ("actor", 2, "89")])
+def test_the_responses_that_asynchronous_trainers_save_go_with_the_weights(tmp_path, role, keep, left):
+    for step in (3, 6, 8, 9):
+        checkpoint(tmp_path, step, "weights")
+        (tmp_path / f"global_step_{step}" / "transfer_queue").mkdir()
+    shutil.rmtree(tmp_path / "global_step_3" / "actor")  # by verl, which leaves the responses
+    checkpoints.rotate(tmp_path, 9, role, keep)
+    found = tmp_path.glob("global_step_*/transfer_queue")
+    assert "".join(sorted(path.parent.name[-1] for path in found)) == left
+
+
 def test_a_failed_checkpoint_names_node_folder_and_what_is_whole(tmp_path):
     error = OSError(
         "ray::WorkerDict.save_checkpoint() (pid=7, ip=10.0.0.3, actor_id=1f)\nOSError: No space left on device"
