@@ -26,6 +26,7 @@ from cppo_verl.plugin.preflight import (
     refuse_overridden_variant,
     refuse_pinned,
     refuse_shared_process,
+    refuse_uneven_mini_batches,
     top_k_rules,
     violations,
 )
@@ -133,13 +134,14 @@ class MethodConfig(PolicyLossConfig):
 
 
 def check_method(config: DictConfig) -> None:
-    """Refuse a run that has chosen a method and would not train with its loss, or not checked as the method says.
+    """Refuse a run that has chosen a method and would not train, or not with its loss, or not as the method says.
 
     verl's ``validate_config`` calls it through `cppo_verl.register`: an override can take the loss's config away, and
     with it what would refuse the override.
 
     Raises:
-        ValueError: with the key to leave alone; hydra's InstantiationException for what the configs refuse themselves.
+        ValueError: with the key to leave alone or to change; hydra's InstantiationException for what the configs refuse
+            themselves.
     """
     method = HydraConfig.get().runtime.choices.get("method") if HydraConfig.initialized() else None
     if "trust_region" not in config and not (METHOD_FOLDER / f"{method}.yaml").exists():
@@ -164,6 +166,7 @@ def check_method(config: DictConfig) -> None:
             f"{key} has become {type(loss).__name__}, so the run would train without its method's loss: leave "
             f"{key} and its _target_ as the method sets them, or leave the method out of the command"
         )
+    refuse_uneven_mini_batches(config)
 
 
 def is_number(value: object) -> bool:

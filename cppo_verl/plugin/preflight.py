@@ -363,6 +363,32 @@ def refuse_shared_process() -> None:
         )
 
 
+def refuse_uneven_mini_batches(config: DictConfig) -> None:
+    """Raise ValueError if the data-parallel ranks cannot share a mini-batch evenly.
+
+    verl's workers ask for it at the first update, after the first generation.
+    """
+    actor, trainer, n = config.actor_rollout_ref.actor, config.trainer, config.actor_rollout_ref.rollout.n
+    gpus, parallel = trainer.nnodes * trainer.n_gpus_per_node, 1
+    if actor.strategy == "megatron" and not actor.megatron.dynamic_context_parallel:
+        for key in ("tensor_model", "pipeline_model", "context"):
+            parallel *= actor.megatron[f"{key}_parallel_size"]
+    elif actor.strategy in ("fsdp", "fsdp2"):
+        # The first is verl's former place of the second, and wins.
+        former, present = (x.get("ulysses_sequence_parallel_size", 1) for x in (actor, actor.fsdp_config))
+        parallel = former if former > 1 else present
+    else:
+        return
+    size, uneven = actor.ppo_mini_batch_size * n, gpus % parallel
+    if uneven or size % (gpus // parallel):
+        of_a_model = f", {parallel} to a model" if parallel > 1 else ""
+        raise ValueError(
+            f"{ACTOR}ppo_mini_batch_size={actor.ppo_mini_batch_size} x {ROLLOUT}n={n} is {size} responses, which "
+            f"{gpus} GPUs (trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
+            f"{of_a_model}) cannot share evenly: take another number of nodes, or a mini-batch that they divide"
+        )
+
+
 def captured_bytes(config: DictConfig) -> str:
     """What the transport of mu's most likely tokens costs, for a run with a top-K divergence."""
     top_k = config.actor_rollout_ref.actor.policy_loss.top_k
