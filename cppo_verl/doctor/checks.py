@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             check_worker(report, config, installed)
     if config is not None:
+        if not args.cluster:
+            _cpus(report, config)
         _command(report, config)
     elif not args.overrides:
         report.say("--", "mu", "give the overrides of a training command to learn where its mu comes from")
@@ -259,6 +261,16 @@ def _command(report: Report, config: DictConfig) -> None:
     routing(report, config)
     for missing in missing_files(config):
         report.say("FAIL", "files", f"{missing} does not exist on this machine")
+
+
+def _cpus(report: Report, config: DictConfig) -> None:
+    """Warn of a run for which Ray, started by the command itself, would count too few CPUs."""
+    from cppo_verl.doctor.cluster import cpus_needed
+
+    needed, counted = cpus_needed(config), config.ray_kwargs.ray_init.get("num_cpus") or os.cpu_count() or 1
+    if config.trainer.nnodes == 1 and counted < needed:
+        waits = f"verl reserves {needed} in Ray, and waits for ever where there are fewer; here are {counted}"
+        report.say("warn", "CPUs", f"{waits}: add ray_kwargs.ray_init.num_cpus={needed} to the command")
 
 
 def engine(report: Report, config: DictConfig, device: str) -> None:

@@ -28,6 +28,8 @@ BYTES_PER_PARAMETER = 12
 """Bytes of a checkpoint per parameter: weights and Adam's two moments in fp32."""
 LEAST_FREE = 1 << 30
 """Bytes that a checkpoint folder must have free where the model's size is not known."""
+CPUS_PER_GPU, CPUS_PER_ROLLOUT_GPU = 3, 2
+"""CPUs that verl reserves with each GPU of its trainer, and of a rollout that is separate from it."""
 PATIENCE = 300
 """Seconds that a worker may take to start and to answer; uv may download its packages first."""
 
@@ -187,7 +189,7 @@ def _check_nodes(
     report.check(len(nodes) >= expected, "nodes", f"{len(nodes)} alive", too_few)
     needed = NOTHING
     if config is not None:
-        _check_slots(report, nodes, config.trainer)
+        _check_slots(report, nodes, config)
         model, logger = config.actor_rollout_ref.model.path, config.trainer.logger
         hub_model = None if model.startswith(("/", "./", "../", "~")) or "://" in model else model
         folder, need = os.path.abspath(config.trainer.default_local_dir), LEAST_FREE
@@ -219,16 +221,46 @@ def _task() -> Any:
     return ray.remote(num_cpus=0, max_retries=0)(check_node)
 
 
-def _check_slots(report: "Report", nodes: list[dict], trainer: DictConfig) -> None:
+def _check_slots(report: "Report", nodes: list[dict], config: DictConfig) -> None:
     """A node may have none, as a head that only schedules does, where enough others have."""
+    trainer, pools = config.trainer, gpu_pools(config)
     resources = [(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
     slots = [(address, int(has.get("GPU", has.get("NPU", 0)))) for address, has in resources]
     enough = sum(count >= trainer.n_gpus_per_node for _, count in slots)
-    wanted = f"trainer.nnodes={trainer.nnodes} trainer.n_gpus_per_node={trainer.n_gpus_per_node}"
+    wanted = " ".join(f"{key}.nnodes={count} {key}.n_gpus_per_node={gpus}" for key, (count, gpus, _) in pools.items())
     there = ", ".join(f"{address} has {count}" for address, count in slots)
     way_out = "lower the one or the other, or start Ray with --num-gpus there"
     good = f"{trainer.n_gpus_per_node} or more on {enough} node(s)"
-    report.check(enough >= trainer.nnodes, "GPUs", good, f"{wanted}, but in Ray {there}: {way_out}")
+    in_all = sum(count for _, count in slots) >= sum(count * gpus for count, gpus, _ in pools.values())
+    report.check(enough >= trainer.nnodes and in_all, "GPUs", good, f"{wanted}, but in Ray {there}: {way_out}")
+
+    each, needed = CPUS_PER_GPU * trainer.n_gpus_per_node, cpus_needed(config)
+    cpus = [int(has.get("CPU", 0)) for _, has in resources]
+    roomy = sum(has >= each and count >= trainer.n_gpus_per_node for has, (_, count) in zip(cpus, slots, strict=True))
+    there = ", ".join(f"{address} has {has}" for (address, _), has in zip(slots, cpus, strict=True))
+    reserved = f"verl reserves {each} on each of the trainer's nodes, {needed} in all, and would wait for ever here"
+    bad = f"{reserved}; in Ray {there}: start Ray with --num-cpus there, which may be more than the cores"
+    good = f"{sum(cpus)}, of which verl reserves {needed}"
+    report.check(roomy >= trainer.nnodes and sum(cpus) >= needed, "CPUs", good, bad)
+
+
+def gpu_pools(config: DictConfig) -> dict[str, tuple[int, int, int]]:
+    """Of what the run reserves in Ray, {key of the config: number of nodes, GPUs of each, CPUs with each GPU}."""
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    pools = {"trainer": (trainer.nnodes, trainer.n_gpus_per_node, CPUS_PER_GPU)}
+    if trainer.v1.trainer_mode.endswith("separate_async"):
+        pools["actor_rollout_ref.rollout"] = (rollout.nnodes, rollout.n_gpus_per_node, CPUS_PER_ROLLOUT_GPU)
+    for key, wanted in (("reward.reward_model", "enable_resource_pool"), ("distillation", "enabled")):
+        pool = OmegaConf.select(config, key)
+        if pool is not None and pool.get(wanted):
+            pools[key] = (pool.nnodes, pool.n_gpus_per_node, CPUS_PER_GPU)
+    return pools
+
+
+def cpus_needed(config: DictConfig) -> int:
+    """CPUs that verl reserves in Ray: with the GPUs, for TransferQueue's controller and for its storage units."""
+    units = OmegaConf.select(config, "transfer_queue.backend.SimpleStorage.num_data_storage_units", default=0)
+    return sum(count * gpus * cpus for count, gpus, cpus in gpu_pools(config).values()) + 1 + units
 
 
 def _alive(expected: int, patience: float) -> list[dict]:
