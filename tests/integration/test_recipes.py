@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import verl
 from documented import shown
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -106,6 +107,23 @@ def test_every_pair_passes_verls_checks_and_ours(recipe, scale, method):
     assert (data.max_prompt_length, config.reward.custom_reward_function.name) == (1024, "math_verify")
     centred = method in RELEASES or scale == SANITY
     assert config.algorithm.norm_adv_by_std_in_grpo == rule.mask_std_0 == (not centred)
+
+
+def test_verl_reads_every_key_of_its_own_that_a_recipe_sets():
+    """A key may be in verl's YAML and its dataclasses, and nowhere else, as nccl_timeout is in 0.9.1."""
+    folder = Path(verl.__file__).parent
+    files = [path for path in folder.rglob("*.py") if path.parent != folder / "workers" / "config"]
+    read = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
+    of_verl = ("actor_rollout_ref.", "algorithm.", "critic.", "data.", "reward.", "trainer.")
+    of_ours = ("actor_rollout_ref.actor.policy_loss.", "trainer.v1.trainer_mode", "trainer.stall", "trainer.stop")
+    for path in RECIPES.rglob("*.yaml"):
+        if path.parent.name in ("cluster", "sweep"):
+            continue
+        for key in flattened(OmegaConf.to_container(OmegaConf.load(path))):
+            # what stands below an override_..._config is the engine's own
+            name = next((part for part in key.split(".") if part.startswith("override_")), key.rpartition(".")[2])
+            if key.startswith(of_verl) and not key.startswith(of_ours):
+                assert name in read, f"{path}: {key}"
 
 
 def test_the_sanity_test_trains_its_model_on_what_prepare_writes_for_it(recipe):
