@@ -113,6 +113,9 @@ class MethodConfig(PolicyLossConfig):
         assert dump is not None  # because preflight is not
         distilled = dump.every and self.preflight.distillation
         dump.require(not distilled, "every", "0 with distillation.enabled=true")
+        # Its ranks see other rows than their share of a mini-batch, by which a record's update is counted.
+        scattered = dump.every and self.preflight.engine["dynamic_context_parallel"]
+        dump.require(not scattered, "every", "0 with actor_rollout_ref.actor.megatron.dynamic_context_parallel=true")
 
     @property
     def dump(self) -> DumpConfig | None:

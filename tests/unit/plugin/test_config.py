@@ -250,6 +250,15 @@ def test_a_dump_of_a_distilling_run_is_refused(cppo):
         omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
 
 
+def test_a_dump_of_ranks_that_share_rows_out_anew_for_each_micro_batch_is_refused(compose):
+    dynamic = "actor_rollout_ref.actor.megatron.dynamic_context_parallel=true"
+    config = compose("model_engine=megatron", *GRPO, "+method=cppo", dynamic)
+    omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    config.trust_region.dump.every = 10
+    with pytest.raises(InstantiationException, match=rf"every=10 is not permitted: 0 with {re.escape(dynamic)}"):
+        omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+
+
 @pytest.mark.parametrize(
     ("mode", "loss_mode", "other"), [("token-mean", "sapo", "kl_cov"), ("seq-mean-token-sum", "kl_cov", "sapo")]
 )
