@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 def main(config):
     folder = Path(config.trainer.default_local_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if told(config) == "linger":  # before the note, at which a test may end the sweep
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     note = {"pid": os.getpid(), "config": OmegaConf.to_container(config, resolve=True)}
     with (folder / "notes.jsonl").open("a") as file:
         file.write(json.dumps(note) + "\n")
     if told(config) == "fail":
         raise RuntimeError("as it was told")
-    if told(config) == "linger":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     while told(config) in ("wait", "linger", "deaf"):
         time.sleep(0.1)
         # as verl's trainer does with the plug-in, see cppo_verl.artifacts.stop_request
