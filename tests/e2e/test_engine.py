@@ -5,7 +5,6 @@ Nor on the engine: verl's own Megatron engine runs beside it, on Megatron-Core's
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_worker import batch
+from torch.distributed import TCPStore
 
 from cppo_verl.core import top_k_divergence
 from cppo_verl.plugin.topk.loss import DIVERGENCE
@@ -31,12 +31,6 @@ ALL = [*METHODS, *TOP_K, *MODES]
 MEGATRON = ["tp2", "pp2"]
 PADDED_VOCABULARY = "tp2v40"
 IN_MEGATRON = ["cppo", "cppo@seq-mean-token-sum", "cppo+topk_tv", "cppo_kl+topk_kl"]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +63,17 @@ def run(model, world, engines, output):
     """Run {engine: methods} in a number of processes; {engine: {(method, case): {parameter: gradient}}}."""
     command = [sys.executable, str(WORKER), str(model), str(output)]
     command += [f"{engine}={','.join(methods)}" for engine, methods in engines.items()]
-    env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    env |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    # The ranks meet at a store of this process, as torchrun's do: a port that is only chosen here could be another's by
+    # the time a rank has started.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
     if not engines.keys() <= {"sp1", "sp2"}:
         assert CORE.exists(), f"no Megatron-Core in {CORE}: make {CORE.relative_to(CORE.parents[1])}"
         env["PYTHONPATH"] = os.pathsep.join([str(CORE), *filter(None, [env.get("PYTHONPATH")])])
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank)}, **pipes) for rank in range(world)]
-    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
+    texts = [rank.communicate(timeout=900)[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(texts)
     return {name: torch.load(output / f"{name}.pt", weights_only=False) for name in engines}
 
