@@ -51,12 +51,12 @@ def test_a_launcher_clears_request_and_answer_and_is_told_of_the_request(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("seconds", "age"), [(3 * 3600, timedelta(hours=3)), (-60, timedelta(0))])
+@pytest.mark.parametrize(("seconds", "age"), [(3 * 3600, timedelta(hours=3)), (-3600, timedelta(0))])
 def test_a_requests_age_is_the_files_and_never_negative(tmp_path, seconds, age):
     stop_request.request_stop(tmp_path, "SIGTERM")
     then = time.time() - seconds
     os.utime(tmp_path / "stop", (then, then))
-    assert abs(stop_request.age(tmp_path) - age) <= timedelta(seconds=2)
+    assert abs(stop_request.age(tmp_path) - age) <= timedelta(minutes=1)
 
 
 def test_no_request_has_no_age(tmp_path):
