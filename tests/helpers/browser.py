@@ -14,6 +14,8 @@ import brotli
 from playwright.sync_api import Browser, Page, Playwright
 
 FOLDER = Path(sys.prefix) / "browser"
+PATIENCE = 300_000
+"""Milliseconds for the browser to start and to do what it is told, on busy cores too."""
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
@@ -34,7 +36,9 @@ def launch(playwright: Playwright) -> Browser:
         f"no browser in {FOLDER}: make {FOLDER.relative_to(FOLDER.parents[1])}/chromium"
     )
     environment = os.environ | {"LD_LIBRARY_PATH": str(FOLDER / "lib"), "FONTCONFIG_PATH": str(FOLDER)}
-    return playwright.chromium.launch(executable_path=FOLDER / "chromium", args=["--no-sandbox"], env=environment)
+    return playwright.chromium.launch(
+        executable_path=FOLDER / "chromium", args=["--no-sandbox"], env=environment, timeout=PATIENCE
+    )
 
 
 @contextmanager
@@ -46,6 +50,7 @@ def opened(browser: Browser, page_at: Path | str, viewport=DESKTOP, scheme="ligh
     address = page_at if isinstance(page_at, str) else page_at.as_uri()
     context = browser.new_context(viewport=viewport, color_scheme=scheme)
     faults = []
+    context.set_default_timeout(PATIENCE)
     page: Page = context.new_page()
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
