@@ -73,7 +73,7 @@ def run(model, world, engines, output):
         env["PYTHONPATH"] = os.pathsep.join([str(CORE), *filter(None, [env.get("PYTHONPATH")])])
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank)}, **pipes) for rank in range(world)]
-    texts = [rank.communicate(timeout=900)[0] for rank in ranks]
+    texts = [rank.communicate()[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(texts)
     return {name: torch.load(output / f"{name}.pt", weights_only=False) for name in engines}
 

@@ -29,7 +29,7 @@ def test_a_lora_adapter_reaches_the_rollout_engine(interrupted, tmp_path):
     paths = {"--local_dir": checkpoint, "--target_dir": target}
     for flag, path in paths.items():
         merger[merger.index(flag) + 1] = str(path)
-    subprocess.run([sys.executable, *merger[1:]], check=True, timeout=120)
+    subprocess.run([sys.executable, *merger[1:]], check=True)
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     prompt = torch.arange(5, 15)[None]

@@ -89,7 +89,6 @@ def run(faults, handler):
         [sys.executable, "-c", RUN, *faults],
         capture_output=True,
         text=True,
-        timeout=300,
         preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
     return process, dict(re.findall(r"^fault: (\w+)\n(.*?)(?=^fault: |\Z)", process.stdout, re.M | re.S))

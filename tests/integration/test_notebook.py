@@ -21,7 +21,8 @@ def printed(notebook):
 def test_the_notebook_prints_what_it_shows():
     shown = nbformat.read(NOTEBOOK, as_version=4)
     run = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(run, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    NotebookClient(run, startup_timeout=600, resources=resources).execute()
     assert printed(run) == printed(shown)
     kinds = [kind for cell in run.cells for output in cell.get("outputs", []) for kind in output.get("data", {})]
     assert kinds.count("image/png") == 2 and kinds.count("text/html") == 1

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 def module(*arguments):
     command = [sys.executable, "-m", *map(str, arguments)]
     environment = os.environ | {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def sweep(folder, name):
