@@ -75,7 +75,7 @@ class Watch:
         if self.why is None and isinstance(error, Exception):  # it may come of a death that nobody has seen yet
             self.watcher.join(3 * INTERVAL)
             with suppress(Exception):
-                if fault := self._fault_within(NEWS):
+                if self.why is None and (fault := self._fault_within(NEWS)):
                     self._tell(fault)
         if self.why is not None:
             raise RuntimeError(self.why) from (None if kind is KeyboardInterrupt else error)
@@ -95,8 +95,10 @@ class Watch:
             fault = fault or self._stall(now - moved, now - max(moved, asked_at or now), longest)
             if fault is not None and not self.over.is_set():
                 self._tell(fault)
-                # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
-                return signal.pthread_kill(self.thread, signal.SIGINT)
+                if not self.over.is_set():  # or the body has ended meanwhile, by what came of the fault
+                    # It wakes the main thread also from a wait for Ray, which takes no other exception than its own.
+                    signal.pthread_kill(self.thread, signal.SIGINT)
+                return
 
     def _fault_within(self, seconds: float) -> str | None:
         """Look again and again, as Ray learns of a death only a moment later."""

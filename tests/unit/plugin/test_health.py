@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import threading
 import time
 from types import SimpleNamespace
 
@@ -56,6 +57,17 @@ def test_a_run_ends_also_where_its_folder_is_gone_and_its_log_has_no_room(monkey
     watch = Watch(lambda: None, 0.05, lambda: fail(errno.ESTALE), lambda: False, None)
     with pytest.raises(RuntimeError, match=r"no progress for 0\.05 s .*; the run ends; how to .*ESTALE"), watch:
         time.sleep(10)
+
+
+def test_a_run_that_fails_while_the_fault_behind_it_is_told_ends_with_that_fault(monkeypatch):
+    monkeypatch.setattr(health, "INTERVAL", 0.2)
+    monkeypatch.setattr(health, "_actors", dict)
+    monkeypatch.setattr(health, "_exit_later", lambda: None)
+    telling = threading.Event()
+    watch = Watch(lambda: None, 0.1, lambda: telling.set() or f"failed: {watch.over.wait(60)}", lambda: False, None)
+    with pytest.raises(RuntimeError, match=r"no progress for 0\.1 s .*; the run ends; failed: True"), watch:
+        assert telling.wait(60)
+        raise KeyError("of something that came of it")
 
 
 @pytest.fixture
