@@ -36,6 +36,19 @@ def sh(*command):
     subprocess.run(command, check=True)
 
 
+def add_bridge():
+    """Add the bridge cppo<number>, and return the number: network 10.<number>.0.0/24 is no other cluster's then.
+
+    Nor one of this machine's own.
+    """
+    addresses = subprocess.check_output(["ip", "-4", "address"], text=True)
+    for number in range(20, 220):
+        command = ["ip", "link", "add", f"cppo{number}", "type", "bridge"]
+        if f" 10.{number}." not in addresses and subprocess.run(command).returncode == 0:
+            return number
+    raise RuntimeError("no bridge can be added")
+
+
 class Node:
     def __init__(self, number, index, folder, hosts):
         self.name, self.address = f"node{index}", f"10.{number}.0.{index}"
@@ -94,9 +107,8 @@ class Cluster:
     def __init__(self, folder):
         if os.geteuid() or not shutil.which("ip"):
             pytest.skip("namespaces need root and iproute2")
-        number = os.getpid() % 200 + 20
+        number = add_bridge()
         self.bridge, self.nodes, self.folder = f"cppo{number}", [], folder
-        sh("ip", "link", "add", self.bridge, "type", "bridge")
         sh("ip", "addr", "add", f"10.{number}.0.254/24", "dev", self.bridge)
         sh("ip", "link", "set", self.bridge, "up")
         hosts = folder / "hosts"
