@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -130,7 +131,7 @@ class Trainers:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=[lock.fileno()] if lock else [],
-                preexec_fn=_in_the_child,
+                preexec_fn=partial(_in_the_child, os.getpid()),
             )
         self.running.append(Child(process, log, checkpoints, job, lock))
         return process
@@ -165,11 +166,13 @@ class Trainers:
             raise KeyboardInterrupt from error
 
 
-def _in_the_child() -> None:
+def _in_the_child(parent: int) -> None:
     # exec keeps an ignored SIGINT, which a shell script's background jobs have: the trainer's must end it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+        if os.getppid() != parent:  # it has ended before the option was set
+            os._exit(1)
 
 
 @contextmanager

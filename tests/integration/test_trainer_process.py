@@ -118,6 +118,34 @@ def test_a_killed_launcher_takes_its_trainer_along(tmp_path):
     assert Launcher(tmp_path).send(signal.SIGKILL).finish() == -signal.SIGKILL
 
 
+KILLED_EARLY = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from cppo_verl.launch import trainer_process
+
+def prctl(*arguments):
+    os.kill(launcher, 9)
+    while os.getppid() == launcher:
+        time.sleep(0.01)
+    return libc.prctl(*arguments)
+
+launcher, libc, trainer_process.LIBC = os.getpid(), trainer_process.LIBC, SimpleNamespace(prctl=prctl)
+with trainer_process.Trainers() as trainers:
+    trainers.start([], Path(sys.argv[1]), dict(os.environ), module="this")
+"""
+
+
+def test_a_launcher_that_is_killed_as_its_trainer_starts_leaves_none(tmp_path):
+    ended, held = os.pipe()
+    killed = subprocess.run([sys.executable, "-c", KILLED_EARLY, str(tmp_path / "log")], stdin=held)
+    os.close(held)
+    assert killed.returncode == -signal.SIGKILL
+    with open(ended, "rb") as until_both_have_ended:
+        until_both_have_ended.read()
+    assert (tmp_path / "log").read_text() == ""
+
+
 def test_a_job_of_a_shells_background_can_be_ended_at_once_by_two_sigterms(tmp_path):
     def background():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
