@@ -10,11 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from ray._common.utils import get_default_ray_temp_dir
-from trainer_run import Program
+from trainer_run import Program, ends_with_the_test
 
 HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]
@@ -84,6 +85,7 @@ class Node:
             ],
             stdout=subprocess.PIPE,
             text=True,
+            preexec_fn=partial(ends_with_the_test, signal.SIGKILL),
         )
         assert self.process.stdout.readline() == "up\n"
         (self.init,) = subprocess.check_output(["pgrep", "-P", str(self.process.pid)], text=True).split()

@@ -1,6 +1,5 @@
 """A script that runs verl's trainer, as a test starts it, and what it leaves behind."""
 
-import atexit
 import json
 import os
 import re
@@ -10,9 +9,12 @@ import sys
 import time
 import uuid
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
+
+from cppo_verl.launch.trainer_process import LIBC, PR_SET_PDEATHSIG
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
 MARK = "CPPO_VERL_TEST_RUN"
@@ -42,6 +44,12 @@ def default_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+def ends_with_the_test(number):
+    """Let the kernel send a signal to this child when the test session ends, however it does: a trainer or a cluster
+    that is left behind takes the memory of other tests."""
+    LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
 class Program:
     """A command that a test starts, every process of which is findable by an environment variable."""
 
@@ -53,12 +61,15 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=default_signals,
+            preexec_fn=partial(self._in_the_child, ended_by),
             **settings,
         )
         self.text = ""
-        # An interrupted test session must not leave a trainer or a cluster behind.
-        atexit.register(self.process.send_signal, ended_by)
+
+    @staticmethod
+    def _in_the_child(ended_by):
+        default_signals()
+        ends_with_the_test(ended_by)
 
     def read_until(self, pattern):
         for line in self.process.stdout:
