@@ -16,10 +16,10 @@ from cppo_verl.artifacts.token_dump import read_tokens
 
 @pytest.fixture(scope="module")
 def proposal(quickstart, tmp_path_factory):
-    """What `calibrate` prints of the quickstart for three times the share that it masked: larger shares are known
+    """What `calibrate` prints of the quickstart for several times the share that it masked: larger shares are known
     better, and the quickstart's own thresholds would miss this one by far."""
     page = tmp_path_factory.mktemp("page") / "calibrate.html"
-    command = [sys.executable, "-m", "cppo_verl", "calibrate", str(quickstart.output), "--masked-share", "0.2"]
+    command = [sys.executable, "-m", "cppo_verl", "calibrate", str(quickstart.output), "--masked-share", "0.3"]
     result = subprocess.run([*command, "--output", str(page)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -56,9 +56,10 @@ def test_calibrated_thresholds_mask_the_promised_share(quickstart, proposal, cal
     given, before = steps_of_the_dump(calibrated.output), steps_of_the_dump(quickstart.output)
     assert sorted(given) == sorted(before) == [2, 4, 6]
     interval, _ = intervals(recorded(read_tokens(calibrated.output).responses))
-    # Both shares are estimates. Three standard errors of their difference, each a quarter of its interval.
+    # Both shares are estimates. Four standard errors of their difference, each a quarter of its interval: three are too
+    # few once in some hundred runs.
     low, high = (float(end) / 100 for end in ends)
-    allowed = 3 * math.hypot(high - low, interval.high - interval.low) / 4
+    allowed = math.hypot(high - low, interval.high - interval.low)
     assert abs(pooled(given) - float(promised) / 100) < allowed
     assert abs(pooled(before) - float(promised) / 100) > allowed
 
