@@ -68,6 +68,7 @@ def test_the_token_dump_agrees_with_its_definitions_and_the_steps_metrics(quicks
             "data_source": row["data_source"],
             "extra_info": row["extra_info"],
             "ground_truth": None,
+            "time_limit": 60.0,
         }
         for row in pandas.read_parquet(quickstart.output / "data" / "train.parquet").to_dict("records")
     }

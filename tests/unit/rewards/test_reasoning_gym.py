@@ -8,6 +8,7 @@ import pytest
 from cppo_verl.data.reasoning_gym import write_parquet
 from cppo_verl.rewards.reasoning_gym import compute_score
 
+AMPLE = 60.0  # seconds, for answers that must be graded on a busy machine too
 UNHURT = {"timed_out": 0.0, "crashed": 0.0}
 SORT = dict(min_numbers=3, max_numbers=3, min_decimals=0, max_decimals=0, min_value=10, max_value=99)
 
@@ -18,7 +19,7 @@ def problem(tmp_path):
     _, path = write_parquet("number_sorting", tmp_path, train_size=1, validation_size=1, **SORT)
     row = pandas.read_parquet(path).iloc[0]
     truth = row["reward_model"]["ground_truth"]
-    return truth, lambda answer: compute_score(row["data_source"], answer, truth, row["extra_info"])
+    return truth, lambda answer: compute_score(row["data_source"], answer, truth, row["extra_info"], AMPLE)
 
 
 def test_a_right_answer_scores_one_in_any_notation(problem):
@@ -55,27 +56,27 @@ def test_reversed_and_untagged_answers_score_zero(problem):
 
 
 @pytest.mark.parametrize(
-    ("task", "answer", "lost"),
-    [("countdown", "9**9**9", "timed_out"), ("spiral_matrix", "exit()", "crashed")],
+    ("task", "answer", "limit", "lost"),
+    [("countdown", "9**9**9", 0.5, "timed_out"), ("spiral_matrix", "exit()", AMPLE, "crashed")],
 )
-def test_what_a_verifier_computes_neither_hangs_nor_ends_a_worker(tmp_path, task, answer, lost):
+def test_what_a_verifier_computes_neither_hangs_nor_ends_a_worker(tmp_path, task, answer, limit, lost):
     _, path = write_parquet(task, tmp_path, train_size=1, validation_size=1)
     row = pandas.read_parquet(path).iloc[0]
 
-    def score(text, limit):
-        return compute_score(row["data_source"], text, "", row["extra_info"], time_limit=limit)
+    def score(text, seconds):
+        return compute_score(row["data_source"], text, "", row["extra_info"], time_limit=seconds)
 
     truth = row["reward_model"]["ground_truth"]
-    assert score(truth, 60.0) == {"score": 1.0, "acc": 1.0, **UNHURT}
-    assert score(f"<answer>{answer}</answer>", 0.5) == {"score": 0.0, "acc": 0.0, **UNHURT, lost: 1.0}
-    assert score(truth, 60.0)["acc"] == 1.0
+    assert score(truth, AMPLE) == {"score": 1.0, "acc": 1.0, **UNHURT}
+    assert score(f"<answer>{answer}</answer>", limit) == {"score": 0.0, "acc": 0.0, **UNHURT, lost: 1.0}
+    assert score(truth, AMPLE)["acc"] == 1.0
 
 
 def test_partial_credit_is_not_accuracy(tmp_path):
     _, path = write_parquet("spell_backward", tmp_path, train_size=5, validation_size=1, min_word_len=6)
     row = pandas.read_parquet(path).iloc[0]
     answer = row["reward_model"]["ground_truth"][:-1] + "?"
-    result = compute_score(row["data_source"], answer, "", row["extra_info"])
+    result = compute_score(row["data_source"], answer, "", row["extra_info"], AMPLE)
     assert 0 < result["score"] < 1 and result["acc"] == 0.0
 
 
