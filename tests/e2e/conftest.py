@@ -6,14 +6,16 @@ import time
 import pytest
 from trainer_run import RAY_STARTED, SHORT, Run, link
 
+from cppo_verl.launch.trainer_process import SAME_SIGNAL_SECONDS
+
 
 @pytest.fixture(scope="session")
 def interrupted(tmp_path_factory):
     """The quickstart in an empty folder, ended by two signals as Ray starts: it leaves data and a warmed-up model."""
     run = Run(tmp_path_factory.mktemp("interrupted"), *SHORT).read_until("starting Ray")
     run.wait_for(run.output / "logs" / "train-0.log", RAY_STARTED)
-    run.process.send_signal(signal.SIGTERM)
-    time.sleep(3)
+    run.ask_to_stop()
+    time.sleep(SAME_SIGNAL_SECONDS)
     run.ended_by_the_first = run.process.poll() is not None
     run.process.send_signal(signal.SIGTERM)
     return run.finish()

@@ -2,8 +2,9 @@
 
 dump:FOLDER saves the logits of every micro-batch with what stands beside them and their divergences; full:STEP leaves
 no room for the checkpoint of that step; NAME:STEP, with a name of `PHASES` or "checkpoint", prints a line in that part
-of the step and waits a moment; clock:STEP sets the trainer's wall clock back by a day at that step and forth by two at
-the next; breaks:FILE breaks one of `BREAKS` a step, whose name is in FILE meanwhile. Several are separated by commas.
+of the step and waits for the file CPPO_VERL_PROBE_GO; clock:STEP sets the trainer's wall clock back by a day at that
+step and forth by two at the next; breaks:FILE breaks one of `BREAKS` a step, whose name is in FILE meanwhile. Several
+are separated by commas.
 Also holds two agent loops: "seeded", whose samples depend on nothing but the weights, the prompt, the step and the
 sample's number, and "broken", which samples at another temperature where that is the step's break.
 """
@@ -75,7 +76,9 @@ def before(module, method, action):
 
 def tell(phase, step):
     print(f"the {phase} of step {step} begins", flush=True)
-    time.sleep(2)
+    deadline = time.monotonic() + 600  # for a test that has failed
+    while not os.path.exists(os.environ["CPPO_VERL_PROBE_GO"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def tell_at(phase, trainer):

@@ -109,9 +109,11 @@ class Run(Program):
 
     def __init__(self, output, *overrides, script=QUICKSTART, program=(), probe=""):
         environment = {"PYTHONUNBUFFERED": "1"}
+        self.go = output / f"go-{uuid.uuid4().hex}" if probe else None
         if probe:
             paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
             environment |= {"CPPO_VERL_PROBE": probe, "VERL_USE_EXTERNAL_MODULES": "probe"}
+            environment["CPPO_VERL_PROBE_GO"] = str(self.go)
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if not program:
             environment["RAY_ADDRESS"] = "127.0.0.1:1"  # of a cluster: these scripts start a Ray of their own
@@ -120,10 +122,23 @@ class Run(Program):
         super().__init__([sys.executable, *program, *overrides], environment, signal.SIGINT)
 
     def until(self, phase):
-        """Wait until the log of the quickstart's trainer tells the part of a step that ``probe`` names."""
+        """Wait until the log of the quickstart's trainer tells the part of a step that ``probe`` names.
+
+        The trainer stays in that part until `finish`.
+        """
         self.read_until("starting Ray")
         log = re.search(r"^training; the full log is (.*)$", self.text, re.M)[1]
         return self.wait_for(Path(log), f"the {phase} of step")
+
+    def ask_to_stop(self):
+        """Send SIGTERM, and wait until the trainer is asked."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait_for(self.output / "checkpoints" / "stop", "SIGTERM")
+
+    def finish(self):
+        if self.go is not None:
+            self.go.touch()
+        return super().finish()
 
     def kill(self, title, number=signal.SIGKILL):
         """Send a signal to the processes whose command or title matches."""

@@ -1,7 +1,5 @@
 """verl's asynchronous trainers with a top-K divergence."""
 
-import signal
-
 import numpy as np
 import pytest
 import torch
@@ -36,8 +34,7 @@ def test_stale_responses_get_the_divergences_of_two_checkpoints(interrupted, mod
         # Of 16 prompts, where the example's batch of 32 has eight mini-batches.
         command += ["trainer.v1.separate_async.parameter_sync_step=4"]
     run = Run(tmp_path, *command, probe=f"dump:{tmp_path / 'dump'},{phase}:2").until(phase)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.finish().code == 143, run.text
+    assert run.ask_to_stop().finish().code == 143, run.text
     assert run.survivors() == []
     steps = metrics(tmp_path, 0)
     assert f"stopped after step {max(steps)} of 50: SIGTERM; the same command continues" in run.text

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 
 import pytest
 from faults import end_by_killing
@@ -22,9 +21,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preempted(interrupted, folder):
     """Stopped in the generation of step 4."""
-    run = on_one_node(folder, interrupted, probe="generation:4").until("generation")
-    run.process.send_signal(signal.SIGTERM)
-    return run.finish()
+    return on_one_node(folder, interrupted, probe="generation:4").until("generation").ask_to_stop().finish()
 
 
 @pytest.fixture(scope="module")

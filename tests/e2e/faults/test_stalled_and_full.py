@@ -14,8 +14,7 @@ def test_a_run_that_stands_still_ends_once_it_is_asked_to_stop(interrupted, tmp_
     link(interrupted, tmp_path)
     run = Run(tmp_path, *SHORT, "trainer.stop_seconds=10", probe="generation:2").until("generation")
     run.kill("VLLM::EngineCore", signal.SIGSTOP)
-    time.sleep(5)
-    run.process.send_signal(signal.SIGTERM)
+    run.ask_to_stop()
     begin = time.monotonic()
     run.finish()
     assert time.monotonic() - begin < 120
