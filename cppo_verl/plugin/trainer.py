@@ -125,6 +125,11 @@ class TrustRegionTrainer(VerlTrainer):
             self.ref_policy_wg = self.actor_rollout_wg
         self.actor_rollout_wg.choose_loss(self.config, self.captures, records=self.token_dump is not None)
 
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.trainer_mode != "sync":
+            forget_trained_responses()
+
     def fit(self, agent_loop_manager: "AgentLoopManager") -> None:
         Path(self.config.trainer.default_local_dir).mkdir(parents=True, exist_ok=True)  # for a request to stop
         checkpoints.log_to_file(self.config)
@@ -382,6 +387,19 @@ class ActorWorkers(wrapt.ObjectProxy):
         output = self.__wrapped__.update_actor(batch)
         self._self_last_metrics = dict(output["metrics"])
         return output
+
+
+def forget_trained_responses(partition_id: str = "train") -> None:
+    """Clear the responses in TransferQueue whose prompt is gone from it, as a batch's prompts are once it is drawn.
+
+    verl saves TransferQueue before it clears the step's batch. Restored with a checkpoint, that batch would be drawn
+    by nobody and cleared by nobody: it would stay in memory, and in each checkpoint to come.
+    """
+    tags = (tq.kv_list(partition_id) or {}).get(partition_id, {})
+    prompts = {key for key, tag in tags.items() if tag.get("is_prompt")}
+    trained = [key for key in tags if key.split("_")[0] not in prompts]
+    if trained:
+        tq.kv_clear(keys=trained, partition_id=partition_id)
 
 
 def capture_top_k(config: DictConfig) -> None:
