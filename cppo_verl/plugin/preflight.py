@@ -370,7 +370,7 @@ def refuse_uneven_mini_batches(config: DictConfig) -> None:
     """
     actor, trainer, n = config.actor_rollout_ref.actor, config.trainer, config.actor_rollout_ref.rollout.n
     gpus, parallel = trainer.nnodes * trainer.n_gpus_per_node, 1
-    if actor.strategy == "megatron" and not actor.megatron.dynamic_context_parallel:
+    if actor.strategy == "megatron" and not actor.megatron.get("dynamic_context_parallel"):
         for key in ("tensor_model", "pipeline_model", "context"):
             parallel *= actor.megatron[f"{key}_parallel_size"]
     elif actor.strategy in ("fsdp", "fsdp2"):
