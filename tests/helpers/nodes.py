@@ -58,10 +58,10 @@ class Node:
         # Where Ray writes down which cluster runs here, /tmp/ray without TMPDIR: a run outside must not find this one.
         place = Path(get_default_ray_temp_dir())
         place.mkdir(exist_ok=True)
-        link = f"cppo{number}v{index}"
+        self.link = f"cppo{number}v{index}"
         sh("ip", "netns", "add", self.network)
-        sh("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self.network)
-        sh("ip", "link", "set", link, "master", f"cppo{number}", "up")
+        sh("ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.network)
+        sh("ip", "link", "set", self.link, "master", f"cppo{number}", "up")
         sh("ip", "-n", self.network, "link", "set", "lo", "up")
         sh("ip", "-n", self.network, "addr", "add", f"{self.address}/24", "dev", "eth0")
         sh("ip", "-n", self.network, "link", "set", "eth0", "up")
@@ -100,7 +100,8 @@ class Node:
     def end(self):
         self.process.kill()
         self.process.wait()
-        subprocess.run(["ip", "netns", "del", self.network], check=False)
+        for what in (["link", "del", self.link], ["netns", "del", self.network]):
+            subprocess.run(["ip", *what], check=False)
 
 
 class Cluster:
