@@ -6,6 +6,7 @@ tests/e2e/distributed/test_two_nodes.py trains there.
 import json
 import signal
 import sys
+import sysconfig
 from pathlib import Path
 
 import nodes
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from nodes import ROOT, sh
 
-SITE_PACKAGES = Path(psutil.__file__).parents[1]
+SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 RAYLET = str(SITE_PACKAGES / "ray/core/src/ray/raylet/raylet")
 ENTRYPOINT = str(ROOT / "recipes" / "cluster" / "entrypoint.sh")
 
