@@ -65,7 +65,7 @@ def run(fault):
     ray.kill(helper)
 
 at_start = signal.getsignal(signal.SIGINT)
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 for fault in sys.argv[1:]:
     run(fault)
 """

@@ -1,35 +1,40 @@
 """What a checkpoint of verl's asynchronous trainers holds of TransferQueue, with TransferQueue itself."""
 
-import pytest
-import ray
-import torch
+import subprocess
+import sys
+
+# In a process of its own: tests before it may have had another Ray in theirs.
+RUN = """
+import sys
+import ray, torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-
 from cppo_verl.plugin.trainer import forget_trained_responses
 
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
+forget_trained_responses()  # of an empty queue
+for prompt in ("waits", "trained"):
+    tq.kv_put(key=prompt, partition_id="train", tag={"is_prompt": True, "status": "pending", "global_steps": 1})
+    keys = [f"{prompt}_{session}_0" for session in range(2)]
+    fields = TensorDict({"responses": torch.ones(2, 3)}, batch_size=2)
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=[{"status": "success"}] * 2)
+tq.kv_put(key="waits", partition_id="train", tag={"status": "finished"})
+tq.kv_clear(keys=["trained"], partition_id="train")  # as verl does where it draws a batch
+tq.save_checkpoint(sys.argv[1])
+tq.load_checkpoint(sys.argv[1])
+print("restored:", *sorted(tq.kv_list("train")["train"]))
+forget_trained_responses()
+print("kept:", *sorted(tq.kv_list("train")["train"]), flush=True)
+tq.close()
+ray.shutdown()
+"""
 
-@pytest.fixture
-def queue():
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
-    yield
-    tq.close()
-    ray.shutdown()
 
-
-def test_a_batch_that_the_saved_step_has_trained_on_is_not_restored_for_ever(queue, tmp_path):
-    forget_trained_responses()  # of an empty queue
-    for prompt in ("waits", "trained"):
-        tq.kv_put(key=prompt, partition_id="train", tag={"is_prompt": True, "status": "pending", "global_steps": 1})
-        keys = [f"{prompt}_{session}_0" for session in range(2)]
-        fields = TensorDict({"responses": torch.ones(2, 3)}, batch_size=2)
-        tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=[{"status": "success"}] * 2)
-    tq.kv_put(key="waits", partition_id="train", tag={"status": "finished"})
-    tq.kv_clear(keys=["trained"], partition_id="train")  # as verl does where it draws a batch
-    tq.save_checkpoint(tmp_path / "transfer_queue")
-    tq.load_checkpoint(tmp_path / "transfer_queue")
-    assert set(tq.kv_list("train")["train"]) == {"waits", "waits_0_0", "waits_1_0", "trained_0_0", "trained_1_0"}
-    forget_trained_responses()
-    assert set(tq.kv_list("train")["train"]) == {"waits", "waits_0_0", "waits_1_0"}
+def test_a_batch_that_the_saved_step_has_trained_on_is_not_restored_for_ever(tmp_path):
+    command = [sys.executable, "-c", RUN, str(tmp_path / "transfer_queue")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "restored: trained_0_0 trained_1_0 waits waits_0_0 waits_1_0\n" in result.stdout
+    assert "kept: waits waits_0_0 waits_1_0\n" in result.stdout
