@@ -23,7 +23,7 @@ BEST = "best"
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's file beside its checkpoints that names the newest one, written once all ranks have written theirs."""
 TRANSFER_QUEUE = "transfer_queue"
-"""verl's folder in a checkpoint of its asynchronous trainers: the responses that were made and not yet trained on."""
+"""verl's folder in a checkpoint of its asynchronous trainers: the responses in TransferQueue when it was saved."""
 
 
 def log_to_file(config: DictConfig) -> Path:

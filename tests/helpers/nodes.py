@@ -38,9 +38,9 @@ def sh(*command):
 
 
 def add_bridge():
-    """Add the bridge cppo<number>, and return the number: network 10.<number>.0.0/24 is no other cluster's then.
+    """Add the bridge cppo<number> and return the number.
 
-    Nor one of this machine's own.
+    The network 10.<number>.0.0/24 then belongs to no other cluster of the tests, and to nothing else on this machine.
     """
     addresses = subprocess.check_output(["ip", "-4", "address"], text=True)
     for number in range(20, 220):

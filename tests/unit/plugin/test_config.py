@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from cppo_verl.plugin.config import CPPOLossConfig
 from cppo_verl.plugin.losses import cppo as cppo_rule
-from cppo_verl.plugin.preflight import MU_KEEPING, refuse_uneven_mini_batches
+from cppo_verl.plugin.preflight import MU_KEEPING
 
 CONFIG = Path(__file__).parents[3] / "cppo_verl" / "config"
 RULE = "actor_rollout_ref.actor.policy_loss."
@@ -468,29 +467,6 @@ def test_a_penalty_of_the_rollout_is_refused_and_whatever_validation_samples_is_
 def test_a_key_that_verls_rollout_does_not_have_is_refused_before_ray(cppo):
     with pytest.raises(InstantiationException, match="unexpected keyword argument 'min_p'"):
         start_up(cppo("actor_rollout_ref.rollout.min_p=0.1"))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "gpus"),
-    [
-        (["trainer.nnodes=3"], 24),
-        (["trainer.nnodes=2", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=3"], 16),
-    ],
-)
-def test_ranks_that_cannot_share_a_mini_batch_are_refused_before_the_first_generation(cppo, overrides, gpus):
-    dynamic = [f"actor_rollout_ref.{key}use_dynamic_bsz=true" for key in ("actor.", "rollout.log_prob_")]
-    with pytest.raises(ValueError, match=rf"is \d+ responses, which {gpus} GPUs \(trainer\.nnodes=\d .* share evenly"):
-        start_up(cppo(*dynamic, *overrides))
-    start_up(cppo(*dynamic, "trainer.nnodes=2"))
-
-
-@pytest.mark.parametrize(("parallel", "shared"), [(4, True), (1, False)])
-def test_megatrons_data_parallel_ranks_are_what_its_model_leaves(compose, parallel, shared):
-    layout = [f"actor_rollout_ref.actor.megatron.{key}_parallel_size=2" for key in ("tensor_model", "pipeline_model")]
-    config = compose("model_engine=megatron", *GRPO, "+method=cppo", *(layout if parallel == 4 else []))
-    config.actor_rollout_ref.actor.ppo_mini_batch_size, config.actor_rollout_ref.rollout.n = 6, 1
-    with nullcontext() if shared else pytest.raises(ValueError, match="is 6 responses, which 8 GPUs"):
-        refuse_uneven_mini_batches(config)
 
 
 @pytest.mark.parametrize(
