@@ -80,16 +80,11 @@ try:
         # A Ray that this process starts inherits the settings.
         for setting in ("enable_open_telemetry", "enable_metrics_collection", "prestart_worker_first_driver"):
             os.environ.setdefault(f"RAY_{setting}", "false")
+        os.environ.setdefault("RAY_RUNTIME_ENV_HOOK", "cppo_verl.cpu.forked_python.use_for_workers")
 
         @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
         def _register_cpu_engine(_module: ModuleType) -> None:
             from cppo_verl.cpu import fsdp_engine  # noqa: F401
-
-        @wrapt.when_imported("verl.workers.rollout.replica")
-        def _register_cpu_replica(module: ModuleType) -> None:
-            from cppo_verl.cpu import rollout_server
-
-            module.RolloutReplicaRegistry.register("vllm", rollout_server.load_replica)
 
         @wrapt.when_imported("verl.checkpoint_engine.base")
         def _register_gloo(_module: ModuleType) -> None:

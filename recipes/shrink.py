@@ -136,8 +136,6 @@ def train(output, arguments):
         "VERL_PLATFORM": "cpu",
         "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
         "WANDB_DIR": str(logs),
-        # Each of verl's dozen processes would start a thread a core.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "RAY_ADDRESS": "local",  # a Ray of its own, as in the quickstart
     }
     print(f"training for about two minutes; the log is {log}", flush=True)

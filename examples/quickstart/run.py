@@ -75,15 +75,14 @@ def train(output, overrides, config, show):
         "TENSORBOARD_DIR": str(logs / "tensorboard"),
         "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
         "WANDB_DIR": str(logs),
-        # Each of verl's dozen processes would start a thread a core.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        # Workers that Ray starts ahead stay idle: they lack the environment that verl gives its own.
-        "RAY_prestart_worker_first_driver": "0",
         # A Ray of its own: one that runs here already lacks this run's slots, and Ray refuses to add them.
         "RAY_ADDRESS": "local",
         "HYDRA_FULL_ERROR": "1",
     }
-    print(f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about a minute", flush=True)
+    print(
+        f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes half a minute to a minute",
+        flush=True,
+    )
     try:
         with trainer_process.trainer(arguments, log, environment, checkpoints=output / "checkpoints") as trainer:
             follow(trainer, metrics, show)

@@ -73,12 +73,13 @@ def _written(value: object) -> bool:
 def patched() -> set[str]:
     """Last name of each upstream attribute that the CPU room or the watch replaces, or the registration wraps."""
     found = set(re.findall(r'patch_function_wrapper\("[\w.]+", "(\w+)"\)', (PACKAGE / "register.py").read_text()))
-    for file in [*(PACKAGE / "cpu").glob("*_patches.py"), PACKAGE / "plugin" / "health.py"]:
+    others = [PACKAGE / "cpu" / "fork_server.py", PACKAGE / "plugin" / "health.py"]
+    for file in [*(PACKAGE / "cpu").glob("*_patches.py"), *others]:
         for node in ast.walk(ast.parse(file.read_text())):
             targets = [node.target] if isinstance(node, ast.AugAssign) else getattr(node, "targets", [])
             for target in targets:
-                if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-                    found |= {target.attr} if target.value.id not in ("self", "layer") else set()
+                if isinstance(target, ast.Attribute) and ast.unparse(target.value) not in ("self", "layer"):
+                    found.add(target.attr)
     return found
 
 

@@ -38,17 +38,20 @@ import os
 for name in [name for name in os.environ if name.startswith("RAY_")]:
     del os.environ[name]
 import ray, verl  # as verl.trainer.main_ppo imports them
-print([name for name in os.environ if name.startswith(("RAY_enable", "RAY_prestart"))])
+print([name for name in os.environ if name.startswith(("RAY_enable", "RAY_prestart", "RAY_RUNTIME"))])
 """
 START_RAY = """
 ray.init(address="local", num_cpus=1, include_dashboard=False, runtime_env=dict(env_vars=dict(OF_THE="run")))
-ray.get(ray.remote(lambda: None).remote())
+import sys
+print(ray.get(ray.remote(lambda: "vllm" in sys.modules).remote()))
 print(ray._private.worker._global_node.get_logs_dir_path())
 """
 
 
-def test_on_the_cpu_ray_collects_no_metrics_and_starts_no_worker_that_nobody_uses():
-    logs = Path(run_python(RAY_SETTINGS + START_RAY, VERL_PLATFORM="cpu").stdout.splitlines()[-1])
+def test_on_the_cpu_ray_collects_no_metrics_and_its_only_worker_has_imported_vllm():
+    forked, logs = run_python(RAY_SETTINGS + START_RAY, VERL_PLATFORM="cpu").stdout.splitlines()[-2:]
+    assert forked == "True"
+    logs = Path(logs)
     for name in ("gcs_server.out", "raylet.out", "python-core-driver-*.log", "python-core-worker-*.log"):
         (file,) = logs.glob(name)
         assert "Disabled stats." in file.read_text(), name

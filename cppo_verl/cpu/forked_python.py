@@ -1,0 +1,143 @@
+"""``python`` for Ray's workers on the CPU: it runs in a fork of a process that has imported verl and vLLM already.
+
+    python -IS forked_python.py SCRIPT ARGUMENTS
+    python -IS forked_python.py -c CODE ARGUMENTS
+
+These imports take ten seconds of a core, and eight processes of a run need them. The first of Ray's workers on a
+machine starts `cppo_verl.cpu.fork_server`, which imports them once. This process asks it for a fork with the same
+arguments, environment, folder and open files, stands for the fork until it ends, and ends as it does. Where the server
+gives no answer, this process becomes a plain Python. Until then it imports the standard library alone.
+"""
+
+import array
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+RAYLET = "--raylet-name="
+"""What Ray gives each of its workers: the path of its own socket on this machine."""
+SOCKET = "CPPO_VERL_FORK_SERVER"
+"""Environment variable with the path of the server's socket, for the processes that Ray's workers start."""
+SERVER = """
+import sys
+sys.path = [folder for folder in sys.path if folder]  # not the one where the worker starts
+from cppo_verl.cpu import fork_server; fork_server.main(*map(int, sys.argv[1:3]))
+"""
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def use_for_workers(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
+    """Make this the Python of all workers of a Ray that the driver starts: a value of RAY_RUNTIME_ENV_HOOK.
+
+    A cluster that runs already may have its Python elsewhere on other machines, and what Ray makes a Python of its own
+    for, such as "pip", brings that Python.
+    """
+    runtime_env = dict(runtime_env or {})
+    others = [name for name, value in runtime_env.items() if value and name != "env_vars"]
+    own = os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+    if own and not others and sys.platform == "linux":
+        runtime_env["py_executable"] = " ".join(command())
+        # By default each process would have a thread a core, and one with threads cannot be forked.
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        runtime_env["env_vars"] = threads | (runtime_env.get("env_vars") or {})
+    return runtime_env
+
+
+def command() -> list[str]:
+    return [sys.executable, "-IS", os.path.abspath(__file__)]
+
+
+def main(arguments: list[str]) -> None:
+    path = os.environ.get(SOCKET) or next(x.removeprefix(RAYLET) for x in arguments if x.startswith(RAYLET)) + "_fork"
+    os.environ[SOCKET] = path
+    with socket.socket(socket.AF_UNIX) as server:
+        try:
+            if not os.path.exists(path):
+                start_server(path)
+            server.connect(path)
+            pid = ask(server, arguments)
+        except OSError:  # it has ended, or its path is too long for a socket
+            pid = None
+        if pid is not None:
+            stand_for(pid, server)
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def start_server(path: str) -> None:
+    """Start the server. It ends with Ray on this machine, the parent of this process.
+
+    Raises:
+        OSError: another worker has just done so, or ``path`` is no path for a socket.
+    """
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        files = [listener.fileno(), os.pidfd_open(os.getppid())]
+        # What it prints while it imports, each worker would print.
+        subprocess.run(
+            [sys.executable, "-c", SERVER, *map(str, files)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=files,
+            start_new_session=True,
+        )
+        os.close(files[1])
+
+
+def ask(server: socket.socket, arguments: list[str]) -> int | None:
+    """Return the id of the process that runs on ``arguments``, None if the server does not fork."""
+    files = sorted(open_files() - {server.fileno()})
+    request = {
+        "arguments": arguments,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "files": files,
+        "most_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+    }
+    text = json.dumps(request).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
+    server.sendmsg([len(text).to_bytes(8, "big")], rights)
+    server.sendall(text)
+    answer = server.recv(8)
+    return int.from_bytes(answer, "big") if answer else None
+
+
+def stand_for(pid: int, server: socket.socket) -> None:
+    """End as the process ``pid`` ends; its signals come here until then."""
+
+    def forward(number: int, _frame: Any) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    answer = server.recv(8)
+    code = int.from_bytes(answer, "big", signed=True) if answer else 1  # 1: the server has been killed, and its forks
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def open_files() -> set[int]:
+    """Numbers of this process's open files."""
+    numbers = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # what listed them is closed by now
+            os.fstat(int(name))
+            numbers.add(int(name))
+    return numbers
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
