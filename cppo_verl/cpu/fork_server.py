@@ -211,12 +211,13 @@ class Server:
 
 
 def receive(client: socket.socket) -> Request:
-    """Read a client's request.
+    """Let a client send its request, and read it.
 
     Raises:
         OSError, ValueError: it has ended, or does not send one.
     """
     client.settimeout(PATIENCE)
+    client.sendall(b"?")  # one that has given up waiting must not be forked for
     length, received, _, _ = socket.recv_fds(client, 8, 1024)
     try:
         with client.makefile("rb") as file:

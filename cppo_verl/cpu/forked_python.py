@@ -29,6 +29,8 @@ import sys
 sys.path = [folder for folder in sys.path if folder]  # not the one where the worker starts
 from cppo_verl.cpu import fork_server; fork_server.main(*map(int, sys.argv[1:3]))
 """
+IMPORTING = 30
+"""Seconds to wait for a server that is still importing. Ray gives up a worker that has not come after 60."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -60,9 +62,10 @@ def main(arguments: list[str]) -> None:
         try:
             if not os.path.exists(path):
                 start_server(path)
+            server.settimeout(IMPORTING)
             server.connect(path)
             pid = ask(server, arguments)
-        except OSError:  # it has ended, or its path is too long for a socket
+        except OSError:  # it has ended, or imports still, or its path is too long for a socket
             pid = None
         if pid is not None:
             stand_for(pid, server)
@@ -92,7 +95,14 @@ def start_server(path: str) -> None:
 
 
 def ask(server: socket.socket, arguments: list[str]) -> int | None:
-    """Return the id of the process that runs on ``arguments``, None if the server does not fork."""
+    """Return the id of the process that runs on ``arguments``, None if the server does not fork.
+
+    Raises:
+        TimeoutError: the server is not ready. It has not seen the request, and never will.
+    """
+    if not server.recv(1):
+        return None
+    server.settimeout(None)
     files = sorted(open_files() - {server.fileno()})
     request = {
         "arguments": arguments,

@@ -206,6 +206,19 @@ def test_process_with_threads_is_not_forked(start_server):
     assert int(result.stdout.split()[1]) == os.getpid()
 
 
+def test_program_that_does_not_wait_for_a_slow_server_runs_once(start_server, tmp_path):
+    server = start_server("made", "import time\ntime.sleep(4)\n")
+    impatient = tmp_path / "impatient.py"
+    impatient.write_text(Path(forked_python.__file__).read_text().replace("IMPORTING = 30", "IMPORTING = 0.1"))
+    program = f"{PARENT}open({str(tmp_path / 'runs')!r}, 'a').write('run ')"
+    result = subprocess.run(
+        [sys.executable, "-IS", impatient, "-c", program], env=server.environment, capture_output=True, text=True
+    )
+    assert int(result.stdout.split()[1]) == os.getpid()
+    assert int(server.run("-c", PARENT).stdout.split()[1]) != os.getpid()  # the server is ready by now
+    assert (tmp_path / "runs").read_text() == "run "
+
+
 def test_module_that_cannot_be_imported_is_left_to_the_program(start_server):
     server = start_server("no_such_module json")
     result = server.run("-c", "import no_such_module")
