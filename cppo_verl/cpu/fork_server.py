@@ -5,6 +5,7 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import multiprocessing.spawn
 import os
 import resource
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ class Request(NamedTuple):
     """Numbers of its open files."""
     most_files: tuple[int, int]
     """Soft and hard limit of their number."""
+    niceness: int
     blocked: list[int]
     """Signals."""
     received: list[int]
@@ -60,26 +63,38 @@ def main(listener: int, raylet: int) -> None:
         listener: a socket that listens.
         raylet: pidfd of Ray's process on this machine.
     """
-    if os.fork():  # Ray ends the children of a worker that ends: the server must not be one
-        os._exit(0)
     # pyarrow's allocator would start a thread. What a thread holds at a fork is held for ever in it.
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    # vLLM sets it for its engine, and torch reads it when it is imported.
+    os.environ["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] = "1"
     before = dict(os.environ)
+    sys.path.insert(0, os.getcwd())  # as Ray's workers have the driver's folder
     gc.disable()  # it would walk what has been imported again and again
     with plain_class_ids():
-        for name in MODULES:
-            with suppress(Exception):  # the process that needs it imports it again, and says why it cannot
-                importlib.import_module(name)
+        import_modules()
     gc.enable()
+    sys.path.remove(os.getcwd())
     multiprocessing.spawn.get_command_line = command_of_child
     if not ids_differ():
-        return
-    request = Server(socket.socket(fileno=listener), raylet).serve()
-    if request is not None:
-        # vLLM sets variables when it is imported. A variable that the program has been given itself stays.
-        set_by_imports = {k: v for k, v in os.environ.items() if before.get(k) != v}
-        given = request.environment
-        become(request, {k: v for k, v in set_by_imports.items() if given.get(k) == before.get(k)})
+        sys.exit("Ray's random generator has been used: all forks would make the same ids")
+    pid, request = os.getpid(), Server(socket.socket(fileno=listener), raylet).serve()
+    if request is None:
+        os._exit(0)  # and with it what is left of its forks, at once
+    # vLLM sets variables when it is imported. A variable that the program has been given itself stays.
+    set_by_imports = {k: v for k, v in os.environ.items() if before.get(k) != v}
+    given = request.environment
+    become(request, {k: v for k, v in set_by_imports.items() if given.get(k) == before.get(k)}, pid)
+
+
+def import_modules() -> None:
+    """Import `MODULES`. If one fails there is no server, and the process that needs it says why."""
+    levels: dict[Any, int] = {}
+    for name in MODULES:
+        importlib.import_module(name)
+        # A library that vLLM imports silences the root logger, to which verl's trainer writes.
+        silenced: list[Any] = [logging.root, *logging.root.handlers]
+        for one in silenced:
+            one.setLevel(levels.setdefault(one, one.level))
 
 
 @contextmanager
@@ -138,6 +153,7 @@ class Server:
 
         Forks that are there then end with the server.
         """
+        sys.stdout.flush()  # or each fork would write it
         serving = True
         while serving or self.forks:
             clients: dict[Any, int] = {
@@ -163,11 +179,13 @@ class Server:
         """Fork if that is safe and tell the client; return its request in the fork, None in the server."""
         try:
             request = receive(client)
-        except (OSError, ValueError):  # it has ended before it had asked
+        except (OSError, TypeError, ValueError):  # it has ended before it had asked
             client.close()
             return None
-        safe = len(os.listdir("/proc/self/task")) == 1 and not self.files_of_libraries & set(request.files)
-        pid = os.fork() if safe else None
+        pid = None
+        if self.is_safe(request):
+            with suppress(OSError):  # no room for a process
+                pid = os.fork()
         if pid == 0:
             self.close()
             client.close()
@@ -181,6 +199,20 @@ class Server:
         with suppress(OSError):
             client.sendall(pid.to_bytes(8, "big"))
         return None
+
+    def is_safe(self, request: Request) -> bool:
+        """Whether a fork would be what the request asks for.
+
+        It would lack the server's other threads. It cannot load a library before all others, as vLLM asks of its
+        engine, nor give an open file a number that a library's has.
+        """
+        preloaded = request.environment.get("LD_PRELOAD", "").replace(":", " ").split()
+        loaded = Path("/proc/self/maps").read_text()
+        return (
+            len(os.listdir("/proc/self/task")) == 1
+            and not self.files_of_libraries & set(request.files)
+            and all(os.path.realpath(library) in loaded for library in preloaded)
+        )
 
     def end(self, pidfd: int) -> None:
         """End a fork whose client has ended."""
@@ -214,7 +246,7 @@ def receive(client: socket.socket) -> Request:
     """Let a client send its request, and read it.
 
     Raises:
-        OSError, ValueError: it has ended, or does not send one.
+        OSError, TypeError, ValueError: it has ended, or does not send one.
     """
     client.settimeout(PATIENCE)
     client.sendall(b"?")  # one that has given up waiting must not be forked for
@@ -223,7 +255,7 @@ def receive(client: socket.socket) -> Request:
         with client.makefile("rb") as file:
             text = file.read(int.from_bytes(length, "big"))
         request = Request(**json.loads(text), received=list(received))
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         for number in received:
             os.close(number)
         raise
@@ -231,10 +263,18 @@ def receive(client: socket.socket) -> Request:
     return request
 
 
-def become(request: Request, further: dict[str, str]) -> None:
-    """Do in a fork what ``python`` does with the request's arguments and, in its environment, ``further`` variables."""
+def become(request: Request, further: dict[str, str], server: int) -> None:
+    """Do in a fork what ``python`` does with the request's arguments.
+
+    Args:
+        further: environment variables besides the request's.
+        server: the process that has been forked.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:  # killed before that: the client is a plain Python by now
+        os._exit(1)
     os.setsid()  # a signal to its group of processes must not reach the server
+    resource.setrlimit(resource.RLIMIT_NOFILE, request.most_files)
     # First above all numbers that the files are to have.
     above = max(request.files, default=0) + 1
     moved = [fcntl.fcntl(number, fcntl.F_DUPFD, above) for number in request.received]
@@ -243,11 +283,17 @@ def become(request: Request, further: dict[str, str]) -> None:
     for source, number in zip(moved, request.files, strict=True):
         os.dup2(source, number)
         os.close(source)
-    resource.setrlimit(resource.RLIMIT_NOFILE, request.most_files)
+    os.setpriority(os.PRIO_PROCESS, 0, request.niceness)
     signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
     os.chdir(request.folder)
-    os.environ.clear()
-    os.environ.update(request.environment | further)
+    # Only what differs: what renames processes (Ray, and vLLM by setproctitle) finds the place of their names by the
+    # environment's.
+    environment = request.environment | further
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
     if "numpy" in sys.modules:  # Python's own generator has a new seed in each fork
         sys.modules["numpy"].random.seed()
     program, *arguments = request.arguments

@@ -13,6 +13,7 @@ import array
 import json
 import os
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,9 +26,12 @@ RAYLET = "--raylet-name="
 SOCKET = "CPPO_VERL_FORK_SERVER"
 """Environment variable with the path of the server's socket, for the processes that Ray's workers start."""
 SERVER = """
-import sys
-sys.path = [folder for folder in sys.path if folder]  # not the one where the worker starts
-from cppo_verl.cpu import fork_server; fork_server.main(*map(int, sys.argv[1:3]))
+import os, sys
+if os.fork():  # Ray ends the children of a worker that ends: the server must not be one
+    os._exit(0)
+sys.path = [folder for folder in sys.path if folder]  # without the one where the worker starts
+from cppo_verl.cpu import fork_server
+fork_server.main(*map(int, sys.argv[1:3]))
 """
 IMPORTING = 30
 """Seconds to wait for a server that is still importing. Ray gives up a worker that has not come after 60."""
@@ -37,14 +41,13 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signa
 def use_for_workers(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
     """Make this the Python of all workers of a Ray that the driver starts: a value of RAY_RUNTIME_ENV_HOOK.
 
-    A cluster that runs already may have its Python elsewhere on other machines, and what Ray makes a Python of its own
-    for, such as "pip", brings that Python.
+    Only RAY_ADDRESS=local says that the driver starts one. A Ray that runs already may have workers of other jobs, and
+    its Python elsewhere on other machines. Other settings, such as "pip", bring a Python of their own.
     """
     runtime_env = dict(runtime_env or {})
     others = [name for name, value in runtime_env.items() if value and name != "env_vars"]
-    own = os.environ.get("RAY_ADDRESS", "local") in ("", "local")
-    if own and not others and sys.platform == "linux":
-        runtime_env["py_executable"] = " ".join(command())
+    if os.environ.get("RAY_ADDRESS") == "local" and not others and sys.platform == "linux":
+        runtime_env["py_executable"] = shlex.join(command())
         # By default each process would have a thread a core, and one with threads cannot be forked.
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         runtime_env["env_vars"] = threads | (runtime_env.get("env_vars") or {})
@@ -56,12 +59,14 @@ def command() -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    path = os.environ.get(SOCKET) or next(x.removeprefix(RAYLET) for x in arguments if x.startswith(RAYLET)) + "_fork"
+    raylets = [argument.removeprefix(RAYLET) for argument in arguments if argument.startswith(RAYLET)]
+    path = raylets[0] + "_fork" if raylets else os.environ.get(SOCKET, "")
     os.environ[SOCKET] = path
     with socket.socket(socket.AF_UNIX) as server:
         try:
-            if not os.path.exists(path):
-                start_server(path)
+            if raylets and not os.path.exists(path):
+                with suppress(FileExistsError):
+                    start_server(path)
             server.settimeout(IMPORTING)
             server.connect(path)
             pid = ask(server, arguments)
@@ -73,23 +78,22 @@ def main(arguments: list[str]) -> None:
 
 
 def start_server(path: str) -> None:
-    """Start the server. It ends with Ray on this machine, the parent of this process.
+    """Start the server, which ends with Ray on this machine. What it prints is in the file beside its socket.
 
     Raises:
-        OSError: another worker has just done so, or ``path`` is no path for a socket.
+        FileExistsError: another worker has just done so.
+        OSError: ``path`` is no path for a socket, or Ray is ending.
     """
-    with socket.socket(socket.AF_UNIX) as listener:
+    raylet = int(os.environ.get("RAY_RAYLET_PID", 0))
+    if os.getppid() != raylet:
+        raise ProcessLookupError(raylet)
+    with open(f"{path}.log", "x") as log, socket.socket(socket.AF_UNIX) as listener:
+        files = [listener.fileno(), os.pidfd_open(raylet)]
         listener.bind(path)
         listener.listen(64)
-        files = [listener.fileno(), os.pidfd_open(os.getppid())]
-        # What it prints while it imports, each worker would print.
+        command = [sys.executable, "-c", SERVER, *map(str, files)]
         subprocess.run(
-            [sys.executable, "-c", SERVER, *map(str, files)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=files,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=files, start_new_session=True
         )
         os.close(files[1])
 
@@ -110,6 +114,7 @@ def ask(server: socket.socket, arguments: list[str]) -> int | None:
         "folder": os.getcwd(),
         "files": files,
         "most_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     }
     text = json.dumps(request).encode()

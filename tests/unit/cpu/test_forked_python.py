@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ print(json.dumps({
     "passed": os.read(int(os.environ["PASSED"]), 100).decode(), "umask": os.umask(0),
     "path": [x for x in sys.path if "thirdparty_files" not in x],  # importing ray adds them
     "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+    "niceness": os.getpriority(os.PRIO_PROCESS, 0),
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "main": sys.modules["__main__"].__dict__ is globals(), "executable": sys.executable, "flags": list(sys.flags),
 }))
@@ -114,7 +116,7 @@ def test_program_sees_what_it_sees_in_plain_python(server, tmp_path, form):
             cwd=tmp_path,
             env=server.environment | {"PASSED": str(end), "ONLY": "here"},
             pass_fds=[end],
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR2]),
+            preexec_fn=lambda: (os.nice(3), signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR2])),
         )
         os.close(end)
         assert result.stderr == "to stderr", result.stderr
@@ -221,8 +223,38 @@ def test_program_that_does_not_wait_for_a_slow_server_runs_once(start_server, tm
 
 def test_module_that_cannot_be_imported_is_left_to_the_program(start_server):
     server = start_server("no_such_module json")
-    result = server.run("-c", "import no_such_module")
+    result = server.run("-c", f"{PARENT}import no_such_module")
+    assert int(result.stdout.split()[1]) == os.getpid()
     assert result.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_library_to_be_loaded_first_needs_a_plain_python_unless_it_is_loaded(server):
+    loaded = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so" in line)
+    for library, forked in ((loaded, True), (__file__, False)):
+        environment = server.environment | {"LD_PRELOAD": library}
+        result = server.run("-c", PARENT, env=environment)
+        assert (int(result.stdout.split()[1]) != os.getpid()) == forked, library
+
+
+def test_forks_can_be_renamed(start_server):
+    server = start_server("ray setproctitle")
+    server.environment |= {"NEW": "1", "HOME": "/"}
+    show = "print(open('/proc/self/cmdline').read().strip(chr(0)))"
+    assert (
+        server.run("-c", f"import setproctitle; setproctitle.setproctitle('VLLM::Part'); {show}").stdout
+        == "VLLM::Part\n"
+    )
+    assert server.run("-c", f"import ray; ray._raylet.setproctitle('ray::Part'); {show}").stdout == "ray::Part\n"
+
+
+def test_module_in_the_folder_of_the_run_is_imported(start_server, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "only_here.py").write_text("")
+    (tmp_path / "here" / "json.py").write_text("raise ValueError('another json')")
+    monkeypatch.chdir(tmp_path / "here")
+    server = start_server("only_here")
+    code = "import os, sys; print('only_here' in sys.modules, os.getcwd() in sys.path)"
+    assert server.run("-c", code).stdout == "True False\n"
 
 
 def test_spawned_processes_are_forks_too(server, tmp_path):
@@ -250,16 +282,20 @@ def test_server_whose_forks_would_share_ids_does_not_serve(start_server):
     assert int(result.stdout.split()[1]) == os.getpid()
 
 
-def test_forks_of_verl_share_no_randomness(start_server):
+def test_forks_of_verl_log_as_its_trainer_does_and_share_no_randomness(start_server):
     """With the modules of a run: one thread, so that it forks, and generators that differ from fork to fork."""
     server = start_server(" ".join(MODULES))
     code = (
-        "import os, sys\nassert 'vllm.v1.worker.cpu_worker' in sys.modules\n"
+        "import logging, os, sys\nassert 'vllm.v1.worker.cpu_worker' in sys.modules\n"
+        "assert {x.level for x in logging.root.handlers} == {logging.NOTSET}\n"
         "import random, uuid, tempfile, threading, numpy, ray\n"
         "id = lambda: print(ray.UniqueID.from_random().hex())\n"
         "print(random.random(), uuid.uuid4(), numpy.random.rand(), next(tempfile._get_candidate_names()))\n"
         "id(); thread = threading.Thread(target=id); thread.start(); thread.join()\n"
     )
+    deadline = time.monotonic() + 600  # it imports, and what does not wait for it is a plain Python
+    while server.pid() == os.getpid() and time.monotonic() < deadline:
+        pass
     runs = [server.run("-c", code) for _ in range(2)]
     first, second = (run.stdout.split() for run in runs)
     assert len(first) == 6, runs[0].stderr
@@ -270,7 +306,8 @@ def test_forks_of_verl_share_no_randomness(start_server):
     ("address", "runtime_env", "forked"),
     [
         ("local", {"env_vars": {"A": "1"}, "working_dir": None, "py_executable": None}, True),
-        (None, None, True),
+        ("local", None, True),
+        (None, {}, False),
         ("192.0.2.1:6379", {}, False),
         ("local", {"py_executable": "uv run python"}, False),
         ("local", {"pip": ["a"]}, False),
@@ -286,5 +323,5 @@ def test_hook_leaves_other_pythons_alone(monkeypatch, address, runtime_env, fork
     if not forked:
         assert result == given
         return
-    assert result["py_executable"] == " ".join(forked_python.command())
+    assert result["py_executable"] == shlex.join(forked_python.command())
     assert result["env_vars"] == {"OMP_NUM_THREADS": "3"} | given.get("env_vars", {})
