@@ -80,6 +80,7 @@ try:
         # A Ray that this process starts inherits the settings.
         for setting in ("enable_open_telemetry", "enable_metrics_collection", "prestart_worker_first_driver"):
             os.environ.setdefault(f"RAY_{setting}", "false")
+        # Its workers are forks of one process that has imported verl and vLLM.
         os.environ.setdefault("RAY_RUNTIME_ENV_HOOK", "cppo_verl.cpu.forked_python.use_for_workers")
 
         @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")

@@ -36,7 +36,7 @@ def run(inputs, environment):
         begin = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, str(QUICKSTART), "--output", output, *SHORT],
-            env=os.environ | {"VERL_PLATFORM": "cpu"} | environment,
+            env=os.environ | {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"} | environment,
             stdout=subprocess.DEVNULL,
         )
         while process.poll() is None:
