@@ -23,7 +23,7 @@ print(json.dumps({
     "environment": {k: v for k, v in os.environ.items() if k != "CPPO_VERL_FORK_SERVER"}, "folder": os.getcwd(),
     "passed": os.read(int(os.environ["PASSED"]), 100).decode(), "umask": os.umask(0),
     "path": [x for x in sys.path if "thirdparty_files" not in x],  # importing ray adds them
-    "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+    "parent": os.getppid(), "files": resource.getrlimit(resource.RLIMIT_NOFILE),
     "niceness": os.getpriority(os.PRIO_PROCESS, 0),
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "main": sys.modules["__main__"].__dict__ is globals(), "executable": sys.executable, "flags": list(sys.flags),
@@ -109,7 +109,7 @@ def test_program_sees_what_it_sees_in_plain_python(server, tmp_path, form):
         os.write(other, b"through a pipe")
         os.close(other)
         result = subprocess.run(
-            [*python, *program, "an argument", "--raylet-name=x"],
+            [*python, *program, "an argument", "--another=x"],
             input="to stdin",
             capture_output=True,
             text=True,
@@ -120,9 +120,11 @@ def test_program_sees_what_it_sees_in_plain_python(server, tmp_path, form):
         )
         os.close(end)
         assert result.stderr == "to stderr", result.stderr
-        results.append((result.returncode, json.loads(result.stdout) | {"umask": 0}))
+        results.append((result.returncode, json.loads(result.stdout)))
     (code, plain), (forked_code, forked) = results
     assert code == forked_code == 7
+    assert (plain.pop("parent"), forked.pop("parent")) == (os.getpid(), server.pid())
+    assert server.pid() != os.getpid()
     assert {k: (v, forked[k]) for k, v in plain.items() if v != forked[k]} == {}
 
 
