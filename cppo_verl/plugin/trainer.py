@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -351,7 +352,7 @@ class ActorWorkers(wrapt.ObjectProxy):
     """verl's worker group of the actor, with verl's logits hook and each mini-batch's metrics.
 
     verl's `_update_actor` turns the logits hook on for distillation alone, and averages the metrics over mini-batches
-    before it returns.
+    before it returns. Its batches carry each column of the dataset to the workers, see `fields_of_models`.
     """
 
     def __init__(self, wrapped: "RayWorkerGroup") -> None:
@@ -384,9 +385,26 @@ class ActorWorkers(wrapt.ObjectProxy):
     def update_actor(self, batch: KVBatchMeta) -> TensorDict:
         if self._self_logits_hook:
             batch.extra_info["distillation_use_topk"] = True
-        output = self.__wrapped__.update_actor(batch)
+        output = self.__wrapped__.update_actor(replace(batch, fields=fields_of_models(batch)))
         self._self_last_metrics = dict(output["metrics"])
         return output
+
+    def compute_log_prob(self, batch: KVBatchMeta) -> KVBatchMeta:
+        return self.__wrapped__.compute_log_prob(replace(batch, fields=fields_of_models(batch)))
+
+    def compute_ref_log_prob(self, batch: KVBatchMeta) -> KVBatchMeta:
+        return self.__wrapped__.compute_ref_log_prob(replace(batch, fields=fields_of_models(batch)))
+
+
+def fields_of_models(batch: KVBatchMeta) -> list[str]:
+    """The fields of a stored batch that a forward pass or a loss of verl can read.
+
+    These are its tensors, and the images of its prompts. The others are Python objects, one for each response and
+    column of the dataset, which the workers would split into micro-batches too: a sixth of the quickstart's update.
+    """
+    schema = tq.get_client().kv_retrieve_meta(batch.keys[:1], batch.partition_id).field_schema
+    read = [name for name, field in schema.items() if name == "multi_modal_inputs" or not field["is_non_tensor"]]
+    return read if batch.fields is None else [name for name in read if name in batch.fields]
 
 
 def forget_trained_responses(partition_id: str = "train") -> None:

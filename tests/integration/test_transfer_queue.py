@@ -1,7 +1,9 @@
-"""What a checkpoint of verl's asynchronous trainers holds of TransferQueue, with TransferQueue itself."""
+"""What the trainer leaves in TransferQueue and takes from it, with TransferQueue itself."""
 
 import subprocess
 import sys
+
+import pytest
 
 # In a process of its own: tests before it may have had another Ray in theirs.
 RUN = """
@@ -9,8 +11,9 @@ import sys
 import ray, torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
-from tensordict import TensorDict
-from cppo_verl.plugin.trainer import forget_trained_responses
+from tensordict import NonTensorStack, TensorDict
+from transfer_queue import KVBatchMeta
+from cppo_verl.plugin.trainer import fields_of_models, forget_trained_responses
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
@@ -27,14 +30,32 @@ tq.load_checkpoint(sys.argv[1])
 print("restored:", *sorted(tq.kv_list("train")["train"]))
 forget_trained_responses()
 print("kept:", *sorted(tq.kv_list("train")["train"]), flush=True)
+keys = ["waits_0_0", "waits_1_0"]
+columns = {name: NonTensorStack(*[{"row": row} for row in keys]) for name in ("raw_prompt", "multi_modal_inputs")}
+stored = TensorDict({"log_probs": torch.nested.nested_tensor([torch.ones(3)] * 2, layout=torch.jagged), **columns}, 2)
+tq.kv_batch_put(keys=keys, partition_id="train", fields=stored)
+batch = KVBatchMeta(keys=keys, tags=[{}] * 2, partition_id="train")
+print("all of:", *sorted(fields_of_models(batch)))
+batch.fields = ["raw_prompt", "log_probs"]
+print("some of:", *fields_of_models(batch), flush=True)
 tq.close()
 ray.shutdown()
 """
 
 
-def test_a_batch_that_the_saved_step_has_trained_on_is_not_restored_for_ever(tmp_path):
-    command = [sys.executable, "-c", RUN, str(tmp_path / "transfer_queue")]
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    command = [sys.executable, "-c", RUN, str(tmp_path_factory.mktemp("queue") / "transfer_queue")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "restored: trained_0_0 trained_1_0 waits waits_0_0 waits_1_0\n" in result.stdout
-    assert "kept: waits waits_0_0 waits_1_0\n" in result.stdout
+    return result.stdout
+
+
+def test_a_batch_that_the_saved_step_has_trained_on_is_not_restored_for_ever(output):
+    assert "restored: trained_0_0 trained_1_0 waits waits_0_0 waits_1_0\n" in output
+    assert "kept: waits waits_0_0 waits_1_0\n" in output
+
+
+def test_the_workers_of_the_models_get_tensors_and_images_and_no_column_of_the_dataset(output):
+    assert "all of: log_probs multi_modal_inputs responses\n" in output
+    assert "some of: log_probs\n" in output
