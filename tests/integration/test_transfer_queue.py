@@ -32,10 +32,11 @@ forget_trained_responses()
 print("kept:", *sorted(tq.kv_list("train")["train"]), flush=True)
 keys = ["waits_0_0", "waits_1_0"]
 columns = {name: NonTensorStack(*[{"row": row} for row in keys]) for name in ("raw_prompt", "multi_modal_inputs")}
-stored = TensorDict({"log_probs": torch.nested.nested_tensor([torch.ones(3)] * 2, layout=torch.jagged), **columns}, 2)
+tensor = torch.nested.nested_tensor([torch.ones(3)] * 2, layout=torch.jagged)
+stored = TensorDict({"log_probs": tensor, "returns": tensor, **columns}, 2)
 tq.kv_batch_put(keys=keys, partition_id="train", fields=stored)
 batch = KVBatchMeta(keys=keys, tags=[{}] * 2, partition_id="train")
-print("all of:", *sorted(fields_of_models(batch)))
+print("all of:", *fields_of_models(batch))
 batch.fields = ["raw_prompt", "log_probs"]
 print("some of:", *fields_of_models(batch), flush=True)
 tq.close()
@@ -56,6 +57,6 @@ def test_a_batch_that_the_saved_step_has_trained_on_is_not_restored_for_ever(out
     assert "kept: waits waits_0_0 waits_1_0\n" in output
 
 
-def test_the_workers_of_the_models_get_tensors_and_images_and_no_column_of_the_dataset(output):
+def test_the_workers_of_the_models_get_what_they_read_and_no_column_of_the_dataset(output):
     assert "all of: log_probs multi_modal_inputs responses\n" in output
     assert "some of: log_probs\n" in output

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transfer_queue
 import verl.experimental.agent_loop.agent_loop as agent_loop
+from omegaconf import OmegaConf
 from ray import cloudpickle
 from tensordict import TensorDict
 from transformers import AutoTokenizer
@@ -18,6 +19,8 @@ from verl import DataProto
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from cppo_verl.cpu.agent_loop_patches import JoinedPuts, OwnReward, instantiate, joined_queue
 from cppo_verl.testing import tiny_models
@@ -211,3 +214,55 @@ def test_a_loop_made_directly_gets_what_hydra_hands_it(config):
 def test_a_loop_with_arguments_of_its_own_is_hydras():
     made = instantiate(config={"_target_": "fractions.Fraction", "numerator": 1}, denominator=3)
     assert made == Fraction(1, 3)
+
+
+class LoadBalancer:
+    """verl's own, called like the handle of its actor."""
+
+    def __init__(self, *servers):
+        self.balancer, self.asked = GlobalRequestLoadBalancer({name: f"handle of {name}" for name in servers}), []
+
+    def __getattr__(self, name):
+        async def remote(*args, **kwargs):
+            self.asked.append(name)
+            return getattr(self.balancer, name)(*args, **kwargs)
+
+        def call(*args, **kwargs):
+            if name == "release_server":  # nobody awaits it
+                self.asked.append(name)
+            return remote(*args, **kwargs) if name != "release_server" else None
+
+        return SimpleNamespace(remote=call)
+
+
+def served(balancer, mode):
+    """The servers of three responses, one after another, and how often the load balancer was asked for and told."""
+    client = LLMServerClient(OmegaConf.create({"trainer": {"v1": {"trainer_mode": mode}}}), balancer)
+
+    async def run():
+        servers = []
+        for n in range(3):
+            servers.append(await client._acquire_server(f"request {n}"))
+            client._release_server(servers[-1][0], f"request {n}")
+        return servers
+
+    servers = asyncio.run(run())
+    return servers, balancer.asked.count("acquire_server"), balancer.asked.count("release_server")
+
+
+def test_a_run_with_one_server_asks_for_it_once():
+    assert served(LoadBalancer("a"), "sync") == ([("a", "handle of a")] * 3, 1, 0)
+
+
+def test_verl_still_asks_for_the_server_of_each_response(monkeypatch):
+    """When this fails, drop ask_once."""
+    for name in ("_acquire_server", "_release_server"):
+        monkeypatch.setattr(LLMServerClient, name, getattr(LLMServerClient, name).__wrapped__)
+    assert served(LoadBalancer("a"), "sync") == ([("a", "handle of a")] * 3, 3, 3)
+
+
+@pytest.mark.parametrize(("servers", "mode"), [(["a", "b"], "sync"), (["a"], "separate_async")])
+def test_where_the_next_server_may_be_another_each_response_is_balanced(servers, mode):
+    answers, acquired, released = served(LoadBalancer(*servers), mode)
+    assert {name for name, _ in answers} <= set(servers)
+    assert (acquired, released) == (3, 3)
