@@ -125,34 +125,40 @@ def instantiate(config: Mapping[str, Any], **arguments: Any) -> Any:
 def ask_once(module: ModuleType) -> None:
     """Ask the load balancer once where the run has one rollout server.
 
-    verl asks it for each response, and tells it when each has ended: two calls of another process, which take a sixth
-    of a generation.
+    verl asks it for each response, and tells it when each has ended: two calls of another process.
     """
     wrapt.wrap_function_wrapper(module, "LLMServerClient._acquire_server", _acquire_once)
     wrapt.wrap_function_wrapper(module, "LLMServerClient._release_server", _release_unless_kept)
 
 
 ONLY_SERVER = "cppo_verl_only_server"
-"""Attribute of a client: what the load balancer has answered and would answer again."""
+"""Attribute of a client: a task whose result is the run's one server, or None where there may be several."""
 
 
 async def _acquire_once(
     wrapped: Callable[..., Awaitable[Any]], client: "LLMServerClient", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if ONLY_SERVER in vars(client):
-        return vars(client)[ONLY_SERVER]
-    acquired = await wrapped(*args, **kwargs)
+    # A task, because hundreds of responses begin at once: all of them wait for its answer, even if one is cancelled.
+    if ONLY_SERVER not in vars(client):
+        vars(client)[ONLY_SERVER] = asyncio.create_task(_only_server(wrapped, client, args, kwargs))
+    only = await asyncio.shield(vars(client)[ONLY_SERVER])
+    return await wrapped(*args, **kwargs) if only is None else only
+
+
+async def _only_server(
+    acquire: Callable[..., Awaitable[Any]], client: "LLMServerClient", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     # verl's other trainers add servers to the load balancer between steps, and take them away again.
     fixed = OmegaConf.select(client.config, "trainer.v1.trainer_mode") in ("sync", "colocate_async")
-    if fixed and len(await client._load_balancer.get_all_servers.remote()) == 1:
-        vars(client)[ONLY_SERVER] = acquired
-    return acquired
+    if not fixed or len(await client._load_balancer.get_all_servers.remote()) != 1:
+        return None
+    return await acquire(*args, **kwargs)
 
 
 def _release_unless_kept(
     wrapped: Callable[..., None], client: "LLMServerClient", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    if ONLY_SERVER not in vars(client):
+    if vars(client)[ONLY_SERVER].result() is None:
         wrapped(*args, **kwargs)
 
 

@@ -58,14 +58,14 @@ def _with_own_socket(
 
 
 BLOCK = 2**22
-"""Logits that are normalised at once; what this takes beside them is 16 MiB."""
+"""Logits that are normalised at once; in fp32 this takes 16 MiB beside them."""
 
 
 def normalise_blocks(module: ModuleType) -> None:
     """Normalise the logits of many tokens at once where there is no flash-attn.
 
     verl's way without it is a Python loop over the first dimension of the logits. verl's engines join the rows of a
-    batch, so that each step of the loop is about one token, forward and backward: a fifth of the quickstart's update.
+    batch, so that each step of the loop is about one token, forward and backward.
     """
     one_by_one = module.logprobs_from_logits_v2
 
@@ -73,7 +73,7 @@ def normalise_blocks(module: ModuleType) -> None:
     def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
         if logits.dtype not in (torch.float32, torch.float64):
             return one_by_one(logits, labels)
-        blocks = logits.split(max(1, BLOCK // logits.shape[1:].numel()))
+        blocks = logits.split(max(1, BLOCK // max(1, logits.shape[1:].numel())))
         normaliser = torch.cat([block.logsumexp(-1) for block in blocks])
         return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - normaliser
 
@@ -81,7 +81,7 @@ def normalise_blocks(module: ModuleType) -> None:
 
 
 def leave_out_text(module: ModuleType) -> None:
-    """Ask vLLM for token ids alone. verl reads nothing else, and their text costs a fourth of the server's time."""
+    """Ask vLLM for token ids alone, because verl does not read their text."""
     module.SamplingParams = functools.partial(without_text, module.SamplingParams)  # type: ignore[attr-defined]  # a patch
 
 

@@ -396,19 +396,19 @@ class ActorWorkers(wrapt.ObjectProxy):
         return self.__wrapped__.compute_ref_log_prob(replace(batch, fields=fields_of_models(batch)))
 
 
-TRAINERS_ALONE = {"rm_scores", "token_level_rewards", "returns", "dummy_tensor"}
-"""Tensors of a stored batch that a critic, an advantage estimator or nobody reads."""
+NOT_FOR_THE_ACTOR = {"rm_scores", "token_level_rewards", "returns", "dummy_tensor"}
+"""Tensors of a stored batch that the advantage estimator, a critic or nobody reads."""
 
 
 def fields_of_models(batch: KVBatchMeta) -> list[str]:
     """The fields of a stored batch that a forward pass or a loss of verl's actor can read.
 
-    These are most of its tensors, and the images of its prompts. The others are Python objects, one for each response
-    and column of the dataset, which the workers would split into micro-batches too: a sixth of the quickstart's update.
+    These are most of its tensors, and the images, videos and sounds of its prompts. The others are Python objects, one
+    for each response and column of the dataset, which the workers would split into micro-batches one by one.
     """
     schema = tq.get_client().kv_retrieve_meta(batch.keys[:1], batch.partition_id).field_schema
     tensors = {name for name, field in schema.items() if not field["is_non_tensor"]}
-    read = (tensors | {"multi_modal_inputs"} & schema.keys()) - TRAINERS_ALONE
+    read = (tensors | {"multi_modal_inputs"} & schema.keys()) - NOT_FOR_THE_ACTOR
     return sorted(read if batch.fields is None else read & set(batch.fields))
 
 

@@ -1,9 +1,10 @@
 """A step of the quickstart with this checkout beside another commit, in turn.
 
-    python tests/benchmarks/step.py outputs/quickstart COMMIT [--pairs 2] [--steps 12]
+    python tests/benchmarks/step.py FOLDER COMMIT [--pairs 2] [--steps 12]
 
-FOLDER is a quickstart's: its data and model are used again. Prints, for each run, the median seconds of a step, of its
-generation and of its eight updates, by verl's own timers and without the first two steps, and the median ratio.
+FOLDER is a quickstart's, such as outputs/quickstart: its data and model are used again. Prints, for each run, the
+median seconds of a step, of its generation and of its eight updates, by verl's own timers and without the first two
+steps, and the median ratio.
 """
 
 import argparse
@@ -28,10 +29,11 @@ def run(checkout, inputs, steps):
             Path(output, name).symlink_to((inputs / name).resolve())
         settings = [f"trainer.total_training_steps={steps}", "trainer.val_before_train=false"]
         settings += ["trainer.test_freq=-1", "trainer.save_freq=-1"]
-        # Before the installed package, in each process of the run.
+        # In each process of the run these come before the installed package: PYTHONPATH in Ray's workers, and the
+        # working directory in what is started by python -m.
         environment = {"PYTHONPATH": str(checkout), "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(checkout / "examples/quickstart/run.py"), "--output", output, *settings]
-        process = subprocess.run(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
+        process = subprocess.run(command, cwd=checkout, env=os.environ | environment, stdout=subprocess.DEVNULL)
         if process.returncode:
             sys.exit(f"the quickstart of {checkout} ended with exit code {process.returncode}")
         lines = Path(output, "logs", "metrics-0.jsonl").read_text().splitlines()[WARM_UP:]

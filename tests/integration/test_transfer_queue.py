@@ -13,7 +13,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
-from cppo_verl.plugin.trainer import fields_of_models, forget_trained_responses
+from cppo_verl.plugin.trainer import ActorWorkers, fields_of_models, forget_trained_responses
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
@@ -38,7 +38,20 @@ tq.kv_batch_put(keys=keys, partition_id="train", fields=stored)
 batch = KVBatchMeta(keys=keys, tags=[{}] * 2, partition_id="train")
 print("all of:", *fields_of_models(batch))
 batch.fields = ["raw_prompt", "log_probs"]
-print("some of:", *fields_of_models(batch), flush=True)
+print("some of:", *fields_of_models(batch))
+
+
+class Workers:
+    def compute_log_prob(self, batch):
+        print("a worker gets:", *batch.fields)
+        return {"metrics": {}}
+
+    update_actor = compute_ref_log_prob = compute_log_prob
+
+
+for call in ("update_actor", "compute_log_prob", "compute_ref_log_prob"):
+    getattr(ActorWorkers(Workers()), call)(batch)
+print("the trainer keeps:", *batch.fields, flush=True)
 tq.close()
 ray.shutdown()
 """
@@ -60,3 +73,5 @@ def test_a_batch_that_the_saved_step_has_trained_on_is_not_restored_for_ever(out
 def test_the_workers_of_the_models_get_what_they_read_and_no_column_of_the_dataset(output):
     assert "all of: log_probs multi_modal_inputs responses\n" in output
     assert "some of: log_probs\n" in output
+    assert output.count("a worker gets: log_probs\n") == 3
+    assert "the trainer keeps: raw_prompt log_probs\n" in output

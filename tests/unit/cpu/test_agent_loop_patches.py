@@ -236,15 +236,16 @@ class LoadBalancer:
 
 
 def served(balancer, mode):
-    """The servers of three responses, one after another, and how often the load balancer was asked for and told."""
+    """The servers of three responses at once, and how often the load balancer was asked for one and told of an end."""
     client = LLMServerClient(OmegaConf.create({"trainer": {"v1": {"trainer_mode": mode}}}), balancer)
 
+    async def response(n):
+        server = await client._acquire_server(f"request {n}")
+        client._release_server(server[0], f"request {n}")
+        return server
+
     async def run():
-        servers = []
-        for n in range(3):
-            servers.append(await client._acquire_server(f"request {n}"))
-            client._release_server(servers[-1][0], f"request {n}")
-        return servers
+        return await asyncio.gather(*map(response, range(3)))
 
     servers = asyncio.run(run())
     return servers, balancer.asked.count("acquire_server"), balancer.asked.count("release_server")
@@ -266,3 +267,21 @@ def test_where_the_next_server_may_be_another_each_response_is_balanced(servers,
     answers, acquired, released = served(LoadBalancer(*servers), mode)
     assert {name for name, _ in answers} <= set(servers)
     assert (acquired, released) == (3, 3)
+
+
+def test_a_run_with_several_servers_asks_once_how_many_there_are():
+    balancer = LoadBalancer("a", "b")
+    served(balancer, "sync")
+    assert balancer.asked.count("get_all_servers") == 1
+
+
+def test_a_response_that_is_cancelled_leaves_the_question_for_the_server_to_the_others():
+    client = LLMServerClient(OmegaConf.create({"trainer": {"v1": {"trainer_mode": "sync"}}}), LoadBalancer("a"))
+
+    async def run():
+        first, second = (asyncio.create_task(client._acquire_server(f"request {n}")) for n in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        return await second
+
+    assert asyncio.run(run()) == ("a", "handle of a")
