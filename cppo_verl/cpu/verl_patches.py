@@ -1,9 +1,8 @@
 """The places in verl 0.9.1 that offer no seam. Applied on the CPU platform only."""
 
-import functools
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,7 @@ def normalise_blocks(module: ModuleType) -> None:
     """
     one_by_one = module.logprobs_from_logits_v2
 
-    @functools.wraps(one_by_one)
+    @wraps(one_by_one)
     def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
         if logits.dtype not in (torch.float32, torch.float64):
             return one_by_one(logits, labels)
@@ -82,7 +81,7 @@ def normalise_blocks(module: ModuleType) -> None:
 
 def leave_out_text(module: ModuleType) -> None:
     """Ask vLLM for token ids alone, because verl does not read their text."""
-    module.SamplingParams = functools.partial(without_text, module.SamplingParams)  # type: ignore[attr-defined]  # a patch
+    module.SamplingParams = partial(without_text, module.SamplingParams)  # type: ignore[attr-defined]  # a patch
 
 
 def without_text(sampling_params: type["SamplingParams"], **given: Any) -> "SamplingParams":
