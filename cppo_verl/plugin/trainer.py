@@ -22,6 +22,7 @@ import transfer_queue as tq
 import wrapt
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
+from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
@@ -30,6 +31,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 from verl.utils.import_utils import load_class_from_fqn
+from verl.utils.tensordict_utils import index_select_tensor_dict
 from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.artifacts import run_lock, stop_request
@@ -43,7 +45,7 @@ from cppo_verl.plugin.step_metrics import step_shares
 from cppo_verl.plugin.token_recorder import FIELDS, DumpWriter, draw, recording_loss, row_field, take
 from cppo_verl.plugin.topk.codec import ABSENT
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss
-from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
+from cppo_verl.plugin.zero_std_filter import changed_rows, leave_out, mini_batch_of_row, rows_with_spread
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -274,7 +276,7 @@ class TrustRegionTrainer(VerlTrainer):
         batch = super()._update_actor(batch, metrics)
         if original is not None:
             # The step's other metrics are about all responses.
-            self._put(batch, original)
+            self._put(batch, *original)
         if drawn:
             begin = time.perf_counter()
             self._dump_tokens(batch, drawn)
@@ -290,31 +292,38 @@ class TrustRegionTrainer(VerlTrainer):
             metrics.update(step_shares(self.update_sums))
         return batch
 
-    def _leave_out(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
-        """Apply mask_std_0 to the stored batch; return the fields to put back after the update, if any."""
+    def _leave_out(self, batch: KVBatchMeta, metrics: dict) -> tuple[TensorDict, Tensor] | None:
+        """Apply mask_std_0 to the stored batch; return the fields and rows to put back after the update, if any."""
         actor, algorithm = self.config.actor_rollout_ref.actor, self.config.algorithm
         filters = actor.policy_loss.get("mask_std_0", False)
         padding = [tag.get("is_padding", False) for tag in batch.tags]
         if not filters and not any(padding):
             return None
-        fields = ["uid", "rm_scores", "response_mask", "loss_mask", "advantages"]
+        seq_mean = actor.loss_agg_mode.startswith("seq-mean")
+        fields = ["rm_scores", "response_mask", "loss_mask"]
+        if seq_mean:
+            fields.append("advantages")
         if algorithm.use_kl_in_reward:
             fields.append("token_level_rewards")
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         kept = torch.ones(len(padding), dtype=torch.bool)
         if filters:
             rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
+            uids = [key.split("_")[0] for key in batch.keys]
             keys = batch.keys if algorithm.adv_estimator == "grpo" else None
-            kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding, keys)
+            kept, share = rows_with_spread(uids, rewards.tolist(), padding, keys)
             metrics["trust_region/left_out_prompt_share"] = share
         if kept.all() and not any(padding):
             return None
         dp_size = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         mini_batches = mini_batch_of_row(len(batch), dp_size, mini_batch_size)
-        masked = leave_out(data, kept, mini_batches, seq_mean=actor.loss_agg_mode.startswith("seq-mean"))
-        self._put(batch, masked)
-        return data.select(*masked.keys())
+        masked = leave_out(data, kept, mini_batches, seq_mean=seq_mean)
+        rows = changed_rows(data, masked)
+        if not len(rows):
+            return None
+        self._put(batch, masked, rows)
+        return data.select(*masked.keys()), rows
 
     def _draw_rows(self, batch: KVBatchMeta) -> list[int]:
         """Draw the responses whose tokens are dumped at this step, if any, and send the workers their rows."""
@@ -344,8 +353,12 @@ class TrustRegionTrainer(VerlTrainer):
         self.token_dump.write(self.global_steps, part, records, keys, data)
 
     @staticmethod
-    def _put(batch: KVBatchMeta, fields: TensorDict) -> None:
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    def _put(batch: KVBatchMeta, fields: TensorDict, rows: Tensor | None = None) -> None:
+        """Store fields of the batch: of these rows, or of all."""
+        keys = batch.keys
+        if rows is not None:
+            keys, fields = [keys[row] for row in rows.tolist()], index_select_tensor_dict(fields, rows)
+        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
 
 
 class ActorWorkers(wrapt.ObjectProxy):

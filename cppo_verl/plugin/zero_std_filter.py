@@ -65,7 +65,7 @@ def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bo
     kept rows are scaled up instead. The masks do not see that, because the sign stays.
 
     Args:
-        data: nested response_mask, loss_mask and advantages.
+        data: nested response_mask and loss_mask, and advantages with ``seq_mean``.
         kept, mini_batches: whether each row is kept, and the index of its mini-batch, [rows].
         seq_mean: whether ``loss_agg_mode`` averages over sequences.
     """
@@ -83,6 +83,13 @@ def leave_out(data: TensorDict, kept: Tensor, mini_batches: Tensor, seq_mean: bo
         rows = ((mini_batches == mini_batch) & (lengths > 0)).nonzero().flatten()
         fields["loss_mask"].values()[first[rows[:1]]] = 1
     return TensorDict(fields, batch_size=len(kept))
+
+
+def changed_rows(before: TensorDict, after: TensorDict) -> Tensor:
+    """Indices of the rows in which a field of ``after`` differs from that of ``before``."""
+    row_of_token = torch.arange(len(after)).repeat_interleave(after["response_mask"].offsets().diff())
+    differs = [row_of_token[field.values() != before[name].values()] for name, field in after.items()]
+    return torch.cat(differs).unique()
 
 
 def _like(nested: Tensor, factor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
-from cppo_verl.plugin.trainer import ActorWorkers, fields_of_models, forget_trained_responses
+from types import SimpleNamespace
+from cppo_verl.plugin.trainer import ActorWorkers, TrustRegionTrainer, fields_of_models, forget_trained_responses
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
@@ -52,6 +53,37 @@ class Workers:
 for call in ("update_actor", "compute_log_prob", "compute_ref_log_prob"):
     getattr(ActorWorkers(Workers()), call)(batch)
 print("the trainer keeps:", *batch.fields, flush=True)
+
+# Two prompts of two responses of unequal length; the first prompt's have one reward.
+keys = ["alike_0_0", "alike_1_0", "differ_0_0", "differ_1_0"]
+masks = torch.nested.nested_tensor([torch.ones(n, dtype=torch.int64) for n in (3, 1, 2, 4)], layout=torch.jagged)
+scores = torch.nested.nested_tensor([torch.ones(1), torch.ones(1), torch.zeros(1), torch.ones(1)], layout=torch.jagged)
+stored = TensorDict({"response_mask": masks, "loss_mask": masks, "rm_scores": scores}, 4)
+tq.kv_batch_put(keys=keys, partition_id="train", fields=stored)
+batch = KVBatchMeta(keys=keys, tags=[{}] * 4, partition_id="train")
+trainer = object.__new__(TrustRegionTrainer)
+trainer.config = OmegaConf.create({
+    "actor_rollout_ref": {
+        "actor": {"loss_agg_mode": "token-mean", "ppo_mini_batch_size": 1, "policy_loss": {"mask_std_0": True}},
+        "rollout": {"n": 2},
+    },
+    "algorithm": {"use_kl_in_reward": False, "adv_estimator": "grpo"},
+})
+trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0]})
+
+
+def stored_masks():
+    data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["response_mask", "loss_mask"])
+    return [[row.tolist() for row in data[name].unbind()] for name in ("response_mask", "loss_mask")]
+
+
+put, tq.kv_batch_put = tq.kv_batch_put, lambda **what: print("puts:", *what["keys"]) or put(**what)
+metrics, before = {}, stored_masks()
+original = trainer._leave_out(batch, metrics)
+print("left out:", *metrics.values(), *stored_masks())
+trainer._put(batch, *original)
+print("put back:", stored_masks() == before)
+tq.kv_batch_put = put
 tq.close()
 ray.shutdown()
 """
@@ -75,3 +107,9 @@ def test_the_workers_of_the_models_get_what_they_read_and_no_column_of_the_datas
     assert "some of: log_probs\n" in output
     assert output.count("a worker gets: log_probs\n") == 3
     assert "the trainer keeps: raw_prompt log_probs\n" in output
+
+
+def test_the_rows_that_are_left_out_of_an_update_are_changed_and_put_back_and_no_others(output):
+    assert "left out: 0.5 [[0, 0, 0], [0], [1, 1], [1, 1, 1, 1]] [[1, 0, 0], [0], [1, 1], [1, 1, 1, 1]]\n" in output
+    assert output.count("puts: alike_0_0 alike_1_0\n") == output.count("puts:") == 2
+    assert "put back: True\n" in output
