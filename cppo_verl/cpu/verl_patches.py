@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import verl.utils.distributed as distributed
 import wrapt
+from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cppo_verl.cpu import agent_loop_patches
 
@@ -27,6 +29,8 @@ def apply() -> None:
     )
     wrapt.when_imported("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")(separate_sockets)
     wrapt.when_imported("verl.utils.torch_functional")(normalise_blocks)
+    wrapt.when_imported("verl.utils.tensordict_utils")(select_rows_at_once)
+    wrapt.when_imported("verl.utils.seqlen_balancing")(balance_numbers)
     wrapt.when_imported("verl.workers.rollout.vllm_rollout.vllm_async_server")(leave_out_text)
     wrapt.when_imported("verl.workers.rollout.llm_server")(agent_loop_patches.ask_once)
     wrapt.when_imported("verl.trainer.ppo.v1.agent_loop_tq")(agent_loop_patches.join_puts)
@@ -77,6 +81,53 @@ def normalise_blocks(module: ModuleType) -> None:
         return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - normaliser
 
     module.logprobs_from_logits_v2 = log_probs  # type: ignore[attr-defined]  # a patch
+
+
+def select_rows_at_once(module: ModuleType) -> None:
+    """Select the rows of a mini-batch from each nested tensor by one index.
+
+    verl takes the whole batch apart for each field of each mini-batch, and a mini-batch that is one micro-batch again.
+    """
+    select, chunk = module.index_select_tensor_dict, module.chunk_tensordict
+
+    @wraps(select)
+    def select_rows(batch: TensorDict, indices: Tensor | list[int]) -> TensorDict:
+        rows = torch.as_tensor(indices)
+        nested = {key: x for key, x in batch.items() if isinstance(x, Tensor) and x.is_nested and x.dim() == 2}
+        selected = select(batch.exclude(*nested), rows)
+        return selected.update({key: rows_of_nested(x, rows) for key, x in nested.items()})
+
+    @wraps(chunk)
+    def chunk_rows(td: TensorDict, chunks: int) -> list[TensorDict]:
+        return [td.copy()] if chunks == 1 else chunk(td, chunks)
+
+    module.index_select_tensor_dict = select_rows  # type: ignore[attr-defined]  # a patch
+    module.chunk_tensordict = chunk_rows  # type: ignore[attr-defined]  # a patch
+
+
+def rows_of_nested(nested: Tensor, rows: Tensor) -> Tensor:
+    """The rows of a nested tensor [B, *] with these indices, in their order."""
+    offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]  # it is nested
+    lengths = offsets.diff()[rows]
+    ends = lengths.cumsum(0)
+    shift = (offsets[rows] - ends + lengths).repeat_interleave(lengths)
+    values = nested.values()[torch.arange(len(shift)) + shift]
+    # Without the extremes torch would pad the rows to the number of all values.
+    return torch.nested.nested_tensor_from_jagged(
+        values, pad(ends, (1, 0)), min_seqlen=int(lengths.min()), max_seqlen=int(lengths.max())
+    )
+
+
+def balance_numbers(module: ModuleType) -> None:
+    """Balance the ranks' loads as numbers: verl compares the elements of a tensor with each other, one by one."""
+    balance = module.karmarkar_karp
+
+    @wraps(balance)
+    def balance_of_numbers(seqlen_list: Tensor | list[int], **settings: Any) -> list[list[int]]:
+        loads = seqlen_list.tolist() if isinstance(seqlen_list, Tensor) else seqlen_list
+        return balance(seqlen_list=loads, **settings)
+
+    module.karmarkar_karp = balance_of_numbers  # type: ignore[attr-defined]  # a patch
 
 
 def leave_out_text(module: ModuleType) -> None:

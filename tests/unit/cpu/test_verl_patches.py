@@ -5,8 +5,9 @@ import inspect
 import pytest
 import torch
 import torch.distributed as dist
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
-from verl.utils import torch_functional
+from verl.utils import seqlen_balancing, tensordict_utils, torch_functional
 from verl.workers.rollout.vllm_rollout import vllm_async_server
 from vllm import SamplingParams
 
@@ -33,20 +34,23 @@ def test_verl_still_names_the_cpu_twice_for_its_process_group(single_rank):
     assert dist.get_world_size() == 1
 
 
-class Normalisations(TorchDispatchMode):
-    """Counts the calls of logsumexp inside."""
+class Counted(TorchDispatchMode):
+    """Adds up what ``count(function, args, result)`` says of each tensor operation inside."""
 
-    number = 0
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.number = count, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function is torch.ops.aten.logsumexp.default
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        self.number += self.count(function, args, result)
+        return result
 
 
 def log_probs(compute, logits, labels):
     """Log-probabilities, their gradient for the logits, and how often logits were normalised."""
     logits = logits.clone().requires_grad_()
-    with Normalisations() as counted:
+    with Counted(lambda function, *_: function is torch.ops.aten.logsumexp.default) as counted:
         result = compute(logits, labels)
     (gradient,) = torch.autograd.grad((result * torch.arange(1.0, len(result) + 1)).sum(), logits)
     return result.detach(), gradient, counted.number
@@ -75,6 +79,79 @@ def test_blocks_of_half_precision_are_verls():
 
 def test_no_tokens_have_no_log_probabilities():
     assert torch_functional.logprobs_from_logits_v2(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def batch_of_rows():
+    """Seven rows of every kind of field: nested, dense, Python objects and one for the whole batch."""
+    g = torch.Generator().manual_seed(2)
+    lengths = [3, 1, 4, 1, 5, 2, 6]
+    fields = {
+        "ids": torch.nested.as_nested_tensor(
+            [torch.randint(9, (n,), generator=g) for n in lengths], layout=torch.jagged
+        ),
+        "log_probs": torch.nested.as_nested_tensor([torch.rand(n, generator=g) for n in lengths], layout=torch.jagged),
+        "top": torch.nested.as_nested_tensor([torch.rand(n, 2, generator=g) for n in lengths], layout=torch.jagged),
+        "dense": torch.rand(7, 3, generator=g),
+        "names": NonTensorStack(*"abcdefg"),
+        "temperature": NonTensorData(0.5),
+    }
+    return TensorDict(fields, batch_size=7)
+
+
+def assert_same_rows(result, expected):
+    assert result.keys() == expected.keys() and result.batch_size == expected.batch_size
+    for name, field in expected.items():
+        if isinstance(field, torch.Tensor) and field.is_nested:
+            torch.testing.assert_close(result[name].unbind(), field.unbind(), rtol=0, atol=0)
+            if field.dim() == 2:  # a row of verl's others has the padded length of all rows together
+                assert torch.equal(result[name].to_padded_tensor(-1), field.to_padded_tensor(-1))
+        elif isinstance(field, torch.Tensor):
+            assert torch.equal(result[name], field)
+        else:
+            assert tensordict_utils.get(result, name) == tensordict_utils.get(expected, name)
+
+
+@pytest.mark.parametrize("rows", [[2, 3, 4], [6, 0, 3], [5], torch.tensor([1, 4])])
+def test_rows_selected_at_once_are_those_that_verl_selects(rows):
+    select = tensordict_utils.index_select_tensor_dict
+    assert_same_rows(select(batch_of_rows(), rows), select.__wrapped__(batch_of_rows(), rows))
+
+
+@pytest.mark.parametrize("chunks", [1, 7])
+def test_chunks_are_those_that_verl_makes(chunks):
+    chunk = tensordict_utils.chunk_tensordict
+    results, expected = chunk(batch_of_rows(), chunks), chunk.__wrapped__(batch_of_rows(), chunks)
+    for pair in zip(results, expected, strict=True):
+        assert_same_rows(*pair)
+
+
+def taken_apart(function, args, result):
+    """The number of rows that a nested tensor is taken apart into."""
+    return len(result) if function is torch.ops.aten.unbind.int and args[0].is_nested else 0
+
+
+def test_a_mini_batch_takes_no_other_rows_apart():
+    """When verl's own count is that of the selected rows, drop select_rows_at_once."""
+    batch = batch_of_rows().select("ids", "log_probs")
+    counts = []
+    for function in (tensordict_utils.index_select_tensor_dict, tensordict_utils.chunk_tensordict):
+        for version in (function, function.__wrapped__):
+            with Counted(taken_apart) as unbound:
+                version(batch, [1, 2] if "select" in function.__name__ else 1)
+            counts.append(unbound.number)
+    assert counts == [0, 2 * 7, 0, 2 * 7]
+
+
+def test_ranks_are_balanced_by_numbers_and_as_before():
+    """When verl compares numbers itself, drop balance_numbers."""
+    lengths = torch.randint(1, 99, (24,), generator=torch.Generator().manual_seed(3))
+    partitions = []
+    for patched in (True, False):
+        balance = seqlen_balancing.karmarkar_karp if patched else seqlen_balancing.karmarkar_karp.__wrapped__
+        with Counted(lambda *_: 1) as compared:
+            partitions.append(balance(seqlen_list=lengths, k_partitions=3, equal_size=True))
+        assert (compared.number == 0) == patched
+    assert partitions[0] == partitions[1]
 
 
 def test_the_server_makes_text_for_stop_strings_alone():
