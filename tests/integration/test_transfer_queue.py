@@ -8,12 +8,15 @@ import pytest
 # In a process of its own: tests before it may have had another Ray in theirs.
 RUN = """
 import sys
+import numpy as np
 import ray, torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
 from types import SimpleNamespace
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from cppo_verl.cpu.agent_loop_patches import Columns
 from cppo_verl.plugin.trainer import ActorWorkers, TrustRegionTrainer, fields_of_models, forget_trained_responses
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
@@ -84,6 +87,31 @@ print("left out:", *metrics.values(), *stored_masks())
 trainer._put(batch, *original)
 print("put back:", stored_masks() == before)
 tq.kv_batch_put = put
+
+# Tensors of one length and of several, and every kind of Python object, with an object in place of a tensor.
+rows = [
+    {
+        "responses": torch.arange(n),
+        "score": torch.tensor([0.5 * n]),
+        "routed": torch.ones(2) if n == 2 else None,
+        "extra": {"pair": (1, [n]), "share": np.float32(n)},
+        "turns": [n, n],
+        "array": np.arange(3),
+        "uid": f"prompt {n}",
+        "number": np.int64(n),
+        "nothing": None,
+    }
+    for n in (3, 1, 2)
+]
+keys, got = ["row_0", "row_1", "row_2"], []
+for make in (list_of_dict_to_tensordict, lambda rows: Columns(rows, list_of_dict_to_tensordict)):
+    tq.kv_batch_put(keys=keys, partition_id="rows", fields=make(rows))
+    schema = tq.get_client().kv_retrieve_meta(keys, "rows").field_schema
+    stored = tq.kv_batch_get(keys=keys, partition_id="rows")
+    values = {name: [repr(x) for x in stored[name]] for name in sorted(stored.keys())}
+    got.append((values, {name: schema[name]["is_non_tensor"] for name in sorted(schema)}))
+    tq.kv_clear(keys=keys, partition_id="rows")
+print("columns:", got[0] == got[1], len(got[0][0]), *got[0][0]["extra"])
 tq.close()
 ray.shutdown()
 """
@@ -113,3 +141,7 @@ def test_the_rows_that_are_left_out_of_an_update_are_changed_and_put_back_and_no
     assert "left out: 0.5 [[0, 0, 0], [0], [1, 1], [1, 1, 1, 1]] [[1, 0, 0], [0], [1, 1], [1, 1, 1, 1]]\n" in output
     assert output.count("puts: alike_0_0 alike_1_0\n") == output.count("puts:") == 2
     assert "put back: True\n" in output
+
+
+def test_columns_of_python_objects_come_back_as_from_a_tensordict(output):
+    assert "columns: True 9 {'pair'" in output

@@ -62,10 +62,11 @@ def test_what_waits_for_a_put_is_put_at_once_and_is_what_verl_would_have_put():
     assert put_together(store, *[(f"k{n}", row(n), "train") for n in (3, 1, 2)]) == [1, 1, 1]
     ((keys, fields, tags, partition),) = store.calls
     assert (keys, partition, tags) == (["k3", "k1", "k2"], "train", [{"key": k} for k in keys])
+    assert fields.batch_size == (3,)
     for i, n in enumerate((3, 1, 2)):
         alone = list_of_dict_to_tensordict([row(n)])[0]
-        assert fields[i]["responses"].tolist() == alone["responses"].tolist() == list(range(n))
-        assert fields[i]["extra_fields"] == alone["extra_fields"] == {"n": n}
+        assert fields["responses"].unbind()[i].tolist() == alone["responses"].tolist() == list(range(n))
+        assert fields["extra_fields"][i] == alone["extra_fields"] == {"n": n}
 
 
 def test_other_partitions_and_other_fields_are_put_apart():
