@@ -93,16 +93,22 @@ def select_rows_at_once(module: ModuleType) -> None:
     @wraps(select)
     def select_rows(batch: TensorDict, indices: Tensor | list[int]) -> TensorDict:
         rows = torch.as_tensor(indices)
-        nested = {key: x for key, x in batch.items() if isinstance(x, Tensor) and x.is_nested and x.dim() == 2}
+        nested = {key: x for key, x in batch.items() if is_whole(x) and x.dim() == 2}
         selected = select(batch.exclude(*nested), rows)
         return selected.update({key: rows_of_nested(x, rows) for key, x in nested.items()})
 
     @wraps(chunk)
     def chunk_rows(td: TensorDict, chunks: int) -> list[TensorDict]:
-        return [td.copy()] if chunks == 1 else chunk(td, chunks)
+        whole = chunks == 1 and all(is_whole(x) for x in td.values() if isinstance(x, Tensor) and x.is_nested)
+        return [td.copy()] if whole else chunk(td, chunks)
 
     module.index_select_tensor_dict = select_rows  # type: ignore[attr-defined]  # a patch
     module.chunk_tensordict = chunk_rows  # type: ignore[attr-defined]  # a patch
+
+
+def is_whole(x: Any) -> bool:
+    """Whether it is a nested tensor without gaps between its rows."""
+    return isinstance(x, Tensor) and x.is_nested and x.lengths() is None  # type: ignore[attr-defined]  # it is nested
 
 
 def rows_of_nested(nested: Tensor, rows: Tensor) -> Tensor:
@@ -110,7 +116,7 @@ def rows_of_nested(nested: Tensor, rows: Tensor) -> Tensor:
     offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]  # it is nested
     lengths = offsets.diff()[rows]
     ends = lengths.cumsum(0)
-    shift = (offsets[rows] - ends + lengths).repeat_interleave(lengths)
+    shift = (offsets[:-1][rows] - ends + lengths).repeat_interleave(lengths)
     values = nested.values()[torch.arange(len(shift)) + shift]
     # Without the extremes torch would pad the rows to the number of all values.
     return torch.nested.nested_tensor_from_jagged(

@@ -98,6 +98,13 @@ def batch_of_rows():
     return TensorDict(fields, batch_size=7)
 
 
+def batch_with_gaps():
+    """Rows that are parts of longer ones, as `torch.nested.narrow` makes them."""
+    values = torch.rand(7, 9, generator=torch.Generator().manual_seed(4))
+    parts = torch.nested.narrow(values, 1, torch.arange(7), torch.tensor([2, 1, 2, 1, 2, 2, 2]), layout=torch.jagged)
+    return batch_of_rows().update({"part": parts})
+
+
 def assert_same_rows(result, expected):
     assert result.keys() == expected.keys() and result.batch_size == expected.batch_size
     for name, field in expected.items():
@@ -111,16 +118,18 @@ def assert_same_rows(result, expected):
             assert tensordict_utils.get(result, name) == tensordict_utils.get(expected, name)
 
 
-@pytest.mark.parametrize("rows", [[2, 3, 4], [6, 0, 3], [5], torch.tensor([1, 4])])
-def test_rows_selected_at_once_are_those_that_verl_selects(rows):
+@pytest.mark.parametrize("batch", [batch_of_rows, batch_with_gaps])
+@pytest.mark.parametrize("rows", [[2, 3, 4], [6, 0, -1], [5], torch.tensor([1, 4])])
+def test_rows_selected_at_once_are_those_that_verl_selects(rows, batch):
     select = tensordict_utils.index_select_tensor_dict
-    assert_same_rows(select(batch_of_rows(), rows), select.__wrapped__(batch_of_rows(), rows))
+    assert_same_rows(select(batch(), rows), select.__wrapped__(batch(), rows))
 
 
+@pytest.mark.parametrize("batch", [batch_of_rows, batch_with_gaps])
 @pytest.mark.parametrize("chunks", [1, 7])
-def test_chunks_are_those_that_verl_makes(chunks):
+def test_chunks_are_those_that_verl_makes(chunks, batch):
     chunk = tensordict_utils.chunk_tensordict
-    results, expected = chunk(batch_of_rows(), chunks), chunk.__wrapped__(batch_of_rows(), chunks)
+    results, expected = chunk(batch(), chunks), chunk.__wrapped__(batch(), chunks)
     for pair in zip(results, expected, strict=True):
         assert_same_rows(*pair)
 
