@@ -14,7 +14,6 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import numpy as np
 import wrapt
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -77,8 +76,7 @@ class Columns(dict[str, Any]):
     def __init__(self, rows: list[dict], join: Callable[[list[dict]], Any]) -> None:
         objects = {name for name in rows[0] if not all(isinstance(row[name], Tensor) for row in rows)}
         tensors = join([{name: x for name, x in row.items() if name not in objects} for row in rows])
-        columns = {name: np.fromiter((row[name] for row in rows), object, len(rows)) for name in objects}
-        super().__init__({**tensors, **columns})
+        super().__init__({**tensors, **{name: [row[name] for row in rows] for name in objects}})
         self.batch_size = (len(rows),)
 
 
@@ -213,6 +211,6 @@ class OwnReward:
 
     async def _compute_score(self, data: "DataProto") -> dict:
         # verl's reward manager writes into what it gets, which is a copy where the worker is another process. The
-        # tensors were made for this call; the other columns are the dataset's own.
+        # tensors were made for this call; the other columns are the dataset's and the response's own.
         own = replace(data, non_tensor_batch=copy.deepcopy(data.non_tensor_batch))
         return await self.worker.compute_score(own)

@@ -84,31 +84,39 @@ def normalise_blocks(module: ModuleType) -> None:
 
 
 def select_rows_at_once(module: ModuleType) -> None:
-    """Select the rows of a mini-batch from each nested tensor by one index.
+    """Select the rows of a mini-batch by one index from each nested tensor [B, *].
 
-    verl takes the whole batch apart for each field of each mini-batch, and a mini-batch that is one micro-batch again.
+    verl takes such a tensor of the whole batch apart for each mini-batch. It takes the mini-batch apart once more, even
+    where that is a single micro-batch.
     """
     select, chunk = module.index_select_tensor_dict, module.chunk_tensordict
 
     @wraps(select)
-    def select_rows(batch: TensorDict, indices: Tensor | list[int]) -> TensorDict:
+    def select_rows(batch: TensorDict | None, indices: Tensor | list[int]) -> TensorDict | None:
+        if batch is None:
+            return select(batch, indices)
         rows = torch.as_tensor(indices)
-        nested = {key: x for key, x in batch.items() if is_whole(x) and x.dim() == 2}
+        nested = {key: x for key, x in batch.items() if is_flat(x)}
         selected = select(batch.exclude(*nested), rows)
         return selected.update({key: rows_of_nested(x, rows) for key, x in nested.items()})
 
     @wraps(chunk)
     def chunk_rows(td: TensorDict, chunks: int) -> list[TensorDict]:
-        whole = chunks == 1 and all(is_whole(x) for x in td.values() if isinstance(x, Tensor) and x.is_nested)
-        return [td.copy()] if whole else chunk(td, chunks)
+        nested = {key: x for key, x in td.items() if isinstance(x, Tensor) and x.is_nested}
+        if chunks > 1 or not all(map(is_flat, nested.values())):
+            return chunk(td, chunks)
+        rows = torch.arange(len(td))
+        return [td.copy().update({key: rows_of_nested(x, rows) for key, x in nested.items()})]
 
     module.index_select_tensor_dict = select_rows  # type: ignore[attr-defined]  # a patch
     module.chunk_tensordict = chunk_rows  # type: ignore[attr-defined]  # a patch
 
 
-def is_whole(x: Any) -> bool:
-    """Whether it is a nested tensor without gaps between its rows."""
-    return isinstance(x, Tensor) and x.is_nested and x.lengths() is None  # type: ignore[attr-defined]  # it is nested
+def is_flat(x: Any) -> bool:
+    """Whether it is a nested tensor [B, *] whose rows lie one after the other without a gap."""
+    if not isinstance(x, Tensor) or not x.is_nested or x.layout is not torch.jagged:
+        return False
+    return x.dim() == 2 and x.lengths() is None  # type: ignore[attr-defined]  # it is nested
 
 
 def rows_of_nested(nested: Tensor, rows: Tensor) -> Tensor:
@@ -129,9 +137,8 @@ def balance_numbers(module: ModuleType) -> None:
     balance = module.karmarkar_karp
 
     @wraps(balance)
-    def balance_of_numbers(seqlen_list: Tensor | list[int], **settings: Any) -> list[list[int]]:
-        loads = seqlen_list.tolist() if isinstance(seqlen_list, Tensor) else seqlen_list
-        return balance(seqlen_list=loads, **settings)
+    def balance_of_numbers(seqlen_list: Tensor | list[int], *args: Any, **kwargs: Any) -> list[list[int]]:
+        return balance(seqlen_list.tolist() if isinstance(seqlen_list, Tensor) else seqlen_list, *args, **kwargs)
 
     module.karmarkar_karp = balance_of_numbers  # type: ignore[attr-defined]  # a patch
 

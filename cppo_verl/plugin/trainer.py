@@ -300,7 +300,7 @@ class TrustRegionTrainer(VerlTrainer):
         if not filters and not any(padding):
             return None
         seq_mean = actor.loss_agg_mode.startswith("seq-mean")
-        fields = ["rm_scores", "response_mask", "loss_mask"]
+        fields = ["uid", "rm_scores", "response_mask", "loss_mask"]
         if seq_mean:
             fields.append("advantages")
         if algorithm.use_kl_in_reward:
@@ -309,9 +309,8 @@ class TrustRegionTrainer(VerlTrainer):
         kept = torch.ones(len(padding), dtype=torch.bool)
         if filters:
             rewards = torch.nested.to_padded_tensor(data.get("token_level_rewards", data["rm_scores"]), 0.0).sum(-1)
-            uids = [key.split("_")[0] for key in batch.keys]
             keys = batch.keys if algorithm.adv_estimator == "grpo" else None
-            kept, share = rows_with_spread(uids, rewards.tolist(), padding, keys)
+            kept, share = rows_with_spread(list(data["uid"]), rewards.tolist(), padding, keys)
             metrics["trust_region/left_out_prompt_share"] = share
         if kept.all() and not any(padding):
             return None

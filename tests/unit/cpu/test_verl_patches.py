@@ -91,6 +91,11 @@ def batch_of_rows():
         ),
         "log_probs": torch.nested.as_nested_tensor([torch.rand(n, generator=g) for n in lengths], layout=torch.jagged),
         "top": torch.nested.as_nested_tensor([torch.rand(n, 2, generator=g) for n in lengths], layout=torch.jagged),
+        # As it comes from another process: torch does not know its longest row.
+        "sent": torch.nested.nested_tensor_from_jagged(
+            torch.rand(22, generator=g), torch.tensor([0, *lengths]).cumsum(0)
+        ),
+        "strided": torch.nested.as_nested_tensor([torch.rand(n, generator=g) for n in lengths], layout=torch.strided),
         "dense": torch.rand(7, 3, generator=g),
         "names": NonTensorStack(*"abcdefg"),
         "temperature": NonTensorData(0.5),
@@ -112,6 +117,7 @@ def assert_same_rows(result, expected):
             torch.testing.assert_close(result[name].unbind(), field.unbind(), rtol=0, atol=0)
             if field.dim() == 2:  # a row of verl's others has the padded length of all rows together
                 assert torch.equal(result[name].to_padded_tensor(-1), field.to_padded_tensor(-1))
+                assert result[name].layout == field.layout
         elif isinstance(field, torch.Tensor):
             assert torch.equal(result[name], field)
         else:

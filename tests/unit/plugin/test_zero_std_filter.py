@@ -12,7 +12,7 @@ from verl.workers.config import FSDPActorConfig
 from cppo_verl.plugin.config import MethodConfig
 from cppo_verl.plugin.constants import LOSS_MODES
 from cppo_verl.plugin.preflight import BESIDE_ADVANTAGES, OWN_SEQUENCE_MEANS, SPREAD_ESTIMATORS
-from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row, rows_with_spread
+from cppo_verl.plugin.zero_std_filter import changed_rows, leave_out, mini_batch_of_row, rows_with_spread
 
 
 def rows(data):
@@ -113,6 +113,29 @@ def test_a_mini_batch_of_padding_rows_with_or_without_a_prompt_left_out_divides_
     masked = leave_out(data, kept, torch.tensor([0, 0, 1, 1]), seq_mean=False)
     assert [m.sum().item() for m in masked["response_mask"].unbind()] == [0, 0, 2, 4]
     assert [m.sum().item() for m in masked["loss_mask"].unbind()] == [1, 0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("kept", "seq_mean", "rows"),
+    [
+        ([True, False, True, True], False, [1]),
+        ([True, False, True, True], True, [0, 1]),  # the rest of a mini-batch weighs more
+        ([False, False, True, True], False, [0, 1]),
+        ([True, True, True, True], False, []),
+    ],
+)
+def test_the_rows_that_differ_are_found(kept, seq_mean, rows):
+    data = nested_batch([3, 1, 2, 4])
+    masked = leave_out(data, torch.tensor(kept), torch.tensor([0, 0, 1, 1]), seq_mean=seq_mean)
+    assert changed_rows(data, masked).tolist() == rows
+
+
+def test_the_token_that_is_counted_for_padding_rows_alone_is_a_change():
+    data = nested_batch([1, 1, 2, 4])
+    for name in ("response_mask", "loss_mask"):
+        data[name].values()[:2] = 0
+    masked = leave_out(data, torch.ones(4, dtype=torch.bool), torch.tensor([0, 0, 1, 1]), seq_mean=False)
+    assert changed_rows(data, masked).tolist() == [0]
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
