@@ -66,7 +66,7 @@ class Columns(dict[str, Any]):
     """Rows as the fields of a put, with a TensorDict's ``batch_size`` and without one around each Python object.
 
     A TensorDict wraps each row of each column that is no tensor by itself, and TransferQueue unwraps and wraps it anew:
-    half of the time of a put.
+    a third of the time of a put.
 
     Args:
         rows: dicts of the same keys.
