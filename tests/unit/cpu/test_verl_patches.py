@@ -103,6 +103,11 @@ def batch_of_rows():
     return TensorDict(fields, batch_size=7)
 
 
+def batch_of_flat_rows():
+    """Without the nested fields that are left to verl."""
+    return batch_of_rows().exclude("top", "strided")
+
+
 def batch_with_gaps():
     """Rows that are parts of longer ones, as `torch.nested.narrow` makes them."""
     values = torch.rand(7, 9, generator=torch.Generator().manual_seed(4))
@@ -124,14 +129,14 @@ def assert_same_rows(result, expected):
             assert tensordict_utils.get(result, name) == tensordict_utils.get(expected, name)
 
 
-@pytest.mark.parametrize("batch", [batch_of_rows, batch_with_gaps])
+@pytest.mark.parametrize("batch", [batch_of_rows, batch_of_flat_rows, batch_with_gaps])
 @pytest.mark.parametrize("rows", [[2, 3, 4], [6, 0, -1], [5], torch.tensor([1, 4])])
 def test_rows_selected_at_once_are_those_that_verl_selects(rows, batch):
     select = tensordict_utils.index_select_tensor_dict
     assert_same_rows(select(batch(), rows), select.__wrapped__(batch(), rows))
 
 
-@pytest.mark.parametrize("batch", [batch_of_rows, batch_with_gaps])
+@pytest.mark.parametrize("batch", [batch_of_rows, batch_of_flat_rows, batch_with_gaps])
 @pytest.mark.parametrize("chunks", [1, 7])
 def test_chunks_are_those_that_verl_makes(chunks, batch):
     chunk = tensordict_utils.chunk_tensordict
