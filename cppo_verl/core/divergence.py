@@ -109,95 +109,53 @@ def candidate_divergence(log_pi: Tensor, log_mu: Tensor, sampled_is_top: Tensor,
     return partition_divergence(log_pi.masked_fill(unused, -torch.inf), log_mu.masked_fill(unused, -torch.inf), kind)
 
 
-def gather_log_probs(logits: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Log-probabilities log_softmax(logits[rows]).gather(ids), without gradient, a few rows at a time.
+@torch.no_grad()
+def gather_logits(
+    logits: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    first_column: int = 0,
+) -> Tensor:
+    """Logits of a few tokens, without gradient, also where several ranks hold parts of the logits.
 
+    Each number is held by one rank of the group and is zero on the others, so that their sum, one all-reduce, is exact.
     On an accelerator no value is looked at, so that the host waits for nothing.
 
     Args:
-        logits: shape [N, V], any floating dtype.
-        ids: token ids, shape [R, C].
-        rows: which rows of the logits, shape [R]; all of them if None.
+        logits: those of this rank, shape [N, W], any floating dtype.
+        ids: token ids, shape [R, C]; the same on all ranks.
+        rows: which rows of the logits, shape [R]; those outside of 0..N-1 are another rank's.
+        group: the ranks, each with as many rows and columns; None if this one has all.
+        first_column: id of the token that the first of the W columns belongs to.
 
     Returns:
-        Shape [R, C], fp32.
+        Shape [R, C], fp32 or fp64; NaN where none holds a logit.
     """
-    logits = logits.detach()
-    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
-    retained = logits[rows.unsqueeze(-1), ids].double()
-    return (retained - _normaliser(logits, rows).unsqueeze(-1)).float()
+    rows, columns, (height, width) = rows.unsqueeze(-1), ids - first_column, logits.shape
+    held = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    found = as_float32(logits.detach()[rows.clamp(0, height - 1), columns.clamp(0, width - 1)])
+    if group is None:
+        return found.where(held, torch.nan)
+    found = torch.stack([found.where(held, 0), held.to(found.dtype)])
+    torch.distributed.all_reduce(found, group=group)
+    return found[0].where(found[1] > 0, torch.nan)
 
 
-def gather_sharded_log_probs(
-    logits: Tensor, ids: Tensor, rows: Tensor, group: "torch.distributed.ProcessGroup", vocabulary: int
-) -> Tensor:
-    """`gather_log_probs` where the columns of the logits are split evenly over the ranks of a group, in order.
+def log_probs_beside(logits: Tensor, log_prob: Tensor) -> Tensor:
+    """Log-probabilities of tokens whose logits are known beside those of one with a known log-probability.
 
-    One all-reduce brings together each rank's normaliser and the logits of the ids that it holds, C + ranks numbers a
-    row. All but one of the summands of each are zero, so the sum is exact.
+    log pi(v) = z_v - z_y + log pi(y), where y is that one and z are the logits.
 
     Args:
-        logits: the columns of this rank, shape [N, W], any floating dtype.
-        ids: token ids, shape [R, C]; the same on all ranks, as are the rows.
-        rows: which rows of the logits, shape [R].
-        group: the ranks.
-        vocabulary: how many of their columns are tokens; those after them are padding.
+        logits: z, that of y in the last column, shape [..., C].
+        log_prob: log pi(y), shape [...].
 
     Returns:
-        Shape [R, C], fp32; NaN for an id that is no token.
+        Shape [..., C], fp32.
     """
-    logits, width = logits.detach(), logits.shape[-1]
-    first = group.rank() * width
-    column, tokens = ids - first, logits[:, : max(0, vocabulary - first)]
-    held = (column >= 0) & (column < width)
-    retained = logits[rows.unsqueeze(-1), column.clamp(0, width - 1)].double().where(held, 0)
-    retained.masked_fill_((ids < 0) | (ids >= vocabulary), torch.nan)
-    normalisers = retained.new_zeros(len(rows), group.size())
-    normalisers[:, group.rank()] = _normaliser(tokens, rows) if tokens.shape[-1] else -torch.inf
-    shared = torch.cat([retained, normalisers], dim=-1)
-    torch.distributed.all_reduce(shared, group=group)
-    retained, normalisers = shared.split([ids.shape[-1], group.size()], dim=-1)
-    return (retained - normalisers.logsumexp(-1, keepdim=True)).float()
-
-
-def _normaliser(logits: Tensor, rows: Tensor) -> Tensor:
-    return (_cached_normaliser if logits.device.type == "cpu" else _block_normaliser)(logits, rows)
-
-
-def _block_normaliser(logits: Tensor, rows: Tensor, block_bytes: int = 2**24) -> Tensor:
-    """logsumexp(logits[rows]) of shape [R], fp64, in blocks that are large enough to keep an accelerator busy."""
-    blocks = []
-    for part in rows.split(max(1, block_bytes // (4 * logits.shape[-1]))):
-        x = logits[part].float()
-        largest = x.amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # a shard may have no mass at all
-        blocks.append(largest.squeeze(-1).double() + x.sub_(largest).exp_().sum(-1).log_())
-    return torch.cat(blocks)
-
-
-def _cached_normaliser(logits: Tensor, rows: Tensor, buffer_bytes: int = 2**21) -> Tensor:
-    """logsumexp(logits[rows]) of shape [R], fp64, reading the logits once.
-
-    The exponentials are summed in a buffer that stays in the processor's cache, which is four times faster than the
-    memory, and is all that is allocated beside the result.
-    """
-    index, vocabulary = rows.tolist(), logits.shape[-1]
-    step = max(1, min(len(rows), buffer_bytes // (4 * vocabulary)))
-    buffer = torch.empty((step, vocabulary), dtype=torch.float32)
-    total = torch.empty(len(rows), dtype=torch.float32)
-    for start in range(0, len(rows), step):
-        part = index[start : start + step]
-        # Neighbours, as a response's rows are, need no copy.
-        neighbours = part[-1] - part[0] == len(part) - 1 and part == list(range(part[0], part[-1] + 1))
-        taken = logits[part[0] : part[-1] + 1] if neighbours else logits[part]
-        x = buffer[: len(taken)]
-        # Not shifted by the largest logit first, which is a pass more; where fp32 does not reach, see below.
-        x = torch.exp(taken, out=x) if taken.dtype == x.dtype else x.copy_(taken).exp_()
-        torch.sum(x, -1, out=total[start : start + step])
-    normaliser = total.double().log_()
-    out_of_range = ((total < 1e-30) | ~total.isfinite()).nonzero().flatten()
-    for part in out_of_range.split(step):
-        normaliser[part] = logits[rows[part]].double().logsumexp(-1)
-    return normaliser
+    logits = logits.double()
+    return (logits - logits[..., -1:] + log_prob.unsqueeze(-1)).float()
 
 
 def as_float32(x: Tensor) -> Tensor:

@@ -384,9 +384,6 @@ class ActorWorkers(wrapt.ObjectProxy):
             return
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         loss = partial(top_k_ppo_loss if captures else ppo_loss, config=actor)
-        if captures and actor.strategy == "megatron":
-            model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
-            loss = partial(loss, vocabulary=model.hf_config.get_text_config().vocab_size)
         self.set_loss_fn(partial(recording_loss, loss) if records else loss)
 
     @property

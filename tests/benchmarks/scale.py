@@ -17,13 +17,13 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 VOCABULARY = 151_936
 VERL_BYTES = 44
 """Of a response token in TransferQueue: five int64 and one fp32; tests/benchmarks/transport.py counts them."""
-BF16 = 2
+BF16, FP32 = 2, 4
 PASSES = 4
 """Of verl over the logits at least: written, read for the log-probability, their gradient written and read."""
 
 
 def rows():
-    """A row a scale: name, responses, response tokens, and bytes of candidates, of verl's fields, of both passes."""
+    """A row a scale: name, responses, response tokens, and bytes of candidates, verl's fields, and both's logits."""
     with initialize_config_dir(str(RECIPES), version_base=None):
         for name in paper_results.MODELS:
             overrides = [f"scale={name}", "data_dir=data", "output=output"]
@@ -32,16 +32,16 @@ def rows():
             responses = config.data.train_batch_size * rollout.n
             tokens = responses * config.data.max_response_length
             candidates = tokens * bytes_per_token(policy_loss.top_k)
-            read = tokens * VOCABULARY * BF16
-            yield name, responses, tokens, candidates, tokens * VERL_BYTES, read, PASSES * read
+            taken = tokens * (policy_loss.top_k + 1) * FP32
+            yield name, responses, tokens, candidates, tokens * VERL_BYTES, taken, PASSES * tokens * VOCABULARY * BF16
 
 
 def main():
-    print("| scale | responses | response tokens | candidates | verl's fields | logits read | verl's logits |")
+    print("| scale | responses | response tokens | candidates | verl's fields | logits taken | verl's logits |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, responses, tokens, *moved in rows():
-        candidates, fields, read, anyway = (f"{x / 1e9:,.1f} GB" for x in moved)
-        print(f"| `{name}` | {responses:,} | {tokens / 1e6:.1f} M | {candidates} | {fields} | {read} | {anyway} |")
+        sizes = " | ".join(f"{x / 1e9:,.1f} GB" for x in moved)
+        print(f"| `{name}` | {responses:,} | {tokens / 1e6:.1f} M | {sizes} |")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python tests/benchmarks/top_k.py rollout --model FOLDER
     python tests/benchmarks/top_k.py step --quickstart FOLDER [--steps 20] [--rounds 2]
 
-logits: log pi of the candidates from the logits of a forward pass, beside verl's _chunked_topk_log_probs, the DPPO
-authors' compute_topk_kl (FILE: verl/workers/actor/utils.py of their repository) and one plain read of the logits.
+logits: log pi of the candidates from the logits of a forward pass and the sampled token's log-probability, which verl
+has computed anyway, beside what computes it from the logits alone: verl's _chunked_topk_log_probs and the DPPO authors'
+compute_topk_kl (FILE: verl/workers/actor/utils.py of their repository). And beside one plain read of the logits.
 rollout: tokens a second of verl's vLLM server with the capture, with sampled log-probabilities only, and with vLLM's
 plain dictionaries of candidates. step: a training step with divergence=topk_tv and with binary_tv, of the quickstart
 whose data and model FOLDER holds.
@@ -26,7 +27,7 @@ from statistics import median
 import torch
 import verl  # noqa: F401  loads the plug-in
 
-from cppo_verl.core.divergence import gather_log_probs
+from cppo_verl.core.divergence import gather_logits, log_probs_beside
 
 VOCABULARY, TOP_K = 151_936, 20
 
@@ -73,15 +74,16 @@ def logits(args):
         dppo = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(dppo)
     print(f"torch {torch.__version__}, {args.threads} thread(s), vocabulary {VOCABULARY}, K = {TOP_K}, median of 5")
-    print("dtype     tokens    ours ms   / verl   / dppo   / read   extra memory over the logits: ours   verl")
+    print("dtype     tokens    ours ms   verl / ours   dppo / ours   read / ours   extra memory: ours   verl")
     for dtype in (torch.bfloat16, torch.float32):
         for tokens in (1024, 2048, 4096):
             g = torch.Generator().manual_seed(0)
             x = torch.empty(tokens, VOCABULARY, dtype=dtype).normal_(generator=g)
             ids = torch.randint(0, VOCABULARY, (tokens, TOP_K + 1), generator=g)
-            log_mu = torch.full((tokens, TOP_K + 1), -3.1)
+            rows, log_mu = torch.arange(tokens), torch.full((tokens, TOP_K + 1), -3.1)
+            log_pi = (x.gather(-1, ids[:, -1:]).float() - x.float().logsumexp(-1, keepdim=True)).squeeze(-1)
             functions = {
-                "ours": lambda x=x, ids=ids: gather_log_probs(x, ids),
+                "ours": lambda x=x, ids=ids, rows=rows, y=log_pi: log_probs_beside(gather_logits(x, ids, rows), y),
                 "verl": lambda x=x, ids=ids: _chunked_topk_log_probs(x[None], ids[None]),
                 "read": x.sum,
             }
@@ -91,10 +93,10 @@ def logits(args):
                 times = in_turn(functions, rounds=5)
                 memory = {name: extra_bytes(functions[name]) / x.nbytes for name in ("ours", "verl")}
             print(
-                f"{str(dtype).removeprefix('torch.'):9}{tokens:7}{median(times['ours']) * 1e3:11.1f}"
-                f"{ratio(times, 'ours', 'verl'):9.2f}"
-                f"{ratio(times, 'ours', 'dppo') if dppo else float('nan'):9.2f}{ratio(times, 'ours', 'read'):9.2f}"
-                f"{memory['ours']:42.4f}{memory['verl']:7.2f}"
+                f"{str(dtype).removeprefix('torch.'):9}{tokens:7}{median(times['ours']) * 1e3:11.2f}"
+                f"{ratio(times, 'verl', 'ours'):14.0f}"
+                f"{ratio(times, 'dppo', 'ours') if dppo else float('nan'):14.0f}{ratio(times, 'read', 'ours'):14.0f}"
+                f"{memory['ours']:21.4f}{memory['verl']:7.2f}"
             )
 
 

@@ -55,18 +55,17 @@ def test_divergences_agree_with_both_policies_full_distributions(tools):
     coarser = finer = interior = 0
     for update, dump in enumerate(dumps[:4]):  # of the first step, generated with the weights on disk
         end = 0
-        assert (dump["divergence"].max() < 1e-5) == (update == 0)
-        for ids, prompt, response, mask, log_mu_sampled in zip(
-            *(dump[name] for name in ("input_ids", "prompts", "responses", "response_mask", "rollout_log_probs")),
-            strict=True,
-        ):
+        assert (torch.cat(dump["divergence"]).max() < 1e-5) == (update == 0)
+        names = ("input_ids", "prompts", "responses", "response_mask", "rollout_log_probs", "divergence")
+        for row in zip(*(dump[name] for name in names), strict=True):
+            ids, prompt, response, mask, log_mu_sampled, divergence = row
             begin, end = end, end + len(ids)
             predicting = slice(len(prompt) - 1, len(ids) - 1)
             valid = mask.bool()
             with torch.no_grad():
                 log_mu = mu(ids[None]).logits[0, predicting].log_softmax(-1)[valid]
             log_pi = dump["logits"][begin:end][predicting].log_softmax(-1)[valid]
-            divergence, sampled = dump["divergence"][begin:end][predicting], response[valid]
+            sampled = response[valid]
             assert (divergence[~valid] == 0).all()
             interior += int((~valid).sum())
             torch.testing.assert_close(
@@ -90,12 +89,9 @@ def test_tool_output_inside_responses_is_not_trained_on(tools):
     turn = r"\n<\|im_start\|>user\n<tool_response>\n.*\n</tool_response><\|im_end\|>\n<\|im_start\|>assistant\n"
     called = guessed = 0
     for path in (tools.output / "dump").iterdir():
-        dump, end = torch.load(path), 0
-        for ids, prompt, response, mask in zip(
-            *(dump[name] for name in ("input_ids", "prompts", "responses", "response_mask")), strict=True
-        ):
-            begin, end = end, end + len(ids)
-            divergence = dump["divergence"][begin:end][len(prompt) - 1 : len(ids) - 1]
+        dump = torch.load(path)
+        names = ("responses", "response_mask", "divergence")
+        for response, mask, divergence in zip(*(dump[name] for name in names), strict=True):
             assert (divergence[mask == 0] == 0).all()
             if (mask == 1).all():
                 guessed += 1

@@ -26,7 +26,8 @@ from cppo_verl.core.divergence import (
     as_float32,
     binary_divergence,
     candidate_divergence,
-    gather_log_probs,
+    gather_logits,
+    log_probs_beside,
     top_k_divergence,
 )
 
@@ -191,9 +192,15 @@ def candidates(log_mu, sampled):
     return ids, log_mu.gather(-1, ids), (top == sampled.unsqueeze(-1)).any(-1)
 
 
-def look(logits, ids, log_mu, is_top):
-    """What the top-K divergence adds to the actor's forward pass."""
-    return candidate_divergence(gather_log_probs(logits, ids), log_mu, is_top)
+def log_probs(logits, ids, log_pi):
+    """log pi of the candidates, from the sampled token's."""
+    rows = torch.arange(len(logits), device=logits.device)
+    return log_probs_beside(gather_logits(logits, ids, rows), log_pi)
+
+
+def look(logits, ids, log_pi, log_mu, is_top):
+    """What the top-K divergence adds to the actor's forward pass, which has log pi of the sampled token."""
+    return candidate_divergence(log_probs(logits, ids, log_pi), log_mu, is_top)
 
 
 def compare_top_k(table, positions, vocabulary, dtype, device):
@@ -204,16 +211,17 @@ def compare_top_k(table, positions, vocabulary, dtype, device):
         mu = other[rows].double().log_softmax(-1)
         pi, y = logits[rows.to(device)].cpu().double().log_softmax(-1), sampled[rows.to(device)].cpu()
         ids, log_mu, is_top = candidates(mu, y)
-        parts.append((ids, log_mu.float(), is_top))
-        wanted.append((pi.gather(-1, ids), *(top_k_divergence(pi, mu, y, TOP_K, kind) for kind in ("tv", "kl"))))
-    ids, log_mu, is_top = (torch.cat(x).to(device) for x in zip(*parts, strict=True))
+        log_pi = pi.gather(-1, ids)
+        parts.append((ids, log_pi[:, -1].float(), log_mu.float(), is_top))
+        wanted.append((log_pi, *(top_k_divergence(pi, mu, y, TOP_K, kind) for kind in ("tv", "kl"))))
+    ids, sampled_log_pi, log_mu, is_top = (torch.cat(x).to(device) for x in zip(*parts, strict=True))
     log_pi, tv, kl = map(torch.cat, zip(*wanted, strict=True))
-    found, every = gather_log_probs(logits, ids), torch.ones(positions, dtype=torch.bool)
+    found, every = log_probs(logits, ids, sampled_log_pi), torch.ones(positions, dtype=torch.bool)
     table.bounded("log pi of the candidates, largest error", of, errors(found, log_pi, every), 5e-6)
     for kind, exact in (("tv", tv), ("kl", kl)):
         divergence = candidate_divergence(found, log_mu, is_top, kind)
         table.bounded(f"top-{TOP_K} {kind.upper()}, largest error", of, errors(divergence, exact, every), 5e-6)
-    return logits, (ids, log_mu, is_top)
+    return logits, (ids, sampled_log_pi, log_mu, is_top)
 
 
 # --- what is counted and measured -----------------------------------------------------------------------------------
@@ -309,7 +317,7 @@ def measure_top_k(table, of, logits, inputs, device, repeats):
     count(table, "top-K", of, call, device, most_waits=0)
     took, read = seconds(call, device, repeats), seconds(logits.sum, device, repeats)
     table.measured("top-K: ms, ms of one read of the logits", of, f"{took * 1e3:.2f}, {read * 1e3:.2f}")
-    table.bounded("top-K: MB beyond the logits", of, extra_bytes(call, device) / 1e6, 64)
+    table.bounded("top-K: MB beyond the logits", of, extra_bytes(call, device) / 1e6, 16)
 
 
 def measure_losses(table, shapes, device, repeats):

@@ -25,6 +25,7 @@ from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
+from cppo_verl.plugin.losses import loss_context
 from cppo_verl.plugin.topk.codec import CODES_FIELD, IDS_FIELD, pack
 from cppo_verl.plugin.topk.loss import top_k_ppo_loss
 from cppo_verl.plugin.zero_std_filter import leave_out, mini_batch_of_row
@@ -140,10 +141,16 @@ def run(backend, engine, actor_config, data, micro_batch_size, global_batch_size
     backend.lay_out(engine, settings["use_remove_padding"])
     shown = []
 
-    def watched(*args, student_logits=None, **kwargs):
+    def watched(*, data, model_output=None, student_logits=None, **kwargs):
         if student_logits is not None:
-            shown.append(backend.whole(engine, student_logits.detach(), kwargs["data"]))
-        return top_k_ppo_loss(*args, student_logits=student_logits, vocabulary=VOCABULARY, **kwargs)
+            shown.append(backend.whole(engine, student_logits.detach(), data))
+        observed = []
+        with loss_context(observed=observed):
+            result = top_k_ppo_loss(data=data, model_output=model_output, student_logits=student_logits, **kwargs)
+        for _, tokens, _ in observed:
+            rows = zip(tokens.divergence, data["responses"].offsets().diff(), strict=True)
+            model_output["divergence"] = nested([row[:length] for row, length in rows])
+        return result
 
     loss = watched if captures else ppo_loss
     with engine.train_mode():

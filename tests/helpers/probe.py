@@ -27,19 +27,25 @@ PROBES = dict(part.partition(":")[::2] for part in os.environ.get("CPPO_VERL_PRO
 def _dump(module):
     if "dump" not in PROBES:
         return
-    original = module.divergence_of_logits
+    first, second = module.retained_logits, module.token_divergence
+    shown = []
 
-    def dumping(logits, data, *args):
-        result = original(logits, data, *args)
+    def showing(logits, data, layout):
+        shown.append(logits.detach().clone())
+        return first(logits, data, layout)
+
+    def dumping(retained, log_probs, data, kind):
+        result = second(retained, log_probs, data, kind)
         fields = ("input_ids", "prompts", "responses", "response_mask", "rollout_log_probs")
         rows = {name: [x.clone() for x in data[name].unbind()] for name in fields}
         folder = Path(PROBES["dump"])
         folder.mkdir(exist_ok=True)
-        saved = rows | {"logits": logits.detach().clone(), "divergence": result}
+        divergence = [x[: len(y)].clone() for x, y in zip(result, rows["responses"], strict=True)]
+        saved = rows | {"logits": shown.pop(), "divergence": divergence}
         torch.save(saved, folder / f"{os.getpid()}-{len(list(folder.iterdir())):03d}.pt")
         return result
 
-    module.divergence_of_logits = dumping
+    module.retained_logits, module.token_divergence = showing, dumping
 
 
 @wrapt.when_imported("verl.utils.checkpoint.fsdp_checkpoint_manager")

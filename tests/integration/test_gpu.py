@@ -143,7 +143,7 @@ def test_on_an_accelerator_the_host_does_not_wait_for_the_logits(core, accelerat
     logits = torch.empty(2048, 151_936, device=accelerator, dtype=torch.bfloat16)
     ids = torch.empty(2048, 21, device=accelerator, dtype=torch.int64)
     log_mu = torch.empty(2048, 21, device=accelerator)
-    assert core.look(logits, ids, log_mu, log_mu[:, 0] > 0).device == accelerator
+    assert core.look(logits, ids, log_mu[:, 0], log_mu, log_mu[:, 0] > 0).device == accelerator
 
 
 def test_two_devices_or_a_look_at_a_value_would_be_noticed(accelerator):

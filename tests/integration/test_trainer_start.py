@@ -8,15 +8,14 @@ import pandas
 import pytest
 import ray
 from documented import ROOT
-from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from cppo_verl.artifacts import run_lock
 from cppo_verl.data.reasoning_gym import write_parquet
-from cppo_verl.plugin.topk.loss import top_k_ppo_loss
-from cppo_verl.plugin.trainer import ActorWorkers, TrustRegionTrainerSync
+from cppo_verl.plugin.trainer import TrustRegionTrainerSync
 from cppo_verl.testing import tiny_models
 
 
@@ -96,24 +95,6 @@ def test_a_folder_that_another_run_trains_in_is_refused(inputs, tmp_path):
     with run_lock.hold(tmp_path / "checkpoints"), pytest.raises(BlockingIOError, match=r"process \d+ on .* trains in"):
         start(inputs, tmp_path)
     assert not ray.is_initialized()
-
-
-@pytest.mark.parametrize(("engine", "known"), [("megatron", {"vocabulary": 22}), ("dp", {})])
-def test_the_loss_is_told_how_many_of_megatrons_columns_are_tokens(inputs, engine, known):
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose(
-            "ppo_trainer",
-            [f"model_engine={engine}", "+method=cppo", "divergence=topk_tv", "actor_rollout_ref.rollout.name=vllm"]
-            + [
-                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
-                f"actor_rollout_ref.model.path={inputs}/model",
-            ],
-        )
-    given = []
-    ActorWorkers(SimpleNamespace(set_loss_fn=given.append)).choose_loss(config, captures=True, records=False)
-    (loss,) = given
-    assert loss.func is top_k_ppo_loss and loss.keywords.keys() == {"config", *known}
-    assert known.items() <= loss.keywords.items()
 
 
 def test_workers_that_are_the_actor_and_the_reference_are_profiled_once(monkeypatch):

@@ -1,8 +1,10 @@
-"""D_t on mu's most likely tokens, taken from the logits of the actor's own forward pass.
+"""D_t on mu's most likely tokens, taken from the actor's own forward pass.
 
-verl's engines call the loss function with the logits once, before they are reduced to log-probabilities. This logits
-hook is the one of its distillation losses, ``distillation_use_topk``; it must return one number per token. FSDP's
-engine has the logits of some tokens on a rank, Megatron's those of some columns of the vocabulary.
+verl's engines call the loss function twice for each micro-batch: with the logits, before they are reduced to
+log-probabilities, and with these. The first call, which verl makes for its distillation losses
+(``distillation_use_topk``), keeps the logits z of the retained tokens. The second turns them into log-probabilities
+with the one that verl has computed: log pi(v) = z_v - z_y + log pi(y) for the sampled token y. So the vocabulary is
+not read a second time.
 """
 
 from typing import NamedTuple
@@ -11,18 +13,19 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from verl.utils.ulysses import get_ulysses_sequence_parallel_rank
+from torch.nn.functional import pad
+from verl.utils.ulysses import get_ulysses_sequence_parallel_group, get_ulysses_sequence_parallel_rank
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
-from verl.workers.utils.padding import no_padding_2_padding
 
-from cppo_verl.core.divergence import Kind, candidate_divergence, gather_log_probs, gather_sharded_log_probs
+from cppo_verl.core.divergence import Kind, candidate_divergence, gather_logits, log_probs_beside
 from cppo_verl.plugin.config import MaskedLossConfig
 from cppo_verl.plugin.losses import loss_context
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, UNIT, decode, encode, unpack
 
-DIVERGENCE = "cppo_divergence"
-"""Key of D_t in the engine's model output."""
+LOGITS_FIELD = "cppo_logits"
+"""fp32 [B, (tokens), K + 1] of a micro-batch between the two calls: the logits of the candidates and the sampled token,
+those that predict each response token."""
 TOLERANCE = round(1e-5 / UNIT)
 """Difference of two codes that may still be roundings of one log-probability."""
 
@@ -33,9 +36,9 @@ class Layout(NamedTuple):
     starts: Tensor
     """The row of this rank's logits at which each row of the micro-batch begins, [B]; it may lie outside of them."""
     group: ProcessGroup | None = None
-    """The ranks over which the vocabulary is split, if it is."""
-    vocabulary: int = 0
-    """Number of tokens; of a split vocabulary's columns, those after them are padding."""
+    """The ranks that share the logits, each with some tokens (FSDP) or some columns of the vocabulary (Megatron)."""
+    first_column: int = 0
+    """Id of the token that this rank's first column belongs to."""
 
 
 def top_k_ppo_loss(
@@ -45,17 +48,14 @@ def top_k_ppo_loss(
     dp_group: ProcessGroup | None = None,
     student_logits: Tensor | None = None,
     data_format: str | None = None,
-    vocabulary: int = 0,
 ) -> tuple[Tensor, dict] | dict[str, Tensor]:
-    """verl's ``ppo_loss``, with D_t measured in verl's logits hook.
+    """verl's ``ppo_loss`` with a top-K D_t.
 
-    Called with ``student_logits`` [1 or B, tokens, columns], those that this rank holds, it returns D_t as
-    {DIVERGENCE: [1 or B, tokens]}, zero outside the responses. Called with the model's output, it returns the loss and
-    its metrics.
+    Called with ``student_logits`` [1 or B, tokens, columns], those that this rank holds, it keeps some of them in
+    ``data`` and returns {}. Called with the model's output, it returns the loss and its metrics.
 
     Args:
         data_format: how Megatron's engine has laid the micro-batch out; FSDP's engine does not say.
-        vocabulary: the model's number of tokens, of which Megatron's columns may be more.
     """
     policy_loss = config.policy_loss
     assert isinstance(policy_loss, MaskedLossConfig) and data is not None
@@ -63,21 +63,22 @@ def top_k_ppo_loss(
         if data_format is None:
             layout = fsdp_layout(data, student_logits)
         else:
-            layout = megatron_layout(data, student_logits, data_format, vocabulary)
-        divergence = divergence_of_logits(student_logits.flatten(0, 1), data, policy_loss.kind, layout)
-        return {DIVERGENCE: divergence.view(student_logits.shape[:2])}
+            layout = megatron_layout(data, student_logits, data_format)
+        data[LOGITS_FIELD] = retained_logits(student_logits.flatten(0, 1), data, layout)
+        return {}
     assert model_output is not None
-    with loss_context(divergence=no_padding_2_padding(model_output[DIVERGENCE], data)):
+    divergence = token_divergence(data.pop(LOGITS_FIELD), model_output["log_probs"], data, policy_loss.kind)
+    with loss_context(divergence=divergence):
         return ppo_loss(config, model_output, data, dp_group)
 
 
 def fsdp_layout(data: TensorDict, logits: Tensor) -> Layout:
     """One row after the other, padded at the end to equal parts of the Ulysses sequence-parallel ranks."""
     first = get_ulysses_sequence_parallel_rank() * logits.shape[1]  # 0 without such ranks
-    return Layout(data["input_ids"].offsets()[:-1] - first)
+    return Layout(data["input_ids"].offsets()[:-1] - first, get_ulysses_sequence_parallel_group())
 
 
-def megatron_layout(data: TensorDict, logits: Tensor, data_format: str, vocabulary: int) -> Layout:
+def megatron_layout(data: TensorDict, logits: Tensor, data_format: str) -> Layout:
     """Each row padded: "thd" to a multiple of the tensor-parallel size, "bshd" to the longest row."""
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 
@@ -92,93 +93,127 @@ def megatron_layout(data: TensorDict, logits: Tensor, data_format: str, vocabula
         )
     else:
         padded = (lengths + group.size() - 1) // group.size() * group.size()
-    return Layout(padded.cumsum(0) - padded, group, vocabulary)
+    return Layout(padded.cumsum(0) - padded, group, group.rank() * logits.shape[-1])
 
 
 @torch.no_grad()
-def divergence_of_logits(logits: Tensor, data: TensorDict, kind: Kind, layout: Layout) -> Tensor:
-    """D_t at the valid response tokens of a micro-batch, where they are predicted, zero elsewhere.
+def retained_logits(logits: Tensor, data: TensorDict, layout: Layout) -> Tensor:
+    """The logits of mu's candidates and the sampled token where each response token is predicted.
 
     Args:
         logits: [n, columns], what this rank holds of the micro-batch: prompt and response of each row, one after the
             other.
         data: the micro-batch, its tensors nested [B, (tokens)] or [B, (tokens), K].
+
+    Returns:
+        Nested [B, (tokens), K + 1], fp32, on each rank of the group; the sampled token's last.
+    """
+    ids, _, present = _candidates(data)
+    retained = torch.cat([ids.where(present, 0), data["responses"].values().unsqueeze(-1)], dim=-1)
+    found = gather_logits(logits, retained, _places(data, layout.starts), layout.group, layout.first_column)
+    return torch.nested.nested_tensor_from_jagged(found, data["responses"].offsets())
+
+
+@torch.no_grad()
+def token_divergence(logits: Tensor, log_probs: Tensor, data: TensorDict, kind: Kind) -> Tensor:
+    """D_t at the valid response tokens of a micro-batch, zero elsewhere.
+
+    Args:
+        logits: nested [B, (tokens), K + 1], by `retained_logits`.
+        log_probs: nested [B, (tokens of prompt and response)], at each token log pi of the one that follows it.
+        data: the micro-batch, its tensors nested [B, (tokens)] or [B, (tokens), K].
         kind: "tv" or "kl".
 
     Returns:
-        [n], fp32.
+        [B, L] with the longest response's L, fp32.
 
     Raises:
-        ValueError: candidates that do not belong to their tokens; all are checked, each time.
+        ValueError: candidates that do not belong to their tokens (all are checked, each time); log-probabilities in
+            half precision.
     """
-    response_mask, responses = data["response_mask"], data["responses"].values()
-    rows, tokens, entries, captured = _places(data, layout.starts)
-    valid = response_mask.values().bool()
-    # Places, not a mask: with a mask every use of it would make the host wait for an accelerator.
-    here = (valid & (rows >= 0) & (rows < len(logits))).nonzero().squeeze(-1)
-    rows, entries = rows[here], entries[here]
-
-    sampled = responses[here]
-    log_mu_sampled = data["rollout_log_probs"].values()[here].float()
-    ids, codes = unpack(data[IDS_FIELD].values()[entries], data[CODES_FIELD].values()[entries])
-    ids = ids.where(captured[here].unsqueeze(-1), ABSENT)
+    if log_probs.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the actor's log-probabilities are {log_probs.dtype}, too coarse for a top-K divergence, which subtracts "
+            "them from those of the rollout engine: install flash-attn, whose loss gives fp32, or train in fp32"
+        )
+    valid, sampled = data["response_mask"].values().bool(), data["responses"].values()
+    ids, codes, _ = _candidates(data)
     is_sampled = ids == sampled.unsqueeze(-1)
-    check_alignment(ids, codes, is_sampled, log_mu_sampled, tokens[here])
+    log_mu_sampled = data["rollout_log_probs"].values().float()
+    check_alignment(ids, codes, is_sampled, log_mu_sampled, valid, data["responses"].offsets())
 
-    retained = torch.cat([ids, sampled.unsqueeze(-1)], dim=-1)
-    if layout.group is None:
-        log_pi = gather_log_probs(logits, retained, rows)
-    else:
-        log_pi = gather_sharded_log_probs(logits, retained, rows, layout.group, layout.vocabulary)
+    log_pi_sampled = log_probs.values()[_places(data, data["input_ids"].offsets()[:-1])]
+    log_pi = log_probs_beside(logits.values(), log_pi_sampled)
     log_mu = torch.cat([decode(codes), log_mu_sampled.unsqueeze(-1)], dim=-1)
-    out = logits.new_zeros(len(logits), dtype=torch.float32)
-    out[rows] = candidate_divergence(log_pi, log_mu, is_sampled.any(-1), kind)
-    return out
+    divergence = candidate_divergence(log_pi, log_mu, is_sampled.any(-1), kind).where(valid, 0)
+    offsets = data["responses"].offsets()
+    longest = int(offsets.diff().max())  # without it torch pads each row to the length of all together
+    return torch.nested.nested_tensor_from_jagged(divergence, offsets, max_seqlen=longest).to_padded_tensor(0.0)
 
 
-def _places(data: TensorDict, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each response token: the row of the logits that predict it, its position in the response, the row of its
-    candidates, and whether there is one, as verl's padding rows and changed responses have fewer."""
+def _of_tokens(of_responses: Tensor, data: TensorDict) -> Tensor:
+    """A number of each response [B], repeated for each of its tokens."""
     lengths = data["responses"].offsets().diff()
-    total = len(data["responses"].values())  # known to the host, as the sum of the lengths is not
-
-    def of_tokens(of_responses: Tensor) -> Tensor:
-        return of_responses.repeat_interleave(lengths, output_size=total)
-
-    position = torch.arange(total, device=lengths.device) - of_tokens(data["responses"].offsets()[:-1])
-    row = of_tokens(starts + data["prompts"].offsets().diff() - 1) + position
-    entry = of_tokens(data[IDS_FIELD].offsets()[:-1]) + position
-    captured = position < of_tokens(data[IDS_FIELD].offsets().diff())
-    return row, position, entry.where(captured, 0), captured
+    # The host knows their number, but not that it is the sum of the lengths.
+    return of_responses.repeat_interleave(lengths, output_size=len(data["responses"].values()))
 
 
-def check_alignment(ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tensor, position: Tensor) -> None:
+def _positions(data: TensorDict) -> Tensor:
+    """The position of each response token in its response."""
+    offsets = data["responses"].offsets()
+    return torch.arange(len(data["responses"].values()), device=offsets.device) - _of_tokens(offsets[:-1], data)
+
+
+def _places(data: TensorDict, starts: Tensor) -> Tensor:
+    """Where each response token is predicted, if row i of the micro-batch begins at ``starts[i]``."""
+    return _of_tokens(starts + data["prompts"].offsets().diff() - 1, data) + _positions(data)
+
+
+def _candidates(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+    """mu's candidates of each response token: ids, codes and which of them are present, [tokens, K].
+
+    verl's padding rows and changed responses have fewer rows of candidates than tokens.
+    """
+    offsets, positions = data[IDS_FIELD].offsets(), _positions(data)
+    captured = positions < _of_tokens(offsets.diff(), data)
+    packed = [data[field].values() for field in (IDS_FIELD, CODES_FIELD)]
+    entry = (_of_tokens(offsets[:-1], data) + positions).where(captured, len(packed[0]))
+    ids, codes = unpack(*(pad(x, (0, 0, 0, 1))[entry] for x in packed))
+    ids = ids.where(captured.unsqueeze(-1), ABSENT)
+    return ids, codes, ids != ABSENT
+
+
+def check_alignment(
+    ids: Tensor, codes: Tensor, is_sampled: Tensor, log_mu: Tensor, valid: Tensor, offsets: Tensor
+) -> None:
     """Raise ValueError unless mu's most likely tokens belong to the token that was sampled with them.
 
     The sampled token's log-probability came another way, as verl's rollout_log_probs. Among the candidates
     it must have that very probability; else none of them may be less likely.
 
     Args:
-        ids, codes, is_sampled: [n, K]; log_mu, position: [n].
+        ids, codes, is_sampled: [tokens, K], of all responses.
+        log_mu, valid: [tokens].
+        offsets: where each response begins and the last one ends, [B + 1].
     """
     code = encode(log_mu)
     apart = (is_sampled & ((codes - code.unsqueeze(-1)).abs() > TOLERANCE)).any(-1)
     outside = ~is_sampled.any(-1) & (codes.amax(-1) > code + TOLERANCE)
     absent = (ids == ABSENT).any(-1)
-    wrong = absent | apart | outside
+    wrong = (absent | apart | outside) & valid
     if not wrong.any():
         return
-    where = int(wrong.nonzero()[0])
-    n, t = int(wrong.sum()), int(position[where])
+    where, n, tokens = int(wrong.nonzero()[0]), int(wrong.sum()), int(valid.sum())
+    t = where - int(offsets[offsets <= where].max())
     if absent[where]:
         got, wanted = int((ids[where] != ABSENT).sum()), ids.shape[-1]
         raise ValueError(
             f"the rollout engine gave {got} of mu's {wanted} most likely tokens at response position {t} ({n} such or "
-            f"misaligned tokens of {len(ids)} in this micro-batch): an agent loop that changes the response after it "
+            f"misaligned tokens of {tokens} in this micro-batch): an agent loop that changes the response after it "
             "was captured, or an engine that returns fewer; use divergence=binary_tv with it"
         )
     raise ValueError(
-        f"mu's most likely tokens do not belong to the sampled tokens: {n} of {len(ids)} of this micro-batch, the "
+        f"mu's most likely tokens do not belong to the sampled tokens: {n} of {tokens} of this micro-batch, the "
         f"first at response position {t}, where rollout_log_probs has {log_mu[where].item():.6f} and the capture "
         + (
             f"{decode(codes[where][is_sampled[where]]).item():.6f} for the same token"

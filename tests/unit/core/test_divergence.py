@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import fuzz
 from verl.trainer.distillation.fsdp.losses import _chunked_topk_log_probs
+from verl.utils.torch_functional import logprobs_from_logits
 
-from cppo_verl.core import binary_divergence, divergence, partition_divergence, top_k_divergence
-from cppo_verl.core.divergence import gather_log_probs
+from cppo_verl.core import binary_divergence, partition_divergence, top_k_divergence
+from cppo_verl.core.divergence import gather_logits, log_probs_beside
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
 PRECISIONS = pytest.mark.parametrize(
@@ -230,48 +231,33 @@ def test_half_precision_is_raised_first(kind, drawn):
         assert torch.equal(got, expected)
 
 
-@pytest.fixture(params=["_cached_normaliser", "_block_normaliser"])
-def normaliser(request, monkeypatch):
-    """Both variants, of the CPU and of an accelerator, on the CPU."""
-    monkeypatch.setattr(divergence, "_cached_normaliser", getattr(divergence, request.param))
-
-
-@pytest.mark.usefixtures("normaliser")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gathered_log_probs_are_those_of_the_log_softmax(dtype):
+def test_log_probs_beside_a_known_one_are_those_of_the_log_softmax(dtype):
     g = torch.Generator().manual_seed(0)
-    # 40,000 tokens: rows of 160 kB, so that the buffer holds 13 of the 40
-    logits = (4 * torch.randn(40, 40_000, generator=g)).to(dtype).requires_grad_()
-    ids = torch.randint(0, 40_000, (40, 5), generator=g)
-    want = logits.detach().double().log_softmax(-1).gather(-1, ids)
-    got = gather_log_probs(logits, ids)
-    assert got.dtype == torch.float32 and not got.requires_grad
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
-    rows = torch.tensor([39, 3, 3, 17])
-    torch.testing.assert_close(gather_log_probs(logits, ids[rows], rows), got[rows])
-    assert gather_log_probs(logits, ids[:0], rows[:0]).shape == (0, 5)
+    logits = (4 * torch.randn(40, 4_000, generator=g)).to(dtype).requires_grad_()
+    ids, rows = torch.randint(0, 4_000, (40, 5), generator=g), torch.randperm(40, generator=g)
+    want = logits.detach().double().log_softmax(-1)[rows].gather(-1, ids)
+    found = gather_logits(logits, ids, rows)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    got = log_probs_beside(found, want[:, -1].float())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(got[:, -1], want[:, -1].float(), rtol=0, atol=0)
+    assert gather_logits(logits, ids[:0], rows[:0]).shape == (0, 5)
 
 
-@pytest.mark.usefixtures("normaliser")
-@pytest.mark.parametrize("shift", [-1e4, -80.0, 60.0, 95.0, 1e4])
-def test_gathered_log_probs_of_logits_that_fp32_cannot_exponentiate(shift):
-    g = torch.Generator().manual_seed(2)
-    logits, ids = 3 * torch.randn(5, 50, generator=g), torch.randint(0, 50, (5, 4), generator=g)
-    logits[1] += shift
-    logits[3, 7] = -math.inf
-    ids[3, 0] = 7
-    want = logits.double().log_softmax(-1).gather(-1, ids)
-    torch.testing.assert_close(gather_log_probs(logits, ids).double(), want, rtol=1e-6, atol=2e-6)
-
-
-@pytest.mark.usefixtures("normaliser")
-def test_a_shard_of_the_vocabulary_without_mass_adds_none():
-    logits = torch.tensor([[-math.inf, -math.inf], [-math.inf, 0.0]])
-    assert divergence._normaliser(logits, torch.tensor([0, 1])).tolist() == [-math.inf, 0.0]
+def test_logits_that_this_rank_does_not_hold_are_nan():
+    logits = torch.arange(12.0).view(3, 4)
+    ids = torch.tensor([[0, 3], [4, -1], [1, 2], [1, 2]])
+    found = gather_logits(logits, ids, torch.tensor([2, 0, -1, 3]))
+    assert found[0].tolist() == [8.0, 11.0] and found[1:].isnan().all()
+    assert gather_logits(logits, ids[:1] + 8, torch.tensor([1]), first_column=8).tolist() == [[4.0, 7.0]]
 
 
 def test_gathered_log_probs_agree_with_verls():
     g = torch.Generator().manual_seed(1)
     logits, ids = torch.randn(17, 300, generator=g), torch.randint(0, 300, (17, 4), generator=g)
     verls = _chunked_topk_log_probs(logits[None], ids[None])[0]
-    torch.testing.assert_close(gather_log_probs(logits, ids), verls, rtol=0, atol=2e-6)
+    log_prob = logprobs_from_logits(logits, ids[:, -1])
+    got = log_probs_beside(gather_logits(logits, ids, torch.arange(17)), log_prob)
+    torch.testing.assert_close(got, verls, rtol=0, atol=2e-6)

@@ -1,4 +1,4 @@
-"""D_t from verl's logits hook."""
+"""D_t from the logits that verl's hook shows and the log-probabilities that verl makes of them."""
 
 import sys
 from types import SimpleNamespace
@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from oracle import fuzz
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from vllm_answers import answer
 
-from cppo_verl.core import divergence, partition_divergence
-from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD
-from cppo_verl.plugin.topk.loss import Layout, divergence_of_logits, fsdp_layout, megatron_layout
+from cppo_verl.core import partition_divergence
+from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, decode, unpack
+from cppo_verl.plugin.topk.loss import Layout, fsdp_layout, megatron_layout, retained_logits, token_divergence
 from cppo_verl.plugin.topk.vllm_server import captured
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -40,15 +41,37 @@ def test_a_divergence_is_that_of_the_full_distributions(policies, y, kind):
     if torch.unique(log_mu).numel() < len(log_mu):  # which of equals are the top K is open
         log_mu = (log_mu - 1e-4 * torch.arange(len(log_mu))).log_softmax(-1)
     data, logits = micro_batch([log_mu[None]], [log_pi[None]], [[y]], top_k=min(20, len(log_mu)))
-    got = fsdp_divergence(logits.float(), data, kind)[1].item()
+    got = fsdp_divergence(logits.float(), data, kind).item()
     cells = oracle.partition(log_mu.exp().tolist(), y, min(20, len(log_mu)))
     want = {"tv": oracle.total_variation, "kl": oracle.kl}[kind](log_mu.exp().tolist(), log_pi.exp().tolist(), cells)
-    # fp32; where mu is a spike, KL takes the logarithm of a rest of 1e-7
-    assert got == pytest.approx(want, abs=1e-6 if kind == "tv" else 5e-6)
+    # fp32, and twice that of log pi(y), which all others are measured from. Where mu is a spike, KL takes the logarithm
+    # of a rest of 1e-7.
+    rounding = 2 * torch.finfo(torch.float32).eps * abs(log_pi[y].item())
+    assert got == pytest.approx(want, abs=(1e-6 if kind == "tv" else 5e-6) + rounding)
+
+
+def log_probs_of(logits, data):
+    """As verl's engine makes them: at each token that of the next."""
+    following = data["input_ids"].values().roll(-1).unsqueeze(-1)
+    log_probs = logits.log_softmax(-1).gather(-1, following).squeeze(-1)
+    return torch.nested.nested_tensor_from_jagged(log_probs, data["input_ids"].offsets())
+
+
+def flat(padded, data):
+    """The response tokens of [B, L], whose other places are zero."""
+    inside = torch.arange(padded.shape[1]) < data["responses"].offsets().diff().unsqueeze(-1)
+    assert not padded[~inside].any()
+    return padded[inside]
+
+
+def divergence_of(logits, data, kind, layout):
+    """D_t at each response token, where one rank has all logits."""
+    retained = retained_logits(logits, data, layout)
+    return flat(token_divergence(retained, log_probs_of(logits, data), data, kind), data)
 
 
 def fsdp_divergence(logits, data, kind):
-    return divergence_of_logits(logits, data, kind, fsdp_layout(data, logits.unsqueeze(0)))
+    return divergence_of(logits, data, kind, fsdp_layout(data, logits.unsqueeze(0)))
 
 
 def nested(rows):
@@ -108,16 +131,14 @@ def random_micro_batch(top_k=3, vocabulary=11, seed=0):
 
 @KINDS
 @pytest.mark.parametrize("top_k", [1, 3, 11])
-def test_divergence_of_logits_is_the_oracles(kind, top_k):
-    data, logits, log_mu, log_pi, responses, masks, prompts = random_micro_batch(top_k)
+def test_the_divergence_is_the_oracles(kind, top_k):
+    data, logits, log_mu, log_pi, responses, masks, _ = random_micro_batch(top_k)
     got = fsdp_divergence(logits, data, kind)
     measure = {"tv": oracle.total_variation, "kl": oracle.kl}[kind]
     want = []
-    for mu, pi, response, mask, prompt in zip(log_mu, log_pi, responses, masks, prompts, strict=True):
-        want += [0.0] * (len(prompt) - 1)
+    for mu, pi, response, mask in zip(log_mu, log_pi, responses, masks, strict=True):
         for m, p, y, valid in zip(mu.exp().tolist(), pi.exp().tolist(), response, mask, strict=True):
             want.append(measure(m, p, oracle.partition(m, y, top_k)) if valid else 0.0)
-        want.append(0.0)
     assert got.tolist() == pytest.approx(want, abs=2e-6)
     if top_k == 11:
         exact = torch.cat([partition_divergence(p, m, kind) for m, p in zip(log_mu, log_pi, strict=True)])
@@ -146,19 +167,79 @@ def one_rank():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("copies", [1, 30])
-def test_the_host_waits_twice_whatever_the_number_of_responses(copies, split, one_rank, monkeypatch):
-    monkeypatch.setattr(divergence, "_cached_normaliser", divergence._block_normaliser)  # the accelerator's
+def test_the_host_waits_twice_whatever_the_number_of_responses(copies, one_rank):
     data, logits, *_ = random_micro_batch()
     whole = fsdp_divergence(logits, data, "tv")
     data = TensorDict({k: nested(list(x.unbind()) * copies) for k, x in data.items()}, batch_size=4 * copies)
     logits = logits.repeat(copies, 1)
-    layout = Layout(fsdp_layout(data, logits.unsqueeze(0)).starts, *((one_rank, 11) if split else ()))
-    with Waits() as waits:
-        got = divergence_of_logits(logits, data, "tv", layout)
-    assert waits.count == 2
-    torch.testing.assert_close(got, whole.repeat(copies))
+    log_probs = log_probs_of(logits, data)
+    for group in (None, one_rank):
+        layout = Layout(fsdp_layout(data, logits.unsqueeze(0)).starts, group)
+        with Waits() as waits:
+            got = token_divergence(retained_logits(logits, data, layout), log_probs, data, "tv")
+        assert waits.count == 2
+        torch.testing.assert_close(flat(got, data), whole.repeat(copies))
+
+
+class LargestResult(TorchDispatchMode):
+    """Number of elements of the largest result that is no view of a tensor."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.storage, self.elements = tensor.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and not x.is_nested and x.untyped_storage().data_ptr() != self.storage:
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_no_logit_is_read_but_those_of_the_retained_tokens():
+    data, logits, log_mu, _, responses, _, prompts = random_micro_batch(top_k=3, vocabulary=5000)
+    log_probs, layout, row = log_probs_of(logits, data), fsdp_layout(data, logits.unsqueeze(0)), 0
+    poisoned = torch.full_like(logits, torch.nan)
+    for mu, response, prompt in zip(log_mu, responses, prompts, strict=True):
+        for t, y in enumerate(response):
+            ids = [*mu[t].topk(3).indices.tolist(), y]
+            poisoned[row + len(prompt) - 1 + t, ids] = logits[row + len(prompt) - 1 + t, ids]
+        row += len(prompt) + len(response)
+    with LargestResult(poisoned) as largest:
+        got = token_divergence(retained_logits(poisoned, data, layout), log_probs, data, "tv")
+    assert largest.elements < 5000
+    torch.testing.assert_close(flat(got, data), fsdp_divergence(logits, data, "tv"))
+
+
+@pytest.mark.parametrize("shift", [-1e4, -80.0, 95.0, 1e4])
+def test_logits_may_be_far_from_zero(shift):
+    data, logits, *_ = random_micro_batch()
+    torch.testing.assert_close(fsdp_divergence(logits + shift, data, "tv"), fsdp_divergence(logits, data, "tv"))
+
+
+def test_logits_of_minus_infinity_have_no_mass():
+    data, logits, *_ = random_micro_batch(top_k=11)
+    row, y = 1, int(data["responses"].values()[0])  # which predict the first response token
+    other = (y + 1) % 11
+    logits[row, other] = -torch.inf
+    shown = retained_logits(logits, data, fsdp_layout(data, logits.unsqueeze(0))).values()[0]
+    assert (shown == -torch.inf).sum() == 1
+    mu = torch.zeros(11)
+    ids, codes = unpack(data[IDS_FIELD].values()[0], data[CODES_FIELD].values()[0])
+    mu[ids] = decode(codes).exp()
+    want = 0.5 * (mu - logits[row].softmax(-1)).abs().sum().item()
+    assert fsdp_divergence(logits, data, "tv")[0].item() == pytest.approx(want, abs=1e-6)
+    assert fsdp_divergence(logits, data, "kl")[0].item() == torch.inf
+
+
+def test_log_probabilities_in_half_precision_are_refused():
+    data, logits, *_ = random_micro_batch()
+    retained = retained_logits(logits.bfloat16(), data, fsdp_layout(data, logits.unsqueeze(0)))
+    exact = token_divergence(retained, log_probs_of(logits.bfloat16().float(), data), data, "tv")
+    torch.testing.assert_close(flat(exact, data), fsdp_divergence(logits.bfloat16().float(), data, "tv"))
+    with pytest.raises(ValueError, match=r"are torch\.bfloat16, too coarse .* flash-attn.* or train in fp32"):
+        token_divergence(retained, log_probs_of(logits.bfloat16(), data), data, "tv")
 
 
 def test_no_gradient_flows_and_the_logits_are_left_alone():
@@ -169,30 +250,32 @@ def test_no_gradient_flows_and_the_logits_are_left_alone():
     assert torch.equal(logits.detach(), before)
 
 
-def test_parts_of_a_sequence_parallel_group_make_the_whole(monkeypatch):
+def test_each_logit_is_that_of_one_rank_of_a_sequence_parallel_group(monkeypatch):
     import cppo_verl.plugin.topk.loss as module
 
     data, logits, *_ = random_micro_batch()
-    whole = fsdp_divergence(logits, data, "tv")
+    whole = retained_logits(logits, data, fsdp_layout(data, logits.unsqueeze(0))).values()
     n = -(-len(logits) // 3)
     padded = torch.cat([logits, torch.zeros(3 * n - len(logits), logits.shape[-1])])
     parts = []
     for rank in range(3):
         monkeypatch.setattr(module, "get_ulysses_sequence_parallel_rank", lambda rank=rank: rank)
-        parts.append(fsdp_divergence(padded[rank * n : (rank + 1) * n], data, "tv"))
-    assert torch.equal(torch.cat(parts)[: len(logits)], whole)
+        part = padded[rank * n : (rank + 1) * n]
+        parts.append(retained_logits(part, data, fsdp_layout(data, part.unsqueeze(0))).values())
+    parts = torch.stack(parts)
+    assert (~parts.isnan()).sum(0).eq(1).all()
+    assert torch.equal(parts.nansum(0), whole)
 
 
 def test_logits_that_megatron_has_laid_out_otherwise_are_refused(one_rank, monkeypatch):
     core = SimpleNamespace(get_tensor_model_parallel_group=lambda: one_rank)
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", core)
     data, logits, *_ = random_micro_batch()
-    whole = fsdp_divergence(logits, data, "tv")
-    layout = megatron_layout(data, logits.unsqueeze(0), "thd", vocabulary=11)
-    torch.testing.assert_close(divergence_of_logits(logits, data, "tv", layout), whole)
+    layout = megatron_layout(data, logits.unsqueeze(0), "thd")
+    torch.testing.assert_close(divergence_of(logits, data, "tv", layout), fsdp_divergence(logits, data, "tv"))
     for length in (len(logits) // 2, len(logits) + 1):  # of two context-parallel ranks; padded
         with pytest.raises(RuntimeError, match=rf"{len(logits)} tokens of 4 rows out in {length} logits"):
-            megatron_layout(data, torch.empty(1, length, 11), "thd", vocabulary=11)
+            megatron_layout(data, torch.empty(1, length, 11), "thd")
 
 
 def test_verls_padding_rows_are_passed_over():
