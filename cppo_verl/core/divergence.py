@@ -134,7 +134,7 @@ def gather_logits(
     """
     rows, columns, (height, width) = rows.unsqueeze(-1), ids - first_column, logits.shape
     held = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    found = as_float32(logits.detach()[rows.clamp(0, height - 1), columns.clamp(0, width - 1)])
+    found = as_float32(logits[rows.clamp(0, height - 1), columns.clamp(0, width - 1)])
     if group is None:
         return found.where(held, torch.nan)
     found = torch.stack([found.where(held, 0), held.to(found.dtype)])
@@ -145,7 +145,8 @@ def gather_logits(
 def log_probs_beside(logits: Tensor, log_prob: Tensor) -> Tensor:
     """Log-probabilities of tokens whose logits are known beside those of one with a known log-probability.
 
-    log pi(v) = z_v - z_y + log pi(y), where y is that one and z are the logits.
+    log pi(v) = z_v - z_y + log pi(y), where y is that one and z are the logits. So all of them have the rounding of
+    log pi(y), which is that of the logits' normaliser: 2e-6 in fp32 where that is 20 to 30.
 
     Args:
         logits: z, that of y in the last column, shape [..., C].

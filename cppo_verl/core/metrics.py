@@ -62,7 +62,7 @@ def response_columns(region: TrustRegion, advantages: Tensor, length: Tensor, p9
         [B, 6].
     """
     delta_b = torch.zeros_like(p90) if region.delta_b is None else region.delta_b
-    summed = (advantages, region.weighted_divergence, region.weights)
+    summed = (region.weighted_divergence, region.weights, advantages)
     return torch.cat([length, delta_b, p90, *(x.sum(-1, keepdim=True) for x in summed)], 1)
 
 
@@ -75,10 +75,11 @@ def response_sums(columns: np.ndarray) -> np.ndarray:
     Returns:
         [4, 3]: a row per name of RESPONSE_SUMS, a column per group of `GROUPS`.
     """
-    length, delta_b, p90, advantage, prefix, weight = columns.T
-    responses = length > 0
-    prefix_average = prefix / np.where(responses, weight, 1)
-    return np.stack([responses, delta_b, p90, prefix_average]) @ np.stack([responses, advantage > 0, advantage < 0], 1)
+    columns = columns[columns[:, 0] > 0]
+    values, weight, advantage = columns[:, :4], columns[:, 4], columns[:, 5:]
+    values[:, 0] = 1
+    values[:, 3] /= weight
+    return values.T @ (advantage * [0, 1, -1] > [-1, 0, 0])
 
 
 @torch.no_grad()

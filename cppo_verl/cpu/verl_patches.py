@@ -65,26 +65,25 @@ BLOCK = 2**22
 
 
 def normalise_blocks(module: ModuleType) -> None:
-    """Normalise the logits of many tokens at once where there is no flash-attn.
+    """Normalise the logits of many tokens at once where there is no flash-attn, those in half precision in fp32.
 
     verl's way without it is a Python loop over the first dimension of the logits. verl's engines join the rows of a
-    batch, so that each step of the loop is about one token, forward and backward.
+    batch, so that each step of the loop is about one token, forward and backward. Its log-probabilities of logits in
+    half precision are in half precision too on a CPU, whose autocast does not raise them as a GPU's does.
     """
-    one_by_one = module.logprobs_from_logits_v2
 
-    @wraps(one_by_one)
+    @wraps(module.logprobs_from_logits_v2)
     def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-        if logits.dtype not in (torch.float32, torch.float64):
-            return one_by_one(logits, labels)
         blocks = logits.split(max(1, BLOCK // max(1, logits.shape[1:].numel())))
-        normaliser = torch.cat([block.logsumexp(-1) for block in blocks])
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        normaliser = torch.cat([block.to(dtype).logsumexp(-1) for block in blocks])
         return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - normaliser
 
     module.logprobs_from_logits_v2 = log_probs  # type: ignore[attr-defined]  # a patch
 
 
 def select_rows_at_once(module: ModuleType) -> None:
-    """Select the rows of a mini-batch by one index from each nested tensor [B, *].
+    """Select the rows of a mini-batch by one index from each nested tensor [B, *, ...].
 
     verl takes such a tensor of the whole batch apart for each mini-batch. It takes the mini-batch apart once more, even
     where that is a single micro-batch.
@@ -96,14 +95,14 @@ def select_rows_at_once(module: ModuleType) -> None:
         if batch is None:
             return select(batch, indices)
         rows = torch.as_tensor(indices)
-        nested = {key: x for key, x in batch.items() if is_flat(x)}
+        nested = {key: x for key, x in batch.items() if is_joined(x)}
         selected = select(batch.exclude(*nested), rows)
         return selected.update({key: rows_of_nested(x, rows) for key, x in nested.items()})
 
     @wraps(chunk)
     def chunk_rows(td: TensorDict, chunks: int) -> list[TensorDict]:
         nested = {key: x for key, x in td.items() if isinstance(x, Tensor) and x.is_nested}
-        if chunks > 1 or not all(map(is_flat, nested.values())):
+        if chunks > 1 or not all(map(is_joined, nested.values())):
             return chunk(td, chunks)
         rows = torch.arange(len(td))
         return [td.copy().update({key: rows_of_nested(x, rows) for key, x in nested.items()})]
@@ -112,15 +111,18 @@ def select_rows_at_once(module: ModuleType) -> None:
     module.chunk_tensordict = chunk_rows  # type: ignore[attr-defined]  # a patch
 
 
-def is_flat(x: Any) -> bool:
-    """Whether it is a nested tensor [B, *] whose rows lie one after the other without a gap."""
+def is_joined(x: Any) -> bool:
+    """Whether it is a nested tensor [B, *, ...] whose rows lie one after the other without a gap."""
     if not isinstance(x, Tensor) or not x.is_nested or x.layout is not torch.jagged:
         return False
-    return x.dim() == 2 and x.lengths() is None  # type: ignore[attr-defined]  # it is nested
+    if x.lengths() is not None:  # type: ignore[attr-defined]  # it is nested
+        return False
+    # The dimension whose length differs may be another, as in verl's position ids [B, 4, *].
+    return bool(len(x.values()) == x.offsets()[-1])  # type: ignore[attr-defined]
 
 
 def rows_of_nested(nested: Tensor, rows: Tensor) -> Tensor:
-    """The rows of a nested tensor [B, *] with these indices, in their order."""
+    """The rows of a nested tensor [B, *, ...] with these indices, in their order."""
     offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]  # it is nested
     lengths = offsets.diff()[rows]
     ends = lengths.cumsum(0)

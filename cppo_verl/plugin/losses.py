@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
@@ -220,9 +219,7 @@ def policy_loss(
     mask = response_mask.bool()
     largest = torch.finfo(torch.float32).max
     # verl's FSDP engine calls the loss under its model's autocast, which would round the products of the sums to bf16.
-    device = log_prob.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), without_autocast(log_prob.device.type):
         inputs = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
         # A byte is converted several times as fast as a boolean on a CPU.
         valid = mask.view(torch.uint8).to(torch.float32)
@@ -237,31 +234,31 @@ def policy_loss(
         if context.observed is not None:
             context.observed.append((method, tokens, decision))
         weight, update_mask, region, divergence, delta, p90 = decision
+        columns = metrics.response_columns(region, advantages, counted[1], p90)
         reported = [
-            cleaned.amax((1, 2)),
             metrics.token_sums(region, update_mask, divergence, tokens.log_ratio, advantages, valid, delta),
             metrics.position_sums(divergence, valid, counted).flatten(),
             torch.stack([tokens.log_ratio, log_mu]).abs_().sum((1, 2)),
-            metrics.response_columns(region, advantages, counted[1], p90).flatten(),
+            cleaned.amax((1, 2)),
+            *(() if measured is None else [measured.amin().float().view(1)]),
+            columns.flatten(),
         ]
-        if measured is not None:
-            reported.append(measured.amin().float().view(1))
         # One transfer to the host for everything.
         host = torch.cat(reported).cpu().numpy().astype(float)
-    ends = np.cumsum([len(x) for x in reported])
-    (pi_max, mu_max, a_max), totals, columns, lowest = np.split(host, ends[[0, 3, 4]])
-    sums = dict(zip(TOKEN_SUM_NAMES, totals.tolist(), strict=True))
+    begin, end = len(TOKEN_SUM_NAMES), -columns.numel()
+    sums = dict(zip(TOKEN_SUM_NAMES, host[:begin].tolist(), strict=True))
+    pi_max, mu_max, a_max, *lowest = host[begin:end].tolist()
+    of_responses = metrics.response_sums(host[end:].reshape(columns.shape))
+    sums |= zip(RESPONSE_SUM_NAMES, of_responses.ravel().tolist(), strict=True)
 
     # An infinite D_t shows in its sum.
     d_sum, num_tokens = (sums[f"{METRIC_PREFIX}all/{name}"] for name in ("divergence", "tokens"))
     sound = max(pi_max, mu_max) <= LOG_PROB_TOLERANCE and a_max < largest and math.isfinite(d_sum)
-    if not sound or (lowest < 0).any():
+    if not sound or min(lowest, default=0) < 0:
         if measured is not None:
             inputs["divergence"] = measured
         for name, x in inputs.items():
             check_values(name, x, mask)
-    of_responses = metrics.response_sums(columns.reshape(len(mask), -1))
-    sums |= zip(RESPONSE_SUM_NAMES, of_responses.ravel().tolist(), strict=True)
 
     weighted = surrogate.WeightedLogProb.apply(log_prob, weight)
     batch = config.global_batch_info
@@ -274,6 +271,13 @@ def policy_loss(
         # A mini-batch without a valid token divides by zero in agg_loss; its loss and gradient are zero.
         loss = weighted.sum()
     return loss, sums | {UPDATE_TOKENS: batch.get("batch_num_tokens") or num_tokens}
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """No autocast on this type of device inside; it costs as much as some operations to say so where there is none."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def constant_divisor(loss_agg_mode: str, batch: Mapping[str, Any], length: int) -> float | None:
@@ -313,7 +317,8 @@ BORDERS = {
         0,
         math.inf,
         "finite and not below zero",
-        "the trainer's logits: with one of -inf pi lacks a token that mu can sample, which divergence=topk_tv permits",
+        "the trainer's logits: inf means that pi lacks a token which mu can sample, as divergence=topk_tv permits; nan "
+        "that the actor's model has no such token",
     ),
 }
 """Of each input of a loss: its smallest and its largest value, both in words, and where to look."""

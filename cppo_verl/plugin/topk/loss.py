@@ -1,10 +1,9 @@
 """D_t on mu's most likely tokens, taken from the actor's own forward pass.
 
-verl's engines call the loss function twice for each micro-batch: with the logits, before they are reduced to
-log-probabilities, and with these. The first call, which verl makes for its distillation losses
-(``distillation_use_topk``), keeps the logits z of the retained tokens. The second turns them into log-probabilities
-with the one that verl has computed: log pi(v) = z_v - z_y + log pi(y) for the sampled token y. So the vocabulary is
-not read a second time.
+verl's engines call the loss function twice for each micro-batch: with the logits z, before they are reduced to
+log-probabilities, and with log pi(y) of the sampled tokens y. The first call, which verl makes for its distillation
+losses (``distillation_use_topk``), keeps the logits of mu's candidates and of y. The second has the candidates'
+log-probabilities from them: log pi(v) = z_v - z_y + log pi(y). So the vocabulary is not read a second time.
 """
 
 from typing import NamedTuple
@@ -24,8 +23,7 @@ from cppo_verl.plugin.losses import loss_context
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, UNIT, decode, encode, unpack
 
 LOGITS_FIELD = "cppo_logits"
-"""fp32 [B, (tokens), K + 1] of a micro-batch between the two calls: the logits of the candidates and the sampled token,
-those that predict each response token."""
+"""Field of a micro-batch between the two calls, by `retained_logits`."""
 TOLERANCE = round(1e-5 / UNIT)
 """Difference of two codes that may still be roundings of one log-probability."""
 
@@ -67,6 +65,11 @@ def top_k_ppo_loss(
         data[LOGITS_FIELD] = retained_logits(student_logits.flatten(0, 1), data, layout)
         return {}
     assert model_output is not None
+    if LOGITS_FIELD not in data:
+        raise RuntimeError(
+            f"verl's {config.strategy} engine has not shown the logits of this micro-batch to the loss before its "
+            "log-probabilities, which the top-K divergences need: use divergence=binary_tv"
+        )
     divergence = token_divergence(data.pop(LOGITS_FIELD), model_output["log_probs"], data, policy_loss.kind)
     with loss_context(divergence=divergence):
         return ppo_loss(config, model_output, data, dp_group)
@@ -106,7 +109,7 @@ def retained_logits(logits: Tensor, data: TensorDict, layout: Layout) -> Tensor:
         data: the micro-batch, its tensors nested [B, (tokens)] or [B, (tokens), K].
 
     Returns:
-        Nested [B, (tokens), K + 1], fp32, on each rank of the group; the sampled token's last.
+        Nested [B, (tokens), K + 1], fp32 or fp64, on each rank of the group; the sampled token's last.
     """
     ids, _, present = _candidates(data)
     retained = torch.cat([ids.where(present, 0), data["responses"].values().unsqueeze(-1)], dim=-1)
@@ -133,8 +136,8 @@ def token_divergence(logits: Tensor, log_probs: Tensor, data: TensorDict, kind: 
     """
     if log_probs.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"the actor's log-probabilities are {log_probs.dtype}, too coarse for a top-K divergence, which subtracts "
-            "them from those of the rollout engine: install flash-attn, whose loss gives fp32, or train in fp32"
+            f"the actor's log-probabilities are {log_probs.dtype}, too coarse for a top-K divergence, which makes "
+            "those of mu's tokens from them: train in fp32, or use divergence=binary_tv"
         )
     valid, sampled = data["response_mask"].values().bool(), data["responses"].values()
     ids, codes, _ = _candidates(data)

@@ -71,10 +71,16 @@ def test_blocks_of_tokens_have_the_log_probabilities_that_verl_computes_one_by_o
     assert number == (3 if block == 40 else 1)
 
 
-def test_blocks_of_half_precision_are_verls():
+def test_logits_in_half_precision_have_the_log_probabilities_that_a_gpu_gives_them():
+    """When verl's are in fp32 on a CPU too, drop the conversion."""
     logits, labels = torch.randn(3, 5, dtype=torch.bfloat16), torch.tensor([0, 4, 2])
     patched = torch_functional.logprobs_from_logits_v2
-    assert torch.equal(patched(logits, labels), patched.__wrapped__(logits, labels))
+    with torch.autocast("cpu", torch.bfloat16):
+        result, gradient, _ = log_probs(patched, logits, labels)
+        assert patched.__wrapped__(logits, labels).dtype == torch.bfloat16
+    expected, expected_gradient, _ = log_probs(patched.__wrapped__, logits.float(), labels)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(gradient, expected_gradient.bfloat16())
 
 
 def test_no_tokens_have_no_log_probabilities():
@@ -91,6 +97,9 @@ def batch_of_rows():
         ),
         "log_probs": torch.nested.as_nested_tensor([torch.rand(n, generator=g) for n in lengths], layout=torch.jagged),
         "top": torch.nested.as_nested_tensor([torch.rand(n, 2, generator=g) for n in lengths], layout=torch.jagged),
+        "positions": tensordict_utils.nested_tensor_from_tensor_list(
+            [torch.rand(2, n, generator=g) for n in lengths], ragged_idx=2
+        ),
         # As it comes from another process: torch does not know its longest row.
         "sent": torch.nested.nested_tensor_from_jagged(
             torch.rand(22, generator=g), torch.tensor([0, *lengths]).cumsum(0)
@@ -103,9 +112,9 @@ def batch_of_rows():
     return TensorDict(fields, batch_size=7)
 
 
-def batch_of_flat_rows():
+def batch_of_joined_rows():
     """Without the nested fields that are left to verl."""
-    return batch_of_rows().exclude("top", "strided")
+    return batch_of_rows().exclude("positions", "strided")
 
 
 def batch_with_gaps():
@@ -120,29 +129,35 @@ def assert_same_rows(result, expected):
     for name, field in expected.items():
         if isinstance(field, torch.Tensor) and field.is_nested:
             torch.testing.assert_close(result[name].unbind(), field.unbind(), rtol=0, atol=0)
-            if field.dim() == 2:  # a row of verl's others has the padded length of all rows together
+            assert result[name].layout == field.layout
+            if name != "top":  # whose rows verl pads to the length of all rows together
                 assert torch.equal(result[name].to_padded_tensor(-1), field.to_padded_tensor(-1))
-                assert result[name].layout == field.layout
         elif isinstance(field, torch.Tensor):
             assert torch.equal(result[name], field)
         else:
             assert tensordict_utils.get(result, name) == tensordict_utils.get(expected, name)
 
 
-@pytest.mark.parametrize("batch", [batch_of_rows, batch_of_flat_rows, batch_with_gaps])
+@pytest.mark.parametrize("batch", [batch_of_rows, batch_of_joined_rows, batch_with_gaps])
 @pytest.mark.parametrize("rows", [[2, 3, 4], [6, 0, -1], [5], torch.tensor([1, 4])])
 def test_rows_selected_at_once_are_those_that_verl_selects(rows, batch):
     select = tensordict_utils.index_select_tensor_dict
     assert_same_rows(select(batch(), rows), select.__wrapped__(batch(), rows))
 
 
-@pytest.mark.parametrize("batch", [batch_of_rows, batch_of_flat_rows, batch_with_gaps])
+@pytest.mark.parametrize("batch", [batch_of_rows, batch_of_joined_rows, batch_with_gaps])
 @pytest.mark.parametrize("chunks", [1, 7])
 def test_chunks_are_those_that_verl_makes(chunks, batch):
     chunk = tensordict_utils.chunk_tensordict
     results, expected = chunk(batch(), chunks), chunk.__wrapped__(batch(), chunks)
     for pair in zip(results, expected, strict=True):
         assert_same_rows(*pair)
+
+
+def test_selected_candidates_are_padded_to_the_longest_row():
+    selected = tensordict_utils.index_select_tensor_dict(batch_of_joined_rows(), [2, 3, 4])
+    (chunk,) = tensordict_utils.chunk_tensordict(selected, 1)
+    assert [x["top"].to_padded_tensor(0).shape for x in (selected, chunk)] == [(3, 5, 2)] * 2
 
 
 def taken_apart(function, args, result):
@@ -152,7 +167,7 @@ def taken_apart(function, args, result):
 
 def test_a_mini_batch_takes_no_other_rows_apart():
     """When verl's own count is that of the selected rows, drop select_rows_at_once."""
-    batch = batch_of_rows().select("ids", "log_probs")
+    batch = batch_of_rows().select("ids", "top")
     counts = []
     for function in (tensordict_utils.index_select_tensor_dict, tensordict_utils.chunk_tensordict):
         for version in (function, function.__wrapped__):

@@ -13,11 +13,21 @@ from oracle import fuzz
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from verl.utils.torch_functional import logprobs_from_logits_v2
+from verl.workers.config import FSDPActorConfig
 from vllm_answers import answer
 
 from cppo_verl.core import partition_divergence
+from cppo_verl.plugin.config import CPPOLossConfig
 from cppo_verl.plugin.topk.codec import ABSENT, CODES_FIELD, IDS_FIELD, decode, unpack
-from cppo_verl.plugin.topk.loss import Layout, fsdp_layout, megatron_layout, retained_logits, token_divergence
+from cppo_verl.plugin.topk.loss import (
+    Layout,
+    fsdp_layout,
+    megatron_layout,
+    retained_logits,
+    token_divergence,
+    top_k_ppo_loss,
+)
 from cppo_verl.plugin.topk.vllm_server import captured
 
 KINDS = pytest.mark.parametrize("kind", ["tv", "kl"])
@@ -44,16 +54,16 @@ def test_a_divergence_is_that_of_the_full_distributions(policies, y, kind):
     got = fsdp_divergence(logits.float(), data, kind).item()
     cells = oracle.partition(log_mu.exp().tolist(), y, min(20, len(log_mu)))
     want = {"tv": oracle.total_variation, "kl": oracle.kl}[kind](log_mu.exp().tolist(), log_pi.exp().tolist(), cells)
-    # fp32, and twice that of log pi(y), which all others are measured from. Where mu is a spike, KL takes the logarithm
+    # fp32. The logits' normaliser rounds log pi(y), and with it all others. Where mu is a spike, KL takes the logarithm
     # of a rest of 1e-7.
-    rounding = 2 * torch.finfo(torch.float32).eps * abs(log_pi[y].item())
+    rounding = 2 * torch.finfo(torch.float32).eps * (abs(log_pi[y].item()) + 5)
     assert got == pytest.approx(want, abs=(1e-6 if kind == "tv" else 5e-6) + rounding)
 
 
 def log_probs_of(logits, data):
     """As verl's engine makes them: at each token that of the next."""
     following = data["input_ids"].values().roll(-1).unsqueeze(-1)
-    log_probs = logits.log_softmax(-1).gather(-1, following).squeeze(-1)
+    log_probs = logprobs_from_logits_v2(logits, following.squeeze(-1))
     return torch.nested.nested_tensor_from_jagged(log_probs, data["input_ids"].offsets())
 
 
@@ -212,10 +222,13 @@ def test_no_logit_is_read_but_those_of_the_retained_tokens():
     torch.testing.assert_close(flat(got, data), fsdp_divergence(logits, data, "tv"))
 
 
-@pytest.mark.parametrize("shift", [-1e4, -80.0, 95.0, 1e4])
-def test_logits_may_be_far_from_zero(shift):
+@pytest.mark.parametrize("shift", [-80.0, 20.0, 50.0, 1e4])
+def test_the_divergence_is_as_exact_as_the_logits_normaliser(shift):
     data, logits, *_ = random_micro_batch()
-    torch.testing.assert_close(fsdp_divergence(logits + shift, data, "tv"), fsdp_divergence(logits, data, "tv"))
+    shifted = (logits + shift).float()
+    want = fsdp_divergence(shifted.double(), data, "tv")
+    rounding = 2 * torch.finfo(torch.float32).eps * shifted.abs().max().item()
+    torch.testing.assert_close(fsdp_divergence(shifted, data, "tv"), want, rtol=0, atol=rounding + 1e-6)
 
 
 def test_logits_of_minus_infinity_have_no_mass():
@@ -238,8 +251,26 @@ def test_log_probabilities_in_half_precision_are_refused():
     retained = retained_logits(logits.bfloat16(), data, fsdp_layout(data, logits.unsqueeze(0)))
     exact = token_divergence(retained, log_probs_of(logits.bfloat16().float(), data), data, "tv")
     torch.testing.assert_close(flat(exact, data), fsdp_divergence(logits.bfloat16().float(), data, "tv"))
-    with pytest.raises(ValueError, match=r"are torch\.bfloat16, too coarse .* flash-attn.* or train in fp32"):
-        token_divergence(retained, log_probs_of(logits.bfloat16(), data), data, "tv")
+    with pytest.raises(ValueError, match=r"are torch\.bfloat16, too coarse .* train in fp32, or use divergence=bin"):
+        token_divergence(retained, log_probs_of(logits, data).bfloat16(), data, "tv")
+
+
+def test_a_token_that_the_model_does_not_have_makes_no_number():
+    data, logits, *_ = random_micro_batch()
+    retained = retained_logits(logits[:, :9], data, fsdp_layout(data, logits.unsqueeze(0)))
+    assert token_divergence(retained, log_probs_of(logits, data), data, "tv").isnan().any()
+
+
+def test_log_probabilities_before_the_logits_are_refused():
+    data, _, *_ = random_micro_batch()
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=CPPOLossConfig(divergence="topk_tv"),
+    )
+    with pytest.raises(RuntimeError, match=r"verl's fsdp2 engine has not shown the logits .*divergence=binary_tv"):
+        top_k_ppo_loss(config, {"log_probs": data["rollout_log_probs"]}, data)
 
 
 def test_no_gradient_flows_and_the_logits_are_left_alone():
