@@ -12,6 +12,8 @@ from cppo_verl.core.trust_region import TrustRegion, count
 GROUPS = ("all", "positive", "negative")
 TOKEN_SUMS = ("tokens", "masked", "budget_rejected", "divergence", "log_ratio")
 RESPONSE_SUMS = ("responses", "effective_delta_b", "divergence_p90", "prefix_average")
+SIGNS, ABOVE = np.array([0, 1, -1]), np.array([-1, 0, 0])
+"""An advantage belongs to a group of `GROUPS` if its product with the group's sign is above this."""
 POSITION_BINS = 8
 POSITION_SUMS = ("tokens", "divergence")
 
@@ -79,7 +81,7 @@ def response_sums(columns: np.ndarray) -> np.ndarray:
     values, weight, advantage = columns[:, :4], columns[:, 4], columns[:, 5:]
     values[:, 0] = 1
     values[:, 3] /= weight
-    return values.T @ (advantage * [0, 1, -1] > [-1, 0, 0])
+    return values.T @ (advantage * SIGNS > ABOVE)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ PASSES = 4
 
 
 def rows():
-    """A row a scale: name, responses, tokens, bytes of candidates, of verl's fields, of logits taken and verl's logits."""
+    """A row a scale: name, responses, tokens, bytes of candidates, verl's fields, logits taken and verl's logits."""
     with initialize_config_dir(str(RECIPES), version_base=None):
         for name in paper_results.MODELS:
             overrides = [f"scale={name}", "data_dir=data", "output=output"]
