@@ -248,8 +248,6 @@ def policy_loss(
     begin, end = len(TOKEN_SUM_NAMES), -columns.numel()
     sums = dict(zip(TOKEN_SUM_NAMES, host[:begin].tolist(), strict=True))
     pi_max, mu_max, a_max, *lowest = host[begin:end].tolist()
-    of_responses = metrics.response_sums(host[end:].reshape(columns.shape))
-    sums |= zip(RESPONSE_SUM_NAMES, of_responses.ravel().tolist(), strict=True)
 
     # An infinite D_t shows in its sum.
     d_sum, num_tokens = (sums[f"{METRIC_PREFIX}all/{name}"] for name in ("divergence", "tokens"))
@@ -259,6 +257,8 @@ def policy_loss(
             inputs["divergence"] = measured
         for name, x in inputs.items():
             check_values(name, x, mask)
+    of_responses = metrics.response_sums(host[end:].reshape(columns.shape))
+    sums |= zip(RESPONSE_SUM_NAMES, of_responses.ravel().tolist(), strict=True)
 
     weighted = surrogate.WeightedLogProb.apply(log_prob, weight)
     batch = config.global_batch_info
@@ -274,7 +274,7 @@ def policy_loss(
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    """No autocast on this type of device inside; it costs as much as some operations to say so where there is none."""
+    """No autocast on this type of device inside. Where none is on, turning it off would only take time."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
