@@ -109,10 +109,11 @@ def retained_logits(logits: Tensor, data: TensorDict, layout: Layout) -> Tensor:
         data: the micro-batch, its tensors nested [B, (tokens)] or [B, (tokens), K].
 
     Returns:
-        Nested [B, (tokens), K + 1], fp32 or fp64, on each rank of the group; the sampled token's last.
+        Nested [B, (tokens), K + 1], fp32 or fp64, on each rank of the group; the sampled token's last, NaN for an
+        absent candidate.
     """
-    ids, _, present = _candidates(data)
-    retained = torch.cat([ids.where(present, 0), data["responses"].values().unsqueeze(-1)], dim=-1)
+    ids, _ = _candidates(data)
+    retained = torch.cat([ids, data["responses"].values().unsqueeze(-1)], dim=-1)
     found = gather_logits(logits, retained, _places(data, layout.starts), layout.group, layout.first_column)
     return torch.nested.nested_tensor_from_jagged(found, data["responses"].offsets())
 
@@ -140,7 +141,7 @@ def token_divergence(logits: Tensor, log_probs: Tensor, data: TensorDict, kind: 
             "those of mu's tokens from them: train in fp32, or use divergence=binary_tv"
         )
     valid, sampled = data["response_mask"].values().bool(), data["responses"].values()
-    ids, codes, _ = _candidates(data)
+    ids, codes = _candidates(data)
     is_sampled = ids == sampled.unsqueeze(-1)
     log_mu_sampled = data["rollout_log_probs"].values().float()
     check_alignment(ids, codes, is_sampled, log_mu_sampled, valid, data["responses"].offsets())
@@ -172,8 +173,8 @@ def _places(data: TensorDict, starts: Tensor) -> Tensor:
     return _of_tokens(starts + data["prompts"].offsets().diff() - 1, data) + _positions(data)
 
 
-def _candidates(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
-    """mu's candidates of each response token: ids, codes and which of them are present, [tokens, K].
+def _candidates(data: TensorDict) -> tuple[Tensor, Tensor]:
+    """mu's candidates of each response token: ids, or ABSENT, and codes, [tokens, K].
 
     verl's padding rows and changed responses have fewer rows of candidates than tokens.
     """
@@ -182,8 +183,7 @@ def _candidates(data: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
     packed = [data[field].values() for field in (IDS_FIELD, CODES_FIELD)]
     entry = (_of_tokens(offsets[:-1], data) + positions).where(captured, len(packed[0]))
     ids, codes = unpack(*(pad(x, (0, 0, 0, 1))[entry] for x in packed))
-    ids = ids.where(captured.unsqueeze(-1), ABSENT)
-    return ids, codes, ids != ABSENT
+    return ids.where(captured.unsqueeze(-1), ABSENT), codes
 
 
 def check_alignment(
