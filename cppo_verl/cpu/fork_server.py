@@ -11,6 +11,7 @@ import os
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -21,14 +22,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-import ray.actor
-
 from cppo_verl.cpu import forked_python
 
-MODULES = ("verl.trainer.ppo.v1", "verl.workers.rollout.vllm_rollout.vllm_async_server", "vllm.v1.worker.cpu_worker")
-"""They bring torch, Ray and all else of verl and vLLM that takes time."""
+MODULES = ("transformers", "vllm.v1.worker.cpu_worker")
+"""They bring torch and most of what takes time, but not Ray, which reads its own variables when it is imported."""
+MODULES_WITH_RAY = ("verl.trainer.ppo.v1", "verl.workers.rollout.vllm_rollout.vllm_async_server")
+"""The first of Ray's workers brings these variables."""
 PATIENCE = 10
-"""Seconds that a client has to send its request, and that forks have to end once Ray has."""
+"""Seconds that a client has to send its request, and that forks have to end once the driver has."""
 PR_SET_PDEATHSIG = 1
 """The option of prctl(2) that names the signal for a process whose parent has ended."""
 
@@ -56,45 +57,46 @@ class Fork(NamedTuple):
     """None once it has ended."""
 
 
-def main(listener: int, raylet: int) -> None:
-    """Serve until Ray has ended; a fork returns from here when its own program has ended.
+def main(listener: int, driver: int) -> None:
+    """Serve until the driver has ended; a fork returns from here when its own program has ended.
 
     Args:
-        listener: a socket that listens.
-        raylet: pidfd of Ray's process on this machine.
+        listener: a socket that listens, alone in its folder with what this process prints.
+        driver: pidfd of the process that starts Ray.
     """
     # pyarrow's allocator would start a thread. What a thread holds at a fork is held for ever in it.
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     # vLLM sets it for its engine, and torch reads it when it is imported.
     os.environ["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] = "1"
+    # Ray sets it for its workers, and setproctitle reads it when it is imported.
+    os.environ["SPT_NOENV"] = "1"
     before = dict(os.environ)
-    sys.path.insert(0, os.getcwd())  # as Ray's workers have the driver's folder
-    gc.disable()  # it would walk what has been imported again and again
-    with plain_class_ids():
-        import_modules()
-    gc.enable()
-    sys.path.remove(os.getcwd())
+    import_modules(MODULES)
     multiprocessing.spawn.get_command_line = command_of_child
-    if not ids_differ():
-        sys.exit("Ray's random generator has been used: all forks would make the same ids")
-    pid, request = os.getpid(), Server(socket.socket(fileno=listener), raylet).serve()
+    server = Server(socket.socket(fileno=listener), driver)
+    pid, request = os.getpid(), server.serve()
     if request is None:
+        shutil.rmtree(os.path.dirname(server.listener.getsockname()), ignore_errors=True)
         os._exit(0)  # and with it what is left of its forks, at once
     # vLLM sets variables when it is imported. A variable that the program has been given itself stays.
-    set_by_imports = {k: v for k, v in os.environ.items() if before.get(k) != v}
+    set_by_imports = {k: v for k, v in os.environ.items() if (before | (server.of_ray or {})).get(k) != v}
     given = request.environment
     become(request, {k: v for k, v in set_by_imports.items() if given.get(k) == before.get(k)}, pid)
 
 
-def import_modules() -> None:
-    """Import `MODULES`. If one fails there is no server, and the process that needs it says why."""
+def import_modules(names: tuple[str, ...]) -> None:
+    """Import them. If one fails there is no server, and the process that needs it says why."""
     levels: dict[Any, int] = {}
-    for name in MODULES:
+    sys.path.insert(0, os.getcwd())  # as Ray's workers have the driver's folder
+    gc.disable()  # it would walk what has been imported again and again
+    for name in names:
         importlib.import_module(name)
         # A library that vLLM imports silences the root logger, to which verl's trainer writes.
         silenced: list[Any] = [logging.root, *logging.root.handlers]
         for one in silenced:
             one.setLevel(levels.setdefault(one, one.level))
+    gc.enable()
+    sys.path.remove(os.getcwd())
 
 
 @contextmanager
@@ -103,6 +105,8 @@ def plain_class_ids() -> Iterator[None]:
 
     Once used, it would have the same state in all forks: they would give the same ids to different objects.
     """
+    import ray.actor
+
     own = ray.actor.ActorClassID
     plain = SimpleNamespace(from_random=lambda: own(os.urandom(own.size())))
     ray.actor.ActorClassID = plain  # type: ignore[assignment, misc]  # a patch
@@ -119,6 +123,8 @@ def ids_differ() -> bool:
 
 
 def ids_of_a_fork() -> list[str]:
+    import ray
+
     end, other = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -142,14 +148,16 @@ def command_of_child(**arguments: Any) -> list[str]:
 
 
 class Server:
-    def __init__(self, listener: socket.socket, raylet: int) -> None:
-        self.listener, self.raylet = listener, raylet
+    def __init__(self, listener: socket.socket, driver: int) -> None:
+        self.listener, self.driver = listener, driver
         self.forks: dict[int, Fork] = {}
         """By their pidfds."""
-        self.files_of_libraries = forked_python.open_files() - {0, 1, 2, listener.fileno(), raylet}
+        self.of_ray: dict[str, str] | None = None
+        """Ray's variables, as the first client has them."""
+        self.files_of_libraries = forked_python.open_files() - {0, 1, 2, listener.fileno(), driver}
 
     def serve(self) -> Request | None:
-        """Return a client's request in the fork that is for it; None in the server, when Ray has ended.
+        """Return a client's request in the fork that is for it; None in the server, when the driver has ended.
 
         Forks that are there then end with the server.
         """
@@ -159,12 +167,12 @@ class Server:
             clients: dict[Any, int] = {
                 fork.client: pidfd for pidfd, fork in self.forks.items() if fork.client is not None
             }
-            watched: list[Any] = [*clients, *self.forks, *([self.listener, self.raylet] if serving else [])]
+            watched: list[Any] = [*clients, *self.forks, *([self.listener, self.driver] if serving else [])]
             ready, _, _ = select.select(watched, [], [], None if serving else PATIENCE)
             if not ready:
                 break
             for one in ready:
-                if one == self.raylet:
+                if one == self.driver:
                     serving = False
                 elif one is self.listener:
                     if (request := self.fork_for(self.listener.accept()[0])) is not None:
@@ -182,6 +190,8 @@ class Server:
         except (OSError, TypeError, ValueError):  # it has ended before it had asked
             client.close()
             return None
+        if self.of_ray is None:
+            self.import_with_ray(request.environment)
         pid = None
         if self.is_safe(request):
             with suppress(OSError):  # no room for a process
@@ -199,6 +209,17 @@ class Server:
         with suppress(OSError):
             client.sendall(pid.to_bytes(8, "big"))
         return None
+
+    def import_with_ray(self, environment: dict[str, str]) -> None:
+        """Import what reads Ray's variables, which are those of ``environment``."""
+        self.of_ray = {name: value for name, value in environment.items() if name.startswith("RAY_")}
+        os.environ.update(self.of_ray)
+        before = forked_python.open_files()
+        with plain_class_ids():
+            import_modules(MODULES_WITH_RAY)
+        if not ids_differ():
+            sys.exit("Ray's random generator has been used: all forks would make the same ids")
+        self.files_of_libraries |= forked_python.open_files() - before
 
     def is_safe(self, request: Request) -> bool:
         """Whether a fork would be what the request asks for.
@@ -235,7 +256,7 @@ class Server:
     def close(self) -> None:
         """Close in a fork what is the server's."""
         self.listener.close()
-        os.close(self.raylet)
+        os.close(self.driver)
         for pidfd, fork in self.forks.items():
             os.close(pidfd)
             if fork.client is not None:

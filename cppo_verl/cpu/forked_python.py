@@ -3,10 +3,10 @@
     python -IS forked_python.py SCRIPT ARGUMENTS
     python -IS forked_python.py -c CODE ARGUMENTS
 
-These imports take ten seconds of a core, and eight processes of a run need them. The first of Ray's workers on a
-machine starts `cppo_verl.cpu.fork_server`, which imports them once. This process asks it for a fork with the same
-arguments, environment, folder and open files, stands for the fork until it ends, and ends as it does. Where the server
-gives no answer, this process becomes a plain Python. Until then it imports the standard library alone.
+These imports take ten seconds of a core, and eight processes of a run need them. The process that starts Ray first
+starts `cppo_verl.cpu.fork_server`, which imports them once, while Ray starts. This process asks it for a fork with the
+same arguments, environment, folder and open files, stands for the fork until it ends, and ends as it does. Where the
+server gives no answer, this process becomes a plain Python. Until then it imports the standard library alone.
 """
 
 import array
@@ -18,39 +18,41 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from typing import Any
 
-RAYLET = "--raylet-name="
-"""What Ray gives each of its workers: the path of its own socket on this machine."""
 SOCKET = "CPPO_VERL_FORK_SERVER"
-"""Environment variable with the path of the server's socket, for the processes that Ray's workers start."""
+"""Environment variable with the path of the server's socket."""
 SERVER = """
-import os, sys
-if os.fork():  # Ray ends the children of a worker that ends: the server must not be one
-    os._exit(0)
-sys.path = [folder for folder in sys.path if folder]  # without the one where the worker starts
+import sys
+sys.path = [folder for folder in sys.path if folder]  # without the one where it starts
 from cppo_verl.cpu import fork_server
 fork_server.main(*map(int, sys.argv[1:3]))
 """
 IMPORTING = 30
 """Seconds to wait for a server that is still importing. Ray gives up a worker that has not come after 60."""
+servers: list[subprocess.Popen] = []
+"""Started by this process."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def use_for_workers(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
-    """Make this the Python of all workers of a Ray that the driver starts: a value of RAY_RUNTIME_ENV_HOOK.
+    """Make this the Python of all workers of a Ray that the driver is about to start, and start the server.
 
-    Only RAY_ADDRESS=local says that the driver starts one. A Ray that runs already may have workers of other jobs, and
-    its Python elsewhere on other machines. Other settings, such as "pip", bring a Python of their own.
+    It is a value of RAY_RUNTIME_ENV_HOOK. Only RAY_ADDRESS=local says that the driver starts a Ray. One that runs
+    already may have workers of other jobs, and its Python elsewhere on other machines. Other settings, such as "pip",
+    bring a Python of their own.
     """
     runtime_env = dict(runtime_env or {})
     others = [name for name, value in runtime_env.items() if value and name != "env_vars"]
     if os.environ.get("RAY_ADDRESS") == "local" and not others and sys.platform == "linux":
-        runtime_env["py_executable"] = shlex.join(command())
         # By default each process would have a thread a core, and one with threads cannot be forked.
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        runtime_env["env_vars"] = threads | (runtime_env.get("env_vars") or {})
+        variables = threads | (runtime_env.get("env_vars") or {})
+        with suppress(OSError):  # no room for its files, or no path for a socket
+            variables |= {SOCKET: start_server(os.environ | variables)}
+            runtime_env |= {"py_executable": shlex.join(command()), "env_vars": variables}
     return runtime_env
 
 
@@ -58,44 +60,41 @@ def command() -> list[str]:
     return [sys.executable, "-IS", os.path.abspath(__file__)]
 
 
+def start_server(environment: dict[str, str]) -> str:
+    """Start the server, which ends with this process, and return the path of its socket.
+
+    The libraries that it imports read ``environment``. What it prints is in a file beside the socket, in a folder that
+    it removes when this process has ended.
+
+    Raises:
+        OSError: there can be no such folder, or its path is too long for a socket.
+    """
+    while servers:  # that of a Ray that has ended
+        servers.pop().terminate()
+    folder = tempfile.mkdtemp(prefix="cppo_verl_")
+    path = os.path.join(folder, "fork_server")
+    with open(f"{path}.log", "x") as log, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        files = [listener.fileno(), os.pidfd_open(os.getpid())]
+        command = [sys.executable, "-c", SERVER, *map(str, files)]
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+        servers.append(subprocess.Popen(command, env=environment, pass_fds=files, **options))
+        os.close(files[1])
+    return path
+
+
 def main(arguments: list[str]) -> None:
-    raylets = [argument.removeprefix(RAYLET) for argument in arguments if argument.startswith(RAYLET)]
-    path = raylets[0] + "_fork" if raylets else os.environ.get(SOCKET, "")
-    os.environ[SOCKET] = path
     with socket.socket(socket.AF_UNIX) as server:
         try:
-            if raylets and not os.path.exists(path):
-                with suppress(FileExistsError):
-                    start_server(path)
             server.settimeout(IMPORTING)
-            server.connect(path)
+            server.connect(os.environ[SOCKET])
             pid = ask(server, arguments)
-        except OSError:  # it has ended, or imports still, or its path is too long for a socket
+        except OSError:  # it has ended, or imports still
             pid = None
         if pid is not None:
             stand_for(pid, server)
     os.execv(sys.executable, [sys.executable, *arguments])
-
-
-def start_server(path: str) -> None:
-    """Start the server, which ends with Ray on this machine. What it prints is in the file beside its socket.
-
-    Raises:
-        FileExistsError: another worker has just done so.
-        OSError: ``path`` is no path for a socket, or Ray is ending.
-    """
-    raylet = int(os.environ.get("RAY_RAYLET_PID", 0))
-    if os.getppid() != raylet:
-        raise ProcessLookupError(raylet)
-    with open(f"{path}.log", "x") as log, socket.socket(socket.AF_UNIX) as listener:
-        files = [listener.fileno(), os.pidfd_open(raylet)]
-        listener.bind(path)
-        listener.listen(64)
-        command = [sys.executable, "-c", SERVER, *map(str, files)]
-        subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=files, start_new_session=True
-        )
-        os.close(files[1])
 
 
 def ask(server: socket.socket, arguments: list[str]) -> int | None:

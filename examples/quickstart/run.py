@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from statistics import fmean
 
-import plot
 import warmup
 
 from cppo_verl.data.reasoning_gym import write_parquet
@@ -143,6 +142,8 @@ def attempts(output):
 
 
 def summarise(output, seconds):
+    import plot  # with matplotlib, which the training need not wait for
+
     steps = read(*attempts(output))
     accuracy = [(step, values[ACCURACY]) for step, values in steps if ACCURACY in values]
     scores = " -> ".join(f"{accuracy[i][1]:.3f} at step {accuracy[i][0]}" for i in (0, -1)) if accuracy else "not run"

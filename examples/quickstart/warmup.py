@@ -18,9 +18,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from cppo_verl.testing import tiny_models
+
+# torch and what brings it are imported where they are used: a run whose model is there already does without them.
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def train(model, tokenizer, demonstrate, accuracy, settings):
             is not to be learnt.
         accuracy: what is compared with the target, without arguments.
     """
+    import torch
+
     rng = random.Random(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
@@ -98,7 +100,6 @@ def demonstrations(tokenizer, frame, noise):
     return demonstrate
 
 
-@torch.no_grad()
 def accuracy(model, tokenizer, frame, samples=1):
     """Share of right answers on the rows of ``frame``, ``samples`` a row, at temperature 1."""
     from cppo_verl.rewards.reasoning_gym import compute_score
@@ -125,9 +126,10 @@ def progress(text):
 
 def warm_up(train_file, validation_file, output, settings):
     """Write tokenizer and model to ``output`` unless it already holds what these settings give."""
-    import pandas
 
     def build():
+        import pandas
+
         frame = pandas.read_parquet(train_file)
         questions = [prompt[0]["content"] for prompt in frame["prompt"]]
         tokenizer = tiny_models.build_tokenizer(questions, [reward["ground_truth"] for reward in frame["reward_model"]])
@@ -159,9 +161,6 @@ def sha256(path):
 def keep(output, record, build):
     """Write the model and tokenizer that ``build`` returns to ``output``, with the accuracy it returns third and the
     ``record`` of what they were made from; nothing if ``output`` already holds what that gives."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     output = Path(output)
     marker = output / "warmup.json"
     if marker.exists():
@@ -172,6 +171,10 @@ def keep(output, record, build):
     if output.exists() and not marker.exists():
         raise ValueError(f"{output} exists and was not written by this script: give another --output")
 
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # at this size threads wait for each other more than they compute
     torch.manual_seed(record["settings"]["seed"])
     model, tokenizer, reached = build()

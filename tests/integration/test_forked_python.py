@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,15 +14,14 @@ from pathlib import Path
 import pytest
 
 from cppo_verl.cpu import forked_python
-from cppo_verl.cpu.fork_server import MODULES
 
 STATE = """
 import json, os, resource, signal, sys
 sys.stderr.write("to stderr")
 print(json.dumps({
     "argv": sys.argv, "name": __name__, "file": globals().get("__file__"), "stdin": sys.stdin.read(),
-    "environment": {k: v for k, v in os.environ.items() if k != "CPPO_VERL_FORK_SERVER"}, "folder": os.getcwd(),
-    "passed": os.read(int(os.environ["PASSED"]), 100).decode(), "umask": os.umask(0),
+    "environment": {k: v for k, v in os.environ.items() if k != "RAY_CLIENT_MODE"},  # importing ray sets it
+    "folder": os.getcwd(), "passed": os.read(int(os.environ["PASSED"]), 100).decode(), "umask": os.umask(0),
     "path": [x for x in sys.path if "thirdparty_files" not in x],  # importing ray adds them
     "parent": os.getppid(), "files": resource.getrlimit(resource.RLIMIT_NOFILE),
     "niceness": os.getpriority(os.PRIO_PROCESS, 0),
@@ -33,22 +33,33 @@ sys.exit(7)
 PARENT = "import os; print(os.getpid(), os.getppid())\n"
 
 
-class Server:
-    """A fork server and how to run Python in its forks. A process of the test stands for Ray's."""
+DRIVER = """
+import sys
+sys.path.remove("")
+import json
+from cppo_verl.cpu import forked_python
+if len(sys.argv) > 1:
+    names = "fork_server.MODULES, fork_server.MODULES_WITH_RAY"
+    names += f" = {sys.argv[1]}; fork_server.main"
+    forked_python.SERVER = forked_python.SERVER.replace("fork_server.main", names)
+print(json.dumps(forked_python.use_for_workers({})["env_vars"]), flush=True)
+sys.stdin.read()
+"""
 
-    def __init__(self, folder: Path, modules: str):
-        self.socket, listener = folder / "socket", socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.socket))
-        listener.listen(64)
-        self.raylet = subprocess.Popen(["sleep", "infinity"])
-        files = [listener.fileno(), pidfd := os.pidfd_open(self.raylet.pid)]
-        code = forked_python.SERVER.replace(
-            "fork_server.main", "fork_server.MODULES = sys.argv[3].split(); fork_server.main"
-        )
-        with listener:
-            subprocess.run([sys.executable, "-c", code, *map(str, files), modules], pass_fds=files, check=True)
-        os.close(pidfd)
-        self.environment = os.environ | {forked_python.SOCKET: str(self.socket)}
+
+class Server:
+    """A fork server, the process that has started it, and how to run Python in its forks.
+
+    It imports its own modules where no others are given.
+    """
+
+    def __init__(self, modules: str = "", with_ray: str = ""):
+        others = [repr((modules.split(), with_ray.split()))] if modules or with_ray else []
+        environment = os.environ | {"RAY_ADDRESS": "local"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.driver = subprocess.Popen([sys.executable, "-c", DRIVER, *others], env=environment, **pipes)
+        variables = json.loads(self.driver.stdout.readline())
+        self.socket, self.environment = Path(variables[forked_python.SOCKET]), os.environ | variables
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment} | options
@@ -66,19 +77,19 @@ class Server:
 
 @pytest.fixture
 def start_server(tmp_path, monkeypatch):
-    """Makes a server that imports ``modules``; ``source`` is that of a module "made"."""
+    """Makes a server that imports these modules; ``source`` is that of a module "made"."""
     servers = []
 
-    def start(modules: str, source: str = "") -> Server:
+    def start(modules: str = "", source: str = "", with_ray: str = "") -> Server:
         (tmp_path / "made.py").write_text(source)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        servers.append(Server(tmp_path, modules))
+        servers.append(Server(modules, with_ray))
         return servers[-1]
 
     yield start
     for server in servers:
-        server.raylet.kill()
-        server.raylet.wait()
+        server.driver.communicate()
+        shutil.rmtree(server.socket.parent, ignore_errors=True)
 
 
 @pytest.fixture
@@ -142,6 +153,14 @@ def test_variables_that_imports_set_stay_unless_the_program_has_its_own(start_se
     assert result.stdout == "by import, given\n"
 
 
+def test_what_reads_rays_variables_is_imported_with_those_of_the_first_worker(start_server):
+    server = start_server(source="import os\nseen = os.environ.get('RAY_OF', 'none')\n", with_ray="made")
+    code = "import os, made; print(made.seen, os.environ.get('RAY_OF', 'none'))"
+    for own, seen in (("first", "first first"), ("second", "first second"), (None, "first none")):
+        environment = server.environment | ({"RAY_OF": own} if own else {})
+        assert server.run("-c", code, env=environment).stdout == f"{seen}\n"
+
+
 @pytest.mark.parametrize(
     "end",
     [
@@ -187,10 +206,12 @@ def test_killed_server_takes_its_forks_along_and_is_not_needed(server):
     assert (result.returncode, int(result.stdout.split()[1])) == (0, os.getpid())
 
 
-def test_server_ends_with_ray(server):
+@pytest.mark.parametrize("end", ["terminate", "kill", "communicate"])
+def test_server_ends_with_the_process_that_starts_ray_and_leaves_nothing(server, end):
     parent = server.pid()
-    server.raylet.kill()
+    getattr(server.driver, end)()
     assert gone(parent)
+    assert not server.socket.parent.exists()
     assert int(server.run("-c", PARENT).stdout.split()[1]) == os.getpid()
 
 
@@ -223,8 +244,9 @@ def test_program_that_does_not_wait_for_a_slow_server_runs_once(start_server, tm
     assert (tmp_path / "runs").read_text() == "run "
 
 
-def test_module_that_cannot_be_imported_is_left_to_the_program(start_server):
-    server = start_server("no_such_module json")
+@pytest.mark.parametrize("when", ["modules", "with_ray"])
+def test_module_that_cannot_be_imported_is_left_to_the_program(start_server, when):
+    server = start_server(**{when: "no_such_module json"})
     result = server.run("-c", f"{PARENT}import no_such_module")
     assert int(result.stdout.split()[1]) == os.getpid()
     assert result.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
@@ -286,7 +308,7 @@ def test_server_whose_forks_would_share_ids_does_not_serve(start_server):
 
 def test_forks_of_verl_log_as_its_trainer_does_and_share_no_randomness(start_server):
     """With the modules of a run: one thread, so that it forks, and generators that differ from fork to fork."""
-    server = start_server(" ".join(MODULES))
+    server = start_server()
     code = (
         "import logging, os, sys\nassert 'vllm.v1.worker.cpu_worker' in sys.modules\n"
         "assert {x.level for x in logging.root.handlers} == {logging.NOTSET}\n"
@@ -320,10 +342,22 @@ def test_hook_leaves_other_pythons_alone(monkeypatch, address, runtime_env, fork
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(forked_python, "start_server", lambda environment: f"started with A={environment.get('A')}")
     given = dict(runtime_env or {})
     result = forked_python.use_for_workers(runtime_env)
     if not forked:
         assert result == given
         return
+    variables = given.get("env_vars", {})
     assert result["py_executable"] == shlex.join(forked_python.command())
-    assert result["env_vars"] == {"OMP_NUM_THREADS": "3"} | given.get("env_vars", {})
+    assert result["env_vars"] == variables | {
+        "OMP_NUM_THREADS": "3",
+        forked_python.SOCKET: f"started with A={variables.get('A')}",
+    }
+
+
+def test_without_a_path_for_its_socket_the_workers_are_plain(monkeypatch, tmp_path):
+    (long := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert forked_python.use_for_workers({"env_vars": {"A": "1"}}) == {"env_vars": {"A": "1"}}
