@@ -79,7 +79,7 @@ def train(output, overrides, config, show):
         "HYDRA_FULL_ERROR": "1",
     }
     print(
-        f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes half a minute to a minute",
+        f"training; the full log is {log}\nstarting Ray, the trainer and vLLM takes about half a minute",
         flush=True,
     )
     try:
