@@ -27,7 +27,7 @@ from cppo_verl.cpu import forked_python
 MODULES = ("transformers", "vllm.v1.worker.cpu_worker")
 """They bring torch and most of what takes time, but not Ray, which reads its own variables when it is imported."""
 MODULES_WITH_RAY = ("verl.trainer.ppo.v1", "verl.workers.rollout.vllm_rollout.vllm_async_server")
-"""The first of Ray's workers brings these variables."""
+"""Imported at the first request, with the RAY_* variables of the worker that it comes from."""
 PATIENCE = 10
 """Seconds that a client has to send its request, and that forks have to end once the driver has."""
 PR_SET_PDEATHSIG = 1
@@ -72,6 +72,8 @@ def main(listener: int, driver: int) -> None:
     os.environ["SPT_NOENV"] = "1"
     before = dict(os.environ)
     import_modules(MODULES)
+    if "ray" in sys.modules:
+        sys.exit("Ray has been imported without the variables of its workers")
     multiprocessing.spawn.get_command_line = command_of_child
     server = Server(socket.socket(fileno=listener), driver)
     pid, request = os.getpid(), server.serve()
@@ -153,7 +155,7 @@ class Server:
         self.forks: dict[int, Fork] = {}
         """By their pidfds."""
         self.of_ray: dict[str, str] | None = None
-        """Ray's variables, as the first client has them."""
+        """The RAY_* variables of the first client."""
         self.files_of_libraries = forked_python.open_files() - {0, 1, 2, listener.fileno(), driver}
 
     def serve(self) -> Request | None:
@@ -211,7 +213,7 @@ class Server:
         return None
 
     def import_with_ray(self, environment: dict[str, str]) -> None:
-        """Import what reads Ray's variables, which are those of ``environment``."""
+        """Import `MODULES_WITH_RAY` with the RAY_* variables of ``environment``."""
         self.of_ray = {name: value for name, value in environment.items() if name.startswith("RAY_")}
         os.environ.update(self.of_ray)
         before = forked_python.open_files()

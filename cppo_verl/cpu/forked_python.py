@@ -3,7 +3,7 @@
     python -IS forked_python.py SCRIPT ARGUMENTS
     python -IS forked_python.py -c CODE ARGUMENTS
 
-These imports take ten seconds of a core, and eight processes of a run need them. The process that starts Ray first
+These imports take ten seconds of a core, and eight processes of a run need them. Before the driver starts Ray, it
 starts `cppo_verl.cpu.fork_server`, which imports them once, while Ray starts. This process asks it for a fork with the
 same arguments, environment, folder and open files, stands for the fork until it ends, and ends as it does. Where the
 server gives no answer, this process becomes a plain Python. Until then it imports the standard library alone.
@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,9 +32,9 @@ from cppo_verl.cpu import fork_server
 fork_server.main(*map(int, sys.argv[1:3]))
 """
 IMPORTING = 30
-"""Seconds to wait for a server that is still importing. Ray gives up a worker that has not come after 60."""
-servers: list[subprocess.Popen] = []
-"""Started by this process."""
+"""Seconds to wait for a server that has not yet imported what needs no Ray. Ray gives up a worker after 60."""
+servers: dict[str, subprocess.Popen] = {}
+"""Those that this process has started, by their folders."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -44,14 +45,18 @@ def use_for_workers(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
     already may have workers of other jobs, and its Python elsewhere on other machines. Other settings, such as "pip",
     bring a Python of their own.
     """
+    import ray
+
     runtime_env = dict(runtime_env or {})
     others = [name for name, value in runtime_env.items() if value and name != "env_vars"]
-    if os.environ.get("RAY_ADDRESS") == "local" and not others and sys.platform == "linux":
+    starts_ray = os.environ.get("RAY_ADDRESS") == "local" and not ray.is_initialized()
+    if starts_ray and not others and hasattr(os, "pidfd_open"):  # which Linux has
         # By default each process would have a thread a core, and one with threads cannot be forked.
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         variables = threads | (runtime_env.get("env_vars") or {})
         with suppress(OSError):  # no room for its files, or no path for a socket
-            variables |= {SOCKET: start_server(os.environ | variables)}
+            texts = {name: str(value) for name, value in variables.items()}  # Ray itself refuses what is none
+            variables |= {SOCKET: start_server(os.environ | texts)}
             runtime_env |= {"py_executable": shlex.join(command()), "env_vars": variables}
     return runtime_env
 
@@ -61,26 +66,35 @@ def command() -> list[str]:
 
 
 def start_server(environment: dict[str, str]) -> str:
-    """Start the server, which ends with this process, and return the path of its socket.
+    """Start the server and return the path of its socket. It ends with this process, or when that starts another.
 
     The libraries that it imports read ``environment``. What it prints is in a file beside the socket, in a folder that
-    it removes when this process has ended.
+    stays only if the server fails.
 
     Raises:
         OSError: there can be no such folder, or its path is too long for a socket.
     """
-    while servers:  # that of a Ray that has ended
-        servers.pop().terminate()
+    for folder, server in servers.items():  # that of a Ray that has ended
+        server.terminate()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+    servers.clear()
     folder = tempfile.mkdtemp(prefix="cppo_verl_")
     path = os.path.join(folder, "fork_server")
-    with open(f"{path}.log", "x") as log, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(64)
-        files = [listener.fileno(), os.pidfd_open(os.getpid())]
-        command = [sys.executable, "-c", SERVER, *map(str, files)]
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        servers.append(subprocess.Popen(command, env=environment, pass_fds=files, **options))
-        os.close(files[1])
+    driver = os.pidfd_open(os.getpid())
+    try:
+        with open(f"{path}.log", "x") as log, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(64)
+            files = listener.fileno(), driver
+            command = [sys.executable, "-c", SERVER, *map(str, files)]
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": files}
+            servers[folder] = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    finally:
+        os.close(driver)
     return path
 
 
@@ -88,7 +102,7 @@ def main(arguments: list[str]) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.settimeout(IMPORTING)
-            server.connect(os.environ[SOCKET])
+            server.connect(os.environ.get(SOCKET, ""))
             pid = ask(server, arguments)
         except OSError:  # it has ended, or imports still
             pid = None

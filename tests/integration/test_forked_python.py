@@ -362,3 +362,23 @@ def test_without_a_path_for_its_socket_the_workers_are_plain(monkeypatch, tmp_pa
     monkeypatch.setattr("tempfile.tempdir", str(long))
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert forked_python.use_for_workers({"env_vars": {"A": "1"}}) == {"env_vars": {"A": "1"}}
+    assert not list(long.iterdir())
+
+
+def test_another_ray_of_the_same_process_has_another_server(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    try:
+        first, second = (forked_python.use_for_workers({})["env_vars"][forked_python.SOCKET] for _ in range(2))
+        assert first != second
+        assert list(forked_python.servers) == [str(x) for x in tmp_path.iterdir()] == [os.path.dirname(second)]
+    finally:
+        for server in forked_python.servers.values():
+            server.kill()
+            server.wait()
+        forked_python.servers.clear()
+
+
+def test_without_a_server_it_is_a_plain_python():
+    result = subprocess.run([*forked_python.command(), "-c", PARENT], env={}, capture_output=True, text=True)
+    assert int(result.stdout.split()[1]) == os.getpid(), result.stderr

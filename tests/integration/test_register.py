@@ -51,13 +51,15 @@ os.environ["RAY_ADDRESS"] = "local"
 ray.init(num_cpus=1, include_dashboard=False, runtime_env=dict(env_vars=dict(OF_THE="run")))
 ray.get(ray.remote(lambda: None).remote())
 print(ray.get(ray.remote(lambda: "cppo_verl.cpu.fork_server" in sys.modules).remote()))
+ray.init(ignore_reinit_error=True)  # by user code that does not know that Ray runs
+print([server.poll() for server in forked_python.servers.values()])
 print(ray._private.worker._global_node.get_logs_dir_path())
 """
 
 
 def test_on_the_cpu_ray_collects_no_metrics_and_its_only_worker_is_a_fork():
-    forked, logs = run_python(RAY_SETTINGS + START_RAY, VERL_PLATFORM="cpu").stdout.splitlines()[-2:]
-    assert forked == "True"
+    forked, ends, logs = run_python(RAY_SETTINGS + START_RAY, VERL_PLATFORM="cpu").stdout.splitlines()[-3:]
+    assert (forked, ends) == ("True", "[None]")
     logs = Path(logs)
     for name in ("gcs_server.out", "raylet.out", "python-core-driver-*.log", "python-core-worker-*.log"):
         (file,) = logs.glob(name)
