@@ -72,8 +72,6 @@ try:
         # Python's garbage collector would walk the million objects of the imported modules a few times for each
         # thousand responses, a fifth of the time of their generation. By default it begins after 700 new objects.
         gc.set_threshold(50_000, 20, 100)
-        # Nor need it walk what is there by now, at the end of a process above all, which takes more than a second.
-        gc.freeze()
         # Each of Ray's processes collects metrics of itself, in a thread that races with the start of the process. With
         # Ray 2.60.0 one process in about 300 starts of Ray crashed in it, and its run ended. These metrics are shown
         # nowhere here.

@@ -222,7 +222,6 @@ class Server:
         if not ids_differ():
             sys.exit("Ray's random generator has been used: all forks would make the same ids")
         self.files_of_libraries |= forked_python.open_files() - before
-        gc.freeze()  # a fork's collector must not walk all this, nor write into memory that it shares with others
 
     def is_safe(self, request: Request) -> bool:
         """Whether a fork would be what the request asks for.

@@ -310,8 +310,7 @@ def test_forks_of_verl_log_as_its_trainer_does_and_share_no_randomness(start_ser
     """With the modules of a run: one thread, so that it forks, and generators that differ from fork to fork."""
     server = start_server()
     code = (
-        "import gc, logging, os, sys\nassert 'vllm.v1.worker.cpu_worker' in sys.modules\n"
-        "assert gc.get_freeze_count() > 500_000, gc.get_freeze_count()\n"
+        "import logging, os, sys\nassert 'vllm.v1.worker.cpu_worker' in sys.modules\n"
         "assert {x.level for x in logging.root.handlers} == {logging.NOTSET}\n"
         "import random, uuid, tempfile, threading, numpy, ray\n"
         "id = lambda: print(ray.UniqueID.from_random().hex())\n"

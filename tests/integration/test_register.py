@@ -28,11 +28,9 @@ def test_with_an_accelerator_build_nothing_of_it_is_active():
     assert threshold != "50000"
 
 
-def test_on_the_cpu_the_garbage_collector_runs_seldom_and_leaves_imported_modules_alone():
-    show = "; import gc; print(gc.get_threshold()[0], gc.get_freeze_count())"
-    platform, threshold, frozen = run_python(WHICH + show, VERL_PLATFORM="cpu").stdout.split()
-    assert (platform, threshold) == ("PlatformCPU", "50000")
-    assert int(frozen) > 100_000
+def test_on_the_cpu_the_garbage_collector_runs_seldom():
+    out = run_python(WHICH + "; import gc; print(gc.get_threshold()[0])", VERL_PLATFORM="cpu").stdout
+    assert out.split() == ["PlatformCPU", "50000"]
 
 
 RAY_SETTINGS = """
