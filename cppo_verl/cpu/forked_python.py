@@ -55,7 +55,7 @@ def use_for_workers(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         variables = threads | (runtime_env.get("env_vars") or {})
         with suppress(OSError):  # no room for its files, or no path for a socket
-            texts = {name: str(value) for name, value in variables.items()}  # Ray itself refuses what is none
+            texts = {name: str(value) for name, value in variables.items()}  # Ray itself refuses other values
             variables |= {SOCKET: start_server(os.environ | texts)}
             runtime_env |= {"py_executable": shlex.join(command()), "env_vars": variables}
     return runtime_env
@@ -79,9 +79,9 @@ def start_server(environment: dict[str, str]) -> str:
         server.wait()
         shutil.rmtree(folder, ignore_errors=True)
     servers.clear()
+    driver = os.pidfd_open(os.getpid())
     folder = tempfile.mkdtemp(prefix="cppo_verl_")
     path = os.path.join(folder, "fork_server")
-    driver = os.pidfd_open(os.getpid())
     try:
         with open(f"{path}.log", "x") as log, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
@@ -99,15 +99,17 @@ def start_server(environment: dict[str, str]) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.settimeout(IMPORTING)
             server.connect(os.environ.get(SOCKET, ""))
             pid = ask(server, arguments)
-        except OSError:  # it has ended, or imports still
+        except OSError:  # there is none, it has ended, or it imports still
             pid = None
         if pid is not None:
             stand_for(pid, server)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
@@ -120,6 +122,8 @@ def ask(server: socket.socket, arguments: list[str]) -> int | None:
     if not server.recv(1):
         return None
     server.settimeout(None)
+    # A signal that comes from now on is for the fork, which may run before this process knows its id.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     files = sorted(open_files() - {server.fileno()})
     request = {
         "arguments": arguments,
@@ -128,7 +132,7 @@ def ask(server: socket.socket, arguments: list[str]) -> int | None:
         "files": files,
         "most_files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
-        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+        "blocked": [int(number) for number in mask],
     }
     text = json.dumps(request).encode()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
